@@ -1,0 +1,76 @@
+"""What is checked, each in an environment of its own: ``nox -l`` lists it, ``nox`` runs the usual.
+
+Everything runs against the installed wheel, not the checkout, so that a file missing from the
+wheel is noticed.
+"""
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.error_on_missing_interpreters = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+# Exact, because the errors and timings that the checks compare belong to one release, and first,
+# so that the build for the CPU stays in place where it was chosen.
+TORCH = "torch==2.13.0"
+
+# Tests differ in length by a hundred: a worker that is done takes over from one that is not.
+PARALLEL = ("-n", "2", "--dist", "worksteal")
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    session.install(TORCH)
+    session.install(".", *nox.project.dependency_groups(PROJECT, *groups))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests that run on every change."""
+    install(session, "test")
+    session.run("pytest", *PARALLEL, *session.posargs)
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """Every test but the conformance corpus, those that take long among them."""
+    install(session, "test")
+    session.run("pytest", *PARALLEL, "-m", "not conformance", *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """The corpus of modules, real and awkward ones."""
+    install(session, "test")
+    session.run("pytest", *PARALLEL, "-m", "conformance", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks, on an otherwise idle machine, in one process."""
+    install(session, "bench")
+    # Other backends warn as they please; a benchmark of them is no place to object.
+    session.run("pytest", "benchmarks", "-W", "default", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format; needs nothing installed but ruff."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the package, and of the public names as users write them."""
+    install(session, "lint")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as pages, in docs/_build."""
+    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
+    session.run("sphinx-build", "-W", "--keep-going", "docs", "docs/_build")
