@@ -1,0 +1,37 @@
+"""What the project says of itself agrees with what it is."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import ovshim
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_version_is_the_distributions() -> None:
+    assert ovshim.__version__ == PROJECT["project"]["version"]
+
+
+def test_the_changelog_begins_with_what_is_unreleased() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[?([^\]\n]+)", text, re.MULTILINE)[0] == "Unreleased"
+
+
+def test_every_lint_exception_states_its_reason() -> None:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    start = lines.index("ignore = [") + 1
+    ignored = lines[start : lines.index("]", start)]
+    assert len(ignored) == len(PROJECT["tool"]["ruff"]["lint"]["ignore"])
+    assert all(re.search(r'", +# \w', line) for line in ignored)
+
+
+def test_the_wheel_says_that_it_is_typed() -> None:
+    assert (Path(ovshim.__file__).parent / "py.typed").exists()
+
+
+def test_the_check_can_be_run() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
