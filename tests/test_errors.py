@@ -94,7 +94,7 @@ def test_the_tree_is_the_one_drawn_in_the_docstring() -> None:
     """Indentation in the docstring is inheritance; brackets name the builtin beside it."""
     drawn: dict[str, set[str]] = {}
     parent = ""
-    for line in inspect.getdoc(errors).split("\n"):  # type: ignore[union-attr]
+    for line in (inspect.getdoc(errors) or "").split("\n"):
         row = re.match(r"    ( *)(\w+)(?: \((\w+)\))?(  |$)", line)
         if row:
             indent, name, beside = row[1], row[2], row[3]

@@ -189,12 +189,12 @@ def test_what_the_user_changes_later_changes_nothing() -> None:
 
 
 def test_nothing_can_be_changed() -> None:
-    options = Options(properties={"A": 1}, dynamic_shapes={"x": {0: "batch"}})
+    options: Any = Options(properties={"A": 1}, dynamic_shapes={"x": {0: "batch"}})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        options.strict = True  # type: ignore[misc]
+        options.strict = True
     for mapping in (options.properties, options.dynamic_shapes):
         with pytest.raises(TypeError):
-            mapping["A"] = 2  # type: ignore[index]
+            mapping["A"] = 2
 
 
 plain = st.fixed_dictionaries(
@@ -278,8 +278,9 @@ def test_an_option_like_no_other() -> None:
 
 
 def test_options_of_another_type() -> None:
+    given_value: Any = {"device": "CPU"}
     with pytest.raises(OptionError) as caught:
-        resolve({"device": "CPU"}, {})  # type: ignore[arg-type]
+        resolve(given_value, {})
     assert caught.value.name == "options"
 
 
