@@ -1,0 +1,21 @@
+"""The store: directories of files that many processes share for years.
+
+    <root>/v1/<family>/<variant>/   model.xml, model.bin, ..., manifest.json, in-use
+    <root>/v1/locks/                lock files
+    <root>/v1/tmp/                  what is being written
+    <root>/v1/quarantine/           what was found damaged
+
+An entry appears by one rename and is never written to again, but for its manifest, which is
+replaced by one rename. So locks only save work: without any, two processes do the same work and
+one result wins. Nothing is served whose seal, sizes or checksums do not match. JSON only: a
+pickle from a shared directory would run what others wrote.
+
+    OSError
+      StoreError    the entry could not be written; nothing of it is left behind
+"""
+
+from ovshim.cache.entries import Entry
+from ovshim.cache.files import Lease
+from ovshim.cache.store import Store, StoreError
+
+__all__ = ["Entry", "Lease", "Store", "StoreError"]

@@ -1,0 +1,103 @@
+"""One entry: what is in its directory, and whether that is as it was written."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ovshim.cache import files
+
+SCHEMA = 1
+MANIFEST, MARKER = "manifest.json", "in-use"
+OURS = frozenset({"schema", "family", "variant", "created", "files"})
+
+_HEX = re.compile(r"[0-9a-f]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
+
+
+class Foreign(Exception):
+    """An entry of another schema: not ours to judge, and not ours to move away."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One directory of the store, every byte of it checked when this object was made.
+
+    `manifest` holds `schema`, `family`, `variant`, `created` (seconds since 1970), `files`
+    (name to `{"size": bytes, "xxh3": 32 hex digits}`) and the sections its publisher gave.
+    """
+
+    path: Path
+    family: str
+    variant: str
+    manifest: Mapping[str, Any]
+
+    def file(self, name: str) -> Path:
+        """Where a file of the entry lies. `KeyError` for one that the manifest does not name."""
+        if name not in self.manifest["files"]:
+            raise KeyError(name)
+        return self.path / name
+
+
+def is_key(name: str) -> bool:
+    """Whether a family or variant may be called so: lower-case hexadecimal, up to 64 digits."""
+    return _HEX.fullmatch(name) is not None
+
+
+def check_key(*names: str) -> None:
+    """`ValueError` for what `is_key` denies."""
+    for name in names:
+        if not is_key(name):
+            raise ValueError(f"{name!r} is no key: lower-case hexadecimal, up to 64 digits")
+
+
+def complete(directory: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """Adds marker and manifest to a directory of plain files; then all of it is on the disk.
+
+    Returns the manifest. `ValueError` for a subdirectory, a link or an odd name among the files.
+    """
+    listed: dict[str, Any] = {}
+    for name in sorted(os.listdir(directory)):
+        _check_file(name)
+        files.sync(directory / name)
+        size, digest = files.checksum(directory / name)
+        listed[name] = {"size": size, "xxh3": digest}
+    manifest = {**head, "files": listed}
+    files.write_new(directory / MARKER, b"")
+    files.write_new(directory / MANIFEST, files.seal(manifest))
+    files.sync(directory)
+    return manifest
+
+
+def read(path: Path) -> Entry:
+    """The entry in a directory, all of its files read.
+
+    `ValueError` or `FileNotFoundError` for a damaged one, `Foreign` for another schema.
+    """
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise ValueError("it is no directory")
+    manifest = files.read_sealed(path / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise Foreign(f"{path} has schema {manifest.get('schema')!r}")
+    names = (manifest.get("family"), manifest.get("variant"))
+    if names != (path.parent.name, path.name):
+        raise ValueError(f"its manifest belongs to {names}")
+    listed = manifest.get("files")
+    if not isinstance(manifest.get("created"), float) or not isinstance(listed, dict):
+        raise ValueError("its manifest is incomplete")
+    for name, expected in listed.items():
+        _check_file(name)
+        size, digest = files.checksum(path / name)
+        if expected != {"size": size, "xxh3": digest}:
+            raise ValueError(f"{name} does not match its checksum")
+    return Entry(path, path.parent.name, path.name, manifest)
+
+
+def _check_file(name: str) -> None:
+    if not _NAME.fullmatch(name) or name in (MANIFEST, MARKER):
+        raise ValueError(f"no file may be called {name!r}")
