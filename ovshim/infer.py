@@ -1,0 +1,340 @@
+"""One compiled model behind a call: torch tensors in, torch tensors out, from any thread.
+
+Where the microseconds go, and what was decided for it:
+
+* A small input is copied into a buffer that stays bound to its request; rebinding costs three times
+  what copying 1 KB does. A large one is bound where it lies.
+* A small output is copied out by `infer` itself (``share_outputs=False``), which costs less than
+  binding a fresh buffer per call and is right for outputs of any size. From 256 KB up the copy
+  costs more than the binding, so a buffer is bound and handed over without a copy.
+* Bound outputs are tensors that OpenVINO allocated, never wrapped arrays: the request shares in
+  owning them, so nothing is left dangling, and they grow where an output's size depends on values.
+  A wrapped array that is too small makes `infer` raise, which costs the compiled model.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+_log = logging.getLogger("ovshim")
+
+_COPY_INPUT_BYTES = 64 * 1024
+_BIND_OUTPUT_BYTES = 256 * 1024
+_BUFFERS_PER_INPUT = 16
+
+_Array = np.ndarray[Any, Any]
+_Copy = Callable[[torch.Tensor], torch.Tensor]
+
+
+class EngineDead(RuntimeError):
+    """The engine must not be used any more: an `infer` has failed, or it was closed."""
+
+
+def _references(array: list[_Array]) -> int:
+    return sys.getrefcount(array[0])
+
+
+def _count_when_alone() -> int:
+    """What `_references` gives for an array that no tensor stands on; -1 where it cannot tell.
+
+    Interpreters without reference counts, or with counts split between threads, fail the test or
+    are excluded; outputs are then bound afresh on every call.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return -1
+    array = [np.empty(4, dtype=np.float32)]
+    alone = _references(array)
+    tensor = torch.from_numpy(array[0])
+    view = tensor[1:]
+    del tensor
+    held = _references(array)
+    del view
+    return alone if held > alone and _references(array) == alone else -1
+
+
+_ALONE = _count_when_alone()
+
+
+def _element_types() -> dict[Any, torch.dtype]:
+    import openvino as ov
+
+    return {
+        ov.Type.f32: torch.float32,
+        ov.Type.f64: torch.float64,
+        ov.Type.f16: torch.float16,
+        ov.Type.bf16: torch.bfloat16,
+        ov.Type.i8: torch.int8,
+        ov.Type.i16: torch.int16,
+        ov.Type.i32: torch.int32,
+        ov.Type.i64: torch.int64,
+        ov.Type.u8: torch.uint8,
+        ov.Type.boolean: torch.bool,
+    }
+
+
+def _dtype(port: Any, known: dict[Any, torch.dtype]) -> torch.dtype:
+    dtype = known.get(port.element_type)
+    if dtype is None:
+        raise TypeError(f"{port} has an element type without a counterpart in torch.")
+    return dtype
+
+
+def _conversion(
+    model: torch.dtype, wanted: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What turns an array's tensor into the wanted one. bf16 arrives as the bits of a float16."""
+    if model == torch.bfloat16:
+        if wanted == torch.bfloat16:
+            return lambda tensor: tensor.view(torch.bfloat16)
+        return lambda tensor: tensor.view(torch.bfloat16).to(wanted)
+    if model == wanted:
+        return None
+    return lambda tensor: tensor.to(wanted)
+
+
+class _Slot:
+    """One infer request and what is bound to it; used by one thread at a time."""
+
+    __slots__ = ("capacity", "copies", "held", "large", "ready", "request", "shapes")
+
+    def __init__(self, request: Any, inputs: int) -> None:
+        self.request = request
+        # Per input: the shape of the bound buffer (None: bound where it lay, or nothing is), what
+        # copies into it, and the buffers of other shapes, the last used at the end.
+        self.shapes: list[torch.Size | None] = [None] * inputs
+        self.copies: list[_Copy | None] = [None] * inputs
+        self.ready: list[dict[torch.Size, tuple[Any, _Copy]]] = [{} for _ in range(inputs)]
+        # The outputs that get buffers of ours, the array last handed out of each, and its bytes.
+        self.large: tuple[int, ...] = ()
+        self.held: dict[int, list[_Array]] = {}
+        self.capacity: dict[int, int] = {}
+
+
+class Engine:
+    """Runs a compiled model.
+
+    ``inputs``: the dtypes of the tensors that `run` will be given, in the order of the model's own
+    inputs; where the model takes another element type, values are converted. ``outputs``: the
+    dtypes `run` is to return, in the order of the model's outputs. Known are float32, float64,
+    float16, bfloat16, int8 to int64, uint8 and bool; TypeError for others, ValueError when the
+    numbers do not match the model's.
+
+    ``dead`` is None, or why the engine cannot be used any more.
+    """
+
+    def __init__(
+        self, compiled: Any, inputs: Sequence[torch.dtype], outputs: Sequence[torch.dtype]
+    ) -> None:
+        import openvino as ov
+
+        # The base class's method: openvino.InferRequest.infer costs 15 µs more, for conveniences
+        # that are not used here.
+        from openvino._pyopenvino import InferRequest
+
+        if len(inputs) != len(compiled.inputs) or len(outputs) != len(compiled.outputs):
+            raise ValueError(
+                f"{len(inputs)} inputs and {len(outputs)} outputs were named, the model has "
+                f"{len(compiled.inputs)} and {len(compiled.outputs)}."
+            )
+        known = _element_types()
+        for dtype in (*inputs, *outputs):
+            if dtype not in known.values():
+                raise TypeError(f"{dtype} has no counterpart among OpenVINO's element types.")
+        self.dead: str | None = None
+        self._tensor: Any = ov.Tensor
+        self._infer: Any = InferRequest.infer
+        self._compiled = compiled
+        self._types = [port.element_type for port in compiled.inputs]
+        self._dtypes = [_dtype(port, known) for port in compiled.inputs]
+        conversions = [
+            _conversion(_dtype(port, known), wanted)
+            for port, wanted in zip(compiled.outputs, outputs, strict=True)
+        ]
+        self._conversions = conversions if any(conversions) else None
+        # The smallest size an output may have: OpenVINO enlarges the tensor as it needs.
+        self._fresh = [
+            (port.element_type, ov.Shape([size.get_min_length() for size in port.partial_shape]))
+            for port in compiled.outputs
+        ]
+        self._bindable = self._own_outputs()
+        self._pool: list[_Slot] = []
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs for one set of inputs, each owned by the caller alone.
+
+        ``tensors``: plain CPU tensors, of any strides, as many as the model has inputs; never
+        written to. They are read until `run` returns, so nobody may write to them meanwhile.
+        The outputs share memory with nothing, except that their storage cannot be resized; under
+        inference mode they are inference tensors, as eager's would be.
+
+        Raises EngineDead when `infer` fails, in this call or an earlier one, and ValueError when
+        the model does not take these sizes (the engine stays usable).
+        """
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        try:
+            slot = self._pool.pop()
+        except IndexError:
+            slot = self._new_slot()
+        if len(tensors) != len(slot.shapes):
+            raise ValueError(f"{len(tensors)} tensors for {len(slot.shapes)} inputs.")
+        # OpenVINO keeps nothing alive: what is bound in place must last until `infer` has returned.
+        in_place: list[_Array | None] = []
+        shapes = slot.shapes
+        for index, x in enumerate(tensors):
+            if x.shape == shapes[index] and not x.requires_grad:
+                slot.copies[index](x)  # type: ignore[misc]  # there is one where there is a shape
+            else:
+                in_place.append(self._bind_input(slot, index, x))
+        large = slot.large
+        if large:
+            self._renew_outputs(slot)
+        try:
+            results = self._infer(slot.request, {}, bool(large), False)
+        except Exception as error:
+            # The plugin has been seen to answer wrongly at good shapes after one failure, from new
+            # requests too. So nothing of this compiled model may serve again.
+            self.close(f"OpenVINO failed while running the model: {error}")
+            raise EngineDead(self.dead) from error
+        if self.dead is not None:
+            # Another thread's call failed while this one ran: its values cannot be trusted.
+            raise EngineDead(self.dead)
+        arrays = self._take_outputs(slot, results) if large else results.values()
+        outputs = [torch.from_numpy(array) for array in arrays]
+        if in_place and not large:
+            # Sizes that are new to the slot, or large: outputs may have become large as well.
+            self._choose_large(slot, results)
+        self._pool.append(slot)
+        if self._conversions is not None:
+            return [
+                tensor if convert is None else convert(tensor)
+                for tensor, convert in zip(outputs, self._conversions, strict=True)
+            ]
+        return outputs
+
+    def close(self, why: str = "The engine was closed.") -> None:
+        """Give up the compiled model and every buffer; calls under way end with EngineDead."""
+        if self.dead is None:
+            self.dead = why
+        self._compiled = None
+        self._pool = []
+
+    def _new_slot(self) -> _Slot:
+        compiled = self._compiled
+        if compiled is None:
+            raise EngineDead(self.dead)
+        return _Slot(compiled.create_infer_request(), len(self._types))
+
+    def _bind_input(self, slot: _Slot, index: int, x: torch.Tensor) -> _Array | None:
+        """Bind an input whose size is not the bound one's; an array returned must be kept."""
+        if x.requires_grad:
+            # In grad mode the buffer would join the graph and keep every call's inputs alive.
+            x = x.detach()
+        array = None
+        if x.nbytes <= _COPY_INPUT_BYTES:
+            shape = x.shape
+            ready = slot.ready[index]
+            entry = ready.pop(shape, None) or self._buffer(index, shape)
+            ready[shape] = entry
+            if len(ready) > _BUFFERS_PER_INPUT:
+                del ready[next(iter(ready))]
+            tensor, copy = entry
+            copy(x)
+            slot.shapes[index], slot.copies[index] = shape, copy
+        else:
+            # So that a smaller input, next time, is bound anew.
+            slot.shapes[index] = slot.copies[index] = None
+            array, tensor = self._wrapped(index, x)
+        try:
+            slot.request.set_input_tensor(index, tensor)
+        except RuntimeError as error:
+            raise ValueError(f"The model does not take input {index}: {error}") from error
+        return array
+
+    def _buffer(self, index: int, shape: torch.Size) -> tuple[Any, _Copy]:
+        tensor = self._tensor(self._types[index], list(shape))
+        # An inference tensor could not be written to by a later call under no_grad.
+        with torch.inference_mode(False):
+            buffer = torch.from_numpy(tensor.data)
+            if self._dtypes[index] == torch.bfloat16:
+                buffer = buffer.view(torch.bfloat16)
+        return tensor, buffer.copy_
+
+    def _wrapped(self, index: int, x: torch.Tensor) -> tuple[_Array, Any]:
+        """An array over the tensor's own memory where that will do, and OpenVINO's view of it."""
+        if x.dtype != self._dtypes[index]:
+            x = x.to(self._dtypes[index])
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if x.is_neg():
+            x = x.resolve_neg()
+        if x.dtype == torch.bfloat16:
+            array = x.view(torch.uint16).numpy()
+            return array, self._tensor(array, list(x.shape), self._types[index])
+        array = x.numpy()
+        return array, self._tensor(array, shared_memory=True)
+
+    def _own_outputs(self) -> list[bool]:
+        """Which outputs may be given a buffer.
+
+        Not one that is an input unchanged: both are one tensor to the request, and binding one
+        silently replaces the other. Of outputs that are the same tensor, the last takes the buffer.
+        Found out by trying, since names and graphs tell it only in part.
+        """
+        request = self._compiled.create_infer_request()
+        bound: list[int | None] = []
+        for index, (element_type, least) in enumerate(self._fresh):
+            tensor = self._tensor(element_type, [max(size, 1) for size in least])
+            try:
+                request.set_output_tensor(index, tensor)
+            except RuntimeError as error:
+                _log.debug("Output %d takes no buffer: %s", index, error)
+                bound.append(None)
+            else:
+                bound.append(tensor.data.ctypes.data)
+        taken = {
+            request.get_input_tensor(index).data.ctypes.data for index in range(len(self._types))
+        }
+        return [
+            where is not None
+            and where not in taken
+            and where == request.get_output_tensor(index).data.ctypes.data
+            for index, where in enumerate(bound)
+        ]
+
+    def _choose_large(self, slot: _Slot, results: dict[Any, _Array]) -> None:
+        for index, array in enumerate(results.values()):
+            if array.nbytes >= _BIND_OUTPUT_BYTES and self._bindable[index]:
+                slot.large = (*slot.large, index)
+                self._bind_output(slot, index)
+
+    def _bind_output(self, slot: _Slot, index: int) -> None:
+        slot.request.set_output_tensor(index, self._tensor(*self._fresh[index]))
+        slot.held.pop(index, None)
+        slot.capacity[index] = 0
+
+    def _renew_outputs(self, slot: _Slot) -> None:
+        """A new buffer for each large output that somebody still holds."""
+        for index in slot.large:
+            held = slot.held.get(index)
+            if held is not None and _references(held) != _ALONE:
+                self._bind_output(slot, index)
+
+    def _take_outputs(self, slot: _Slot, results: dict[Any, _Array]) -> list[_Array]:
+        """Arrays to hand out: the buffers themselves where they are filled, else copies."""
+        arrays = list(results.values())
+        for index, array in enumerate(arrays):
+            size = array.nbytes
+            if index in slot.large and size >= max(slot.capacity[index], _BIND_OUTPUT_BYTES):
+                slot.capacity[index] = size
+                slot.held[index] = [array]
+                continue
+            arrays[index] = array.copy()
+            if index in slot.large:
+                # Handing out a corner of a large buffer would keep all of it alive.
+                self._bind_output(slot, index)
+        return arrays

@@ -1,0 +1,326 @@
+"""OpenVINO itself: the core, its devices, the properties a model is compiled with.
+
+OpenVINO is imported inside the functions: ``import ovshim`` must not pay for it.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError
+
+_log = logging.getLogger("ovshim")
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_CAPABILITIES = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
+
+# These hand properties on to the devices they stand for; BATCH takes them itself.
+_HANDING_ON = ("AUTO", "HETERO", "MULTI")
+
+# The kinds of nodes whose precision decides speed and error; the others convert, move or add.
+_COMPUTE = frozenset(
+    {
+        "BrgemmConv",
+        "Convolution",
+        "Deconvolution",
+        "FullyConnected",
+        "FullyConnectedCompressed",
+        "Gemm",
+        "GroupConvolution",
+        "GRUCell",
+        "GRUSequence",
+        "LLMMLP",
+        "LSTMCell",
+        "LSTMSequence",
+        "MatMul",
+        "MHA",
+        "QKVProjection",
+        "RNNCell",
+        "RNNSeq",
+        "RNNSequence",
+        "ScaledDotProductAttention",
+        "ScaledDotProductAttentionWithKVCache",
+    }
+)
+_SCAFFOLDING = frozenset({"Const", "Convert", "Input", "Output", "Parameter", "Reorder", "Result"})
+
+_ISA = (
+    *("avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512_vnni", "avx512_bf16"),
+    *("avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
+    *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+
+_core: Any = None
+_core_lock = threading.Lock()
+_inherited: list[Any] = []
+
+
+def core() -> Any:
+    """The process's one ``openvino.Core``."""
+    global _core
+    if _core is None:
+        with _core_lock:
+            if _core is None:
+                # The telemetry package forks and calls out on every conversion; without it
+                # openvino.tools.ovc falls back to a stub of its own.
+                sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+                import openvino
+
+                _core = openvino.Core()
+    return _core
+
+
+def _forget_after_fork() -> None:
+    global _core, _core_lock
+    # Destroying what the parent made hangs in the child, and the lock may have been held by a
+    # thread that is not here any more.
+    if _core is not None:
+        _inherited.append(_core)
+    _core = None
+    _core_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def version() -> str:
+    """OpenVINO's version with its build number."""
+    import openvino
+
+    return str(openvino.get_version())
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device OpenVINO can use here.
+
+    ``name``: as options take it; ``full_name``: the maker's; ``precisions``: those the plugin says
+    it is fast in, which is a claim (a plugin went on saying bf16 with the instructions switched
+    off): what a compiled model really runs in is `precision_run`'s answer.
+    """
+
+    name: str
+    full_name: str
+    precisions: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "full_name": self.full_name,
+            "precisions": list(self.precisions),
+        }
+
+
+def devices() -> list[Device]:
+    """The devices that can be used, in OpenVINO's order."""
+    found = []
+    for name in core().available_devices:
+        capabilities = core().get_property(name, "OPTIMIZATION_CAPABILITIES")
+        found.append(
+            Device(
+                name=name,
+                full_name=str(core().get_property(name, "FULL_DEVICE_NAME")).strip(),
+                precisions=tuple(_CAPABILITIES[c] for c in _CAPABILITIES if c in capabilities),
+            )
+        )
+    return found
+
+
+def members(device: str) -> list[str]:
+    """The devices that a name stands for: ``HETERO:GPU,CPU`` is GPU and CPU, ``AUTO`` is all."""
+    kind, colon, listed = device.partition(":")
+    named = [item.partition("(")[0] for item in listed.split(",")] if colon else []
+    wanted = [item for item in named if not item.startswith("-")]
+    if wanted:
+        return wanted
+    if kind == "AUTO":
+        left_out = {item[1:] for item in named}
+        return [name for name in core().available_devices if name not in left_out]
+    return [device]
+
+
+def check_device(device: str) -> None:
+    """OptionError when a device that was named is not there."""
+    available = list(core().available_devices)
+    # One GPU is listed without its number and answers to GPU.0 too; of several, GPU is the first.
+    numbered = {f"{name}.0" for name in available if "." not in name and name != "CPU"}
+    known = {*available, *numbered, *(name.partition(".")[0] for name in available)}
+    missing = [name for name in members(device) if name not in known]
+    if missing or not members(device):
+        raise OptionError(
+            "device",
+            device,
+            f"what OpenVINO finds on this machine: {', '.join(available) or 'nothing'}",
+            "Name one of those, or install the driver of the device that is missing.",
+        )
+
+
+def safe_precision(
+    precision: str, *, device: str, hint: str, streams: int | None, threads: int | None
+) -> str:
+    """``precision``, or fp32 where running it could end the process.
+
+    Gated feed-forward layers in bf16 or f16 raise SIGFPE in the CPU plugin when a stream has a
+    single thread: one thread in all, a throughput hint on few cores, an affinity of one core.
+    ``threads``: what is given to OpenVINO; None: as many as the process may use.
+    """
+    if precision == "fp32" or not any(name == "CPU" for name in members(device)):
+        return precision
+    # OpenVINO takes no more threads than there are cores for the process to run on.
+    usable = min(threads or _usable_cpus(), _usable_cpus())
+    if streams is None:
+        # By the throughput hint the plugin chooses up to one stream per thread.
+        streams = usable if hint == "throughput" else 1
+    return precision if usable // streams >= 2 else "fp32"
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def settings(
+    *,
+    device: str = "CPU",
+    precision: str,
+    hint: str,
+    streams: int | None,
+    threads: int | None,
+    properties: Mapping[str, Any],
+) -> dict[str, Any]:
+    """OpenVINO's properties for `compile_model`, by name.
+
+    ``precision``: fp32, bf16 or fp16; ``hint``: latency or throughput; ``streams``, ``threads``:
+    None leaves them to OpenVINO; ``properties``: the user's own, which win. CACHE_DIR is never set:
+    the key of that cache leaves the precision out, and its blobs carry no checksum.
+    """
+    ours: dict[str, Any] = {
+        # Never left to the default, which is bf16 without a word wherever the CPU has it.
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "PERFORMANCE_HINT": hint.upper(),
+        # The default quantizes activations of compressed layers, silently, under the f32 hint.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    if precision == "fp32":
+        # The default keeps keys and values in u8: token ids then differ from eager's.
+        ours["KV_CACHE_PRECISION"] = "f32"
+    if streams is not None:
+        ours["NUM_STREAMS"] = streams
+    if threads is not None:
+        ours["INFERENCE_NUM_THREADS"] = threads
+    kind = device.partition(":")[0]
+    if kind not in _HANDING_ON:
+        return {**_accepted(members(device)[0], ours), **properties}
+    # AUTO accepts any name, misspelt ones too, and MULTI turns the hint into THROUGHPUT unless it
+    # is given per device. So each device gets its own set.
+    nested = {
+        name: {
+            **_accepted(name, ours),
+            **{key: value for key, value in properties.items() if key in ours},
+        }
+        for name in members(device)
+    }
+    rest = {key: value for key, value in properties.items() if key not in ours}
+    return {"PERFORMANCE_HINT": ours["PERFORMANCE_HINT"], **rest, "DEVICE_PROPERTIES": nested}
+
+
+def _accepted(device: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of our properties that a device knows; the precision always, so that it may refuse."""
+    if device == "CPU":
+        return dict(ours)
+    try:
+        known = core().get_property(device, "SUPPORTED_PROPERTIES")
+    except RuntimeError as error:
+        # The device is not there, or says nothing of itself: compiling will tell.
+        _log.debug("No list of properties from %s: %s", device, error)
+        return {key: ours[key] for key in ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")}
+    return {
+        key: value
+        for key, value in ours.items()
+        if key in known or key == "INFERENCE_PRECISION_HINT"
+    }
+
+
+def compile_model(source: Path, device: str, settings: Mapping[str, Any]) -> Any:
+    """Compile the IR at ``source`` (an ``.xml`` with its ``.bin`` beside it).
+
+    From the path, so that the weights are mapped from the file: by way of `read_model` or a model
+    in memory a second copy of them stays. RuntimeError when OpenVINO cannot.
+    """
+    return core().compile_model(str(source), device, dict(settings))
+
+
+def precision_run(compiled: Any) -> str:
+    """What most of the compute nodes run in: ``f32``, ``bf16``, ``f16``, ``i8``, ...
+
+    Read from the execution graph: the property of the compiled model says what was asked for.
+    Where there is nothing to multiply, the other nodes count; ``unknown`` when the device shows
+    no graph.
+    """
+    try:
+        nodes = compiled.get_runtime_model().get_ops()
+    except RuntimeError as error:
+        _log.debug("No execution graph: %s", error)
+        return "unknown"
+    compute: Counter[str] = Counter()
+    other: Counter[str] = Counter()
+    for node in nodes:
+        info = node.get_rt_info()
+        if "layerType" not in info or "runtimePrecision" not in info:
+            continue
+        kind = info["layerType"].astype(str)
+        ran = info["runtimePrecision"].astype(str)
+        if kind in _COMPUTE:
+            compute["i8" if ran == "u8" else ran] += 1
+        elif kind not in _SCAFFOLDING:
+            other[ran] += 1
+    count = compute or other
+    # Of equals the first by name, so that the answer does not depend on the order of nodes.
+    return min(count, key=lambda ran: (-count[ran], ran)) if count else "unknown"
+
+
+@functools.cache
+def processor() -> str:
+    """A short name for the CPU: what was measured on one holds on another with the same name.
+
+    Letters, digits and dashes; the same in every process of a machine. In it: the model, the
+    instruction sets that matter, and oneDNN's cap on them.
+    """
+    name = str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+    facts = {"name": name, "machine": platform.machine(), **_cpuinfo()}
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        facts[variable] = os.environ.get(variable, "").upper()
+    record = "\n".join(f"{key}={facts[key]}" for key in sorted(facts))
+    digest = hashlib.sha256(record.encode()).hexdigest()[:10]
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in name.lower()).split()
+    return "-".join([*words, digest])
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Model numbers and instruction sets as Linux tells them; elsewhere the name must do."""
+    found: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, _, value = (part.strip() for part in line.partition(":"))
+                if key.lower() in ("flags", "features"):
+                    flags = set(value.split())
+                    found.setdefault("isa", " ".join(flag for flag in _ISA if flag in flags))
+                elif key in ("vendor_id", "cpu family", "model", "CPU part", "CPU variant"):
+                    found.setdefault(key, value)
+                elif not line.strip() and found:
+                    break  # the first processor tells; the others are its like
+    except OSError:
+        return {}
+    return found
