@@ -1,0 +1,208 @@
+"""The copy that carries an acceleration, so that the user's own module is never touched.
+
+A twin is an object of the user's own class with its own tree.  Every submodule in it is a shallow
+copy over the original's `_parameters` and `_buffers`, the dictionaries themselves: tensors are one,
+and `.half()`, `load_state_dict(assign=True)` or a new parameter through either is seen by both.
+Children, hooks, flags and plain attributes are each one's own.
+
+Sharing less (the root's dictionaries copied) leaves a model half old and half new after
+`load_state_dict(assign=True)`; sharing more (the children) lets `twin.eval()` flip the original.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.jit._recursive import wrap_cpp_module
+from torch.jit._script import RecursiveScriptModule
+from torch.nn.modules.module import _WrappedHook
+from torch.nn.parameter import is_lazy
+
+from ovshim.bound import BoundMethod, claim, installed
+
+_SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
+_OWN_DICTS = frozenset(
+    name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)
+).difference(_SHARED)
+# torch.compile's result for the original's own call: a twin that kept it would run the original.
+_DROPPED = frozenset({"_compiled_call_impl"})
+# What wrap_cpp_module made for the twin of a scripted module.
+_SCRIPTED = frozenset(
+    {"_initializing", "_c", "_concrete_type", "_modules", "_non_persistent_buffers_set"}
+).union(_SHARED)
+# Plain attributes are searched for modules this deep, as in {"stages": [(norm, block)]}.
+_DEPTH = 3
+
+
+def make_twin(module: nn.Module) -> nn.Module:
+    """Returns a twin of `module`, with the same class, tensors and hooks, and a tree of its own.
+
+    Modules, and methods bound to modules, that are found in plain attributes (directly or in
+    lists, tuples, dicts, sets, partials and weak references) become their twins too, so that a
+    reference back to a parent leads into the twin's tree.  A module used in two places is one
+    object in both trees.  Methods accelerated in the original are accelerated anew in the twin.
+
+    Raises ValueError for a module with uninitialised parameters (a lazy module), and for a class
+    whose objects cannot be made without calling its constructor.
+    """
+    return _Tree().grow(module)
+
+
+class _Tree:
+    """One pass over everything reachable from one module."""
+
+    def __init__(self) -> None:
+        self.twins: dict[int, nn.Module] = {}
+        self.todo: list[tuple[nn.Module, nn.Module]] = []
+        self.weak: list[tuple[dict[str, Any], str, nn.Module]] = []
+
+    def grow(self, root: nn.Module) -> nn.Module:
+        twin = self.twin(root)
+        # A list of work instead of recursion: trees refer back to parents, and may be deep.
+        while self.todo:
+            self.fill(*self.todo.pop())
+        for entries, key, target in self.weak:
+            if id(target) in self.twins:  # else nothing would keep the twin alive
+                entries[key] = weakref.ref(self.twins[id(target)])
+        for made in self.twins.values():
+            if installed(made):
+                claim(made)
+        return twin
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """Returns the twin of `module`, empty until its turn comes."""
+        made = self.twins.get(id(module))
+        if made is None:
+            made = _empty(module)
+            pairs = [(module, made)]
+            if isinstance(module, RecursiveScriptModule):
+                pairs = list(zip(module.modules(), made.modules(), strict=True))
+            self.twins.update((id(old), new) for old, new in pairs)
+            self.todo.extend(pairs)
+        return made
+
+    def fill(self, module: nn.Module, twin: nn.Module) -> None:
+        entries = twin.__dict__
+        scripted = isinstance(twin, RecursiveScriptModule)
+        for key, value in module.__dict__.items():
+            if key in _DROPPED or (scripted and key in _SCRIPTED):
+                continue
+            if isinstance(value, torch._C.ScriptMethod):  # a cached one, bound to the original
+                continue
+            if key in _SHARED:
+                entries[key] = value
+            elif key in _OWN_DICTS:
+                entries[key] = copy.copy(value)
+                entries[key].update({k: self.value(v, _DEPTH) for k, v in value.items()})
+            elif isinstance(value, weakref.ref) and isinstance(target := value(), nn.Module):
+                entries[key] = value
+                self.weak.append((entries, key, target))
+            else:
+                entries[key] = self.value(value, _DEPTH)
+        for name in _slots(type(module)):
+            if hasattr(module, name):
+                object.__setattr__(twin, name, self.value(getattr(module, name), _DEPTH))
+
+    def value(self, value: Any, depth: int) -> Any:
+        """Returns `value` with the modules in it replaced; the very same object if there are none.
+
+        That an untouched container stays the same object is what a shallow copy does: lists that
+        a module shares with its surroundings go on being shared.
+        """
+        kind = type(value)
+        if issubclass(kind, nn.Module):
+            return self.twin(value)
+        if kind is BoundMethod:
+            return value
+        if kind is MethodType and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self.twin(value.__self__))
+        if kind is _WrappedHook:
+            target = value.module() if value.with_module else None
+            return _WrappedHook(self.value(value.hook, depth), target and self.twin(target))
+        if depth == 0:
+            return value
+        return self.container(value, kind, depth - 1)
+
+    def container(self, value: Any, kind: type, depth: int) -> Any:
+        if kind is functools.partial:
+            old = [value.func, *value.args, *value.keywords.values()]
+            new = [self.value(v, depth) for v in old]
+            if not _differ(old, new):
+                return value
+            keywords = dict(zip(value.keywords, new[1 + len(value.args) :], strict=True))
+            return functools.partial(new[0], *new[1 : 1 + len(value.args)], **keywords)
+        if issubclass(kind, dict):
+            new = [self.value(v, depth) for v in value.values()]
+            if not _differ(value.values(), new):
+                return value
+            changed = copy.copy(value)
+            changed.update(zip(value, new, strict=True))
+            return changed
+        if issubclass(kind, tuple) and hasattr(kind, "_make"):
+            new = [self.value(v, depth) for v in value]
+            return kind._make(new) if _differ(value, new) else value
+        if kind in (list, tuple, set, frozenset):
+            old = list(value)
+            new = [self.value(v, depth) for v in old]
+            return kind(new) if _differ(old, new) else value
+        return value
+
+
+def _differ(old: Any, new: list[Any]) -> bool:
+    return any(a is not b for a, b in zip(old, new, strict=True))
+
+
+def _empty(module: nn.Module) -> nn.Module:
+    """Returns an object of the module's class without attributes."""
+    cls = type(module)
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    if any(is_lazy(tensor) for tensor in tensors if tensor is not None):
+        raise ValueError(
+            f"{cls.__name__} has parameters that are not initialised yet. "
+            "Run the module once on an example before accelerating it."
+        )
+    if isinstance(module, RecursiveScriptModule):
+        return _script_twin(module)
+    try:
+        # Not cls.__new__: GraphModule's makes a new class, and others want arguments.
+        return object.__new__(cls)
+    except TypeError as error:
+        raise ValueError(
+            f"An object of {cls.__name__} cannot be copied without its constructor ({error}). "
+            "Accelerate the module itself: inplace=True."
+        ) from error
+
+
+def _script_twin(module: RecursiveScriptModule) -> nn.Module:
+    """Returns a scripted module over the same tensors with flags of its own.
+
+    Its state lives in C++: `copy.copy` shares the children there, so they are copied one by one.
+    """
+
+    def copied(node: Any) -> Any:
+        new = copy.copy(node)
+        for name, child in torch._C.ModuleDict(node).items():
+            new.setattr(name, copied(child))
+        return new
+
+    twin: nn.Module = wrap_cpp_module(copied(module._c))  # type: ignore[no-untyped-call]
+    return twin
+
+
+def _slots(cls: type) -> list[str]:
+    """Returns the attributes that objects of `cls` keep outside their `__dict__`."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{base.__name__.lstrip('_')}{name}"
+            if name not in ("__dict__", "__weakref__"):
+                names.append(name)
+    return names
