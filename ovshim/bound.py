@@ -210,14 +210,24 @@ class _Seal:
 
     `usual` is its reference count while one module and that module's `bound` methods hold it.
     A `loose` seal came with `copy.copy`, which does not say which object the copy will be.
+
+    Whoever keeps a copy of a module's `__dict__` to compare it with later should put
+    `_ovshim_stand_in` into it where the seal would be: it is equal to every seal and counts as
+    no reference to any.
     """
 
     _ovshim_transparent = True
+    _ovshim_stand_in = object()
     __slots__ = ("bound", "loose", "module", "usual")
 
     def __init__(self, module: nn.Module, bound: int, loose: bool = False) -> None:
         self.__setstate__((module, bound))
         self.loose = loose
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is _Seal._ovshim_stand_in
+
+    __hash__ = object.__hash__
 
     def __getstate__(self) -> tuple[nn.Module, int]:
         return self.module, self.bound

@@ -121,6 +121,14 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "A parameter, a buffer or an input is not in the memory of the CPU.",
             "Move it with .to('cpu'); the device= option chooses where OpenVINO computes.",
         ),
+        "untracked-weights": Sentence(
+            "A weight was made in inference mode, so that changes of it go unnoticed.",
+            "Build or load the module outside torch.inference_mode().",
+        ),
+        "double-precision": Sentence(
+            "The module computes in float64, which OpenVINO would lower to float32.",
+            "Call .float() on the module, or give precision='fp32' to accept float32.",
+        ),
         # What the build met.
         "capture-failed": Sentence(
             "The module could not be captured as one graph.",

@@ -64,18 +64,23 @@ _core_lock = threading.Lock()
 _inherited: list[Any] = []
 
 
+def openvino() -> Any:
+    """The package itself, imported at the first call."""
+    # The telemetry package forks and calls out on every conversion; without it
+    # openvino.tools.ovc falls back to a stub of its own.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino as package
+
+    return package
+
+
 def core() -> Any:
     """The process's one ``openvino.Core``."""
     global _core
     if _core is None:
         with _core_lock:
             if _core is None:
-                # The telemetry package forks and calls out on every conversion; without it
-                # openvino.tools.ovc falls back to a stub of its own.
-                sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-                import openvino
-
-                _core = openvino.Core()
+                _core = openvino().Core()
     return _core
 
 
@@ -95,9 +100,7 @@ if hasattr(os, "register_at_fork"):
 
 def version() -> str:
     """OpenVINO's version with its build number."""
-    import openvino
-
-    return str(openvino.get_version())
+    return str(openvino().get_version())
 
 
 @dataclass(frozen=True)

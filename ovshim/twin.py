@@ -23,8 +23,9 @@ from torch.jit._recursive import wrap_cpp_module
 from torch.jit._script import RecursiveScriptModule
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
-from ovshim.bound import BoundMethod, claim, installed
+from ovshim.bound import BoundMethod, Original, claim, installed
 
 _SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 _OWN_DICTS = frozenset(
@@ -43,9 +44,10 @@ _DEPTH = 3
 def make_twin(module: nn.Module) -> nn.Module:
     """Returns a twin of `module`, with the same class, tensors and hooks, and a tree of its own.
 
-    Modules, and methods bound to modules, that are found in plain attributes (directly or in
-    lists, tuples, dicts, sets, partials and weak references) become their twins too, so that a
-    reference back to a parent leads into the twin's tree.  A module used in two places is one
+    Modules, and methods bound to modules, that are found in plain attributes (directly, by a weak
+    reference, or in lists, tuples, dicts, sets and partials) become their twins too, so that a
+    reference back to a parent leads into the twin's tree; in closures and in objects that are no
+    modules they stay the original's, as in a deep copy.  A module used in two places is one
     object in both trees.  Methods accelerated in the original are accelerated anew in the twin.
 
     Raises ValueError for a module with uninitialised parameters (a lazy module), and for a class
@@ -61,6 +63,9 @@ class _Tree:
         self.twins: dict[int, nn.Module] = {}
         self.todo: list[tuple[nn.Module, nn.Module]] = []
         self.weak: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self.methods: dict[int, BoundMethod] = {}
+        self.hooks: dict[int, dict[int, Any]] = {}  # id of the original's -> the twin's
+        self.handles: list[tuple[RemovableHandle, RemovableHandle]] = []
 
     def grow(self, root: nn.Module) -> nn.Module:
         twin = self.twin(root)
@@ -70,6 +75,10 @@ class _Tree:
         for entries, key, target in self.weak:
             if id(target) in self.twins:  # else nothing would keep the twin alive
                 entries[key] = weakref.ref(self.twins[id(target)])
+        for old, new in self.handles:
+            new.id = old.id
+            new.hooks_dict_ref = self.moved(old.hooks_dict_ref)
+            new.extra_dict_ref = tuple(map(self.moved, old.extra_dict_ref))
         for made in self.twins.values():
             if installed(made):
                 claim(made)
@@ -87,6 +96,10 @@ class _Tree:
             self.todo.extend(pairs)
         return made
 
+    def moved(self, hooks: weakref.ref[Any]) -> weakref.ref[Any]:
+        twins = self.hooks.get(id(hooks()))
+        return hooks if twins is None else weakref.ref(twins)
+
     def fill(self, module: nn.Module, twin: nn.Module) -> None:
         entries = twin.__dict__
         scripted = isinstance(twin, RecursiveScriptModule)
@@ -98,7 +111,7 @@ class _Tree:
             if key in _SHARED:
                 entries[key] = value
             elif key in _OWN_DICTS:
-                entries[key] = copy.copy(value)
+                entries[key] = self.hooks[id(value)] = copy.copy(value)
                 entries[key].update({k: self.value(v, _DEPTH) for k, v in value.items()})
             elif isinstance(value, weakref.ref) and isinstance(target := value(), nn.Module):
                 entries[key] = value
@@ -119,15 +132,30 @@ class _Tree:
         if issubclass(kind, nn.Module):
             return self.twin(value)
         if kind is BoundMethod:
-            return value
+            return self.bound(value)
         if kind is MethodType and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.twin(value.__self__))
         if kind is _WrappedHook:
             target = value.module() if value.with_module else None
             return _WrappedHook(self.value(value.hook, depth), target and self.twin(target))
+        if kind is RemovableHandle:
+            # handle.remove() in a method of the twin has to find the twin's hook.
+            handle = object.__new__(RemovableHandle)
+            self.handles.append((value, handle))
+            return handle
         if depth == 0:
             return value
         return self.container(value, kind, depth - 1)
+
+    def bound(self, method: BoundMethod) -> BoundMethod:
+        new = self.methods.get(id(method))
+        if new is None:
+            old = method.original
+            beneath = self.value(old.beneath, _DEPTH)
+            original = Original(self.twin(old.module), old.name, beneath)
+            # claim() replaces the seal when the twin is complete.
+            new = self.methods[id(method)] = BoundMethod(original, method.make, method._seal)
+        return new
 
     def container(self, value: Any, kind: type, depth: int) -> Any:
         if kind is functools.partial:

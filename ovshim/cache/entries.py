@@ -67,11 +67,11 @@ def complete(directory: Path, head: dict[str, Any]) -> dict[str, Any]:
         files.sync(directory / name)
         size, digest = files.checksum(directory / name)
         listed[name] = {"size": size, "xxh3": digest}
-    manifest = {**head, "files": listed}
+    sealed = files.seal({**head, "files": listed})
     files.write_new(directory / MARKER, b"")
-    files.write_new(directory / MANIFEST, files.seal(manifest))
+    files.write_new(directory / MANIFEST, sealed)
     files.sync(directory)
-    return manifest
+    return files.unseal(sealed)  # as the next reader will see it: lists for tuples
 
 
 def read(path: Path) -> Entry:

@@ -201,7 +201,8 @@ class Store:
                     raise ValueError("another entry has taken its place")
                 now[section] = value
                 temporary = upkeep.temporary(self._room)
-                files.write_new(temporary / MANIFEST, files.seal(now))
+                sealed = files.seal(now)
+                files.write_new(temporary / MANIFEST, sealed)
                 os.replace(temporary / MANIFEST, entry.path / MANIFEST)
             except (OSError, ValueError, TypeError, RecursionError) as error:
                 _log.warning("%s in %s could not be amended: %s", section, entry.path, error)
@@ -209,7 +210,7 @@ class Store:
             finally:
                 if temporary is not None:
                     upkeep.erase(temporary)
-        return Entry(entry.path, entry.family, entry.variant, now)
+        return Entry(entry.path, entry.family, entry.variant, files.unseal(sealed))
 
     def discard(self, entry: Entry) -> None:
         """Takes an entry out of the store, in use or not; who has its files open keeps them."""

@@ -1,0 +1,227 @@
+"""`accelerate` and `explain`: what most users need to know of ovshim."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, Unpack, overload
+
+import torch
+from torch import nn
+
+from ovshim import runtime
+from ovshim.bound import install, installed
+from ovshim.dispatch import Dispatcher
+from ovshim.errors import OptionError
+from ovshim.handle import Handle
+from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
+from ovshim.report import Report
+from ovshim.twin import make_twin
+
+__all__ = ["accelerate", "as_call", "explain"]
+
+M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound=type[nn.Module])
+
+_EXAMPLE_FORMS = (
+    "a tensor (one positional argument), a tuple (positional arguments) or a mapping (keywords)"
+)
+
+
+@overload
+def accelerate(
+    module: M,
+    example_input: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> M: ...
+
+
+@overload
+def accelerate(
+    *, options: Options | None = None, **fields: Unpack[OptionFields]
+) -> Callable[[C], C]: ...
+
+
+def accelerate(
+    module: Any = None,
+    example_input: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Any:
+    """Make a module run on OpenVINO.
+
+        fast = ovshim.accelerate(model, example_input)
+        with torch.inference_mode():
+            y = fast(x)
+
+    The result is of the module's own class and has its parameters; `fast.ovshim` is the one name
+    added. Calls that OpenVINO cannot serve rightly are served by the module's own method;
+    `print(ovshim.explain(fast))` tells which and why.
+
+    Args:
+        module: an `nn.Module` in evaluation mode. Left out, the result decorates a class: each
+            instance of it accelerates itself at its first call.
+        example_input: the arguments of a call: a tensor (one positional argument), a tuple
+            (positional arguments) or a mapping (keyword arguments). Left out, the first call is
+            the example.
+        example_kwargs: keyword arguments beside an `example_input` that is a tensor or a tuple.
+        options, fields: see `ovshim.Options`; fields win.
+
+    Returns:
+        A twin of the module over the same tensors; the module itself with `inplace=True`.
+
+    Raises:
+        OptionError: a value that cannot be right.
+        FallbackError: `strict=True`, and eager would have to serve the example.
+    """
+    chosen = resolve(options, dict(fields))
+    if module is None:
+        if example_input is not None or example_kwargs is not None:
+            raise OptionError(
+                "module", None, "an nn.Module", "Give the module before its example input."
+            )
+        return _decorator(chosen)
+    _check_module(module, chosen)
+    if enabled_in_environment():
+        runtime.check_device(chosen.device)
+    call = None if example_input is None and example_kwargs is None else as_call(
+        example_input, example_kwargs
+    )
+    fast = module if chosen.inplace else make_twin(module)
+    _equip(fast, chosen)
+    if call is not None:
+        dispatcher = installed(fast)[chosen.methods[0]].dispatcher
+        assert isinstance(dispatcher, Dispatcher)
+        dispatcher.prepare(*call)
+    return fast
+
+
+def explain(
+    module: nn.Module,
+    example_input: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **fields: Unpack[OptionFields],
+) -> Report:
+    """How an accelerated module is served; or, for a plain module with an example, how it would be.
+
+    The latter is a dry run: the same build, nothing cached, the module untouched.
+
+    Raises:
+        OptionError: a plain module without an example, or a value that cannot be right.
+    """
+    if not isinstance(module, nn.Module):
+        raise _no_module(module)
+    handle = module.__dict__.get("ovshim")
+    if isinstance(handle, Handle):
+        return handle.report()
+    if example_input is None and example_kwargs is None:
+        raise OptionError(
+            "example_input", None, _EXAMPLE_FORMS, "Give an example of a call of this plain module."
+        )
+    chosen = dataclasses.replace(
+        resolve(None, dict(fields)), inplace=False, cache_dir=False, strict=False
+    )
+    fast = accelerate(module, example_input, example_kwargs=example_kwargs, options=chosen)
+    return fast.ovshim.report()  # type: ignore[no-any-return, operator, union-attr]
+
+
+def as_call(
+    example_input: Any, example_kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that an example stands for.
+
+    Raises:
+        OptionError: it is in none of the forms.
+    """
+    if isinstance(example_input, Mapping):
+        if example_kwargs is not None:
+            raise OptionError(
+                "example_kwargs",
+                example_kwargs,
+                "keywords beside a tensor or a tuple",
+                "Put all keywords into one mapping.",
+            )
+        return (), _checked_kwargs("example_input", example_input)
+    kwargs = _checked_kwargs("example_kwargs", example_kwargs or {})
+    if example_input is None:
+        return (), kwargs
+    if type(example_input) is tuple:
+        return example_input, kwargs
+    if isinstance(example_input, torch.Tensor):
+        return (example_input,), kwargs
+    raise OptionError(
+        "example_input", example_input, _EXAMPLE_FORMS, "Put a single argument into a tuple: (x,)."
+    )
+
+
+def _checked_kwargs(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise OptionError(name, given, "a mapping from argument names", "Give for example {'x': x}.")
+    return dict(given)
+
+
+def _no_module(value: Any) -> OptionError:
+    remedy = "Give the model itself, not its class, a function or its output."
+    return OptionError("module", value, "an instance of torch.nn.Module", remedy)
+
+
+def _check_module(module: Any, options: Options) -> None:
+    if not isinstance(module, nn.Module):
+        raise _no_module(module)
+    for name in options.methods:
+        if not callable(getattr(module, name, None)):
+            raise OptionError(
+                "methods",
+                options.methods,
+                f"names of methods of {type(module).__qualname__}",
+                f"It has no method {name!r}.",
+            )
+
+
+class Maker:
+    """Makes the dispatcher of a method: what a `BoundMethod` carries along, in copies and pickles,
+    so that each module gets a dispatcher of its own."""
+
+    def __init__(self, method: str, options: Options) -> None:
+        self.method = method
+        self.options = options
+
+    def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
+        return Dispatcher(module, self.method, original, self.options)
+
+
+def _equip(module: nn.Module, options: Options) -> None:
+    for name in options.methods:
+        install(module, name, Maker(name, options))
+    # Not setattr: a module of the user's may have a __setattr__ of its own.
+    module.__dict__["ovshim"] = Handle(module)
+
+
+def _decorator(options: Options) -> Callable[[C], C]:
+    """Accelerates instances in place, each when its constructor has finished."""
+
+    def decorate(cls: C) -> C:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise OptionError(
+                "module", cls, "a class derived from torch.nn.Module", "Decorate the class."
+            )
+        inherited = cls.__init__
+
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            inherited(self, *args, **kwargs)
+            if type(self) is cls:  # a subclass is not finished here, and was not decorated
+                _check_module(self, options)
+                _equip(self, options)
+
+        __init__.__wrapped__ = inherited  # type: ignore[attr-defined]
+        __init__.__doc__ = inherited.__doc__
+        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+        return cls
+
+    return decorate

@@ -1,0 +1,141 @@
+"""From a module and an example to an OpenVINO model, by one of several routes.
+
+    dynamo     torch's own full-graph capture, with its guards: right, or it refuses
+    traced     `torch.jit.trace` of the module itself, where Dynamo refuses for a harmless reason
+
+`frontend` turns what either of them traced into an `ov.Model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ovshim.guards import ValueGuard
+from ovshim.reasons import Reason
+from ovshim.signature import Kind, Pattern, TensorLeaf, flatten, unflatten_call
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+__all__ = ["CaptureError", "Captured", "FlatModule", "Request", "TRACE_LOCK", "capture"]
+
+# torch's tracer and Dynamo keep process-wide state: of four concurrent conversions three failed.
+TRACE_LOCK = threading.RLock()
+
+
+class CaptureError(Exception):
+    """A route that could not capture the module, with the reason.
+
+    Attributes:
+        reason: what a report shows.
+        harmless: whether another route may try. Not after a dependence on values, a mutation, a
+            side effect or random numbers: a trace would bake one outcome in, silently.
+    """
+
+    def __init__(self, reason: Reason, harmless: bool = False) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+        self.harmless = harmless
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be captured.
+
+    Attributes:
+        module: the module whose tensors the graph uses.
+        call: the user's own method, bound to `module`.
+        kind: the calls it is captured for.
+        leaves: an example of such a call, flattened; its tensors are ours, nobody else's.
+        dynamic: for each tensor, the dimensions that should be able to change.
+        outputs: which leaves of the output the graph has to compute, in order.
+    """
+
+    module: nn.Module
+    call: Callable[..., Any]
+    kind: Kind
+    leaves: Sequence[Any]
+    dynamic: tuple[frozenset[int], ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A graph and what it takes for granted.
+
+    Attributes:
+        model: takes the call's distinct tensors in order, gives `Request.outputs` in order.
+        pattern: the sizes it was captured for, None where they may change.
+        size_guards, value_guards: see `ovshim.guards`.
+    """
+
+    model: ov.Model
+    route: str
+    pattern: Pattern
+    size_guards: tuple[str, ...] = ()
+    value_guards: tuple[ValueGuard, ...] = ()
+
+
+def capture(request: Request) -> Captured:
+    """Capture by the first route that can.
+
+    Raises:
+        CaptureError: none can.
+    """
+    from ovshim.capture import dynamo, traced
+
+    with TRACE_LOCK, torch.autocast("cpu", enabled=False):
+        try:
+            return dynamo.capture(request)
+        except CaptureError as refused:
+            if not refused.harmless:
+                raise
+            return traced.capture(request, refused)
+
+
+class FlatModule(nn.Module):
+    """Takes the distinct tensors of a call and gives the computed tensors of its output: the form
+    in which a graph is traced.
+
+    Args:
+        module: held so that its parameters are known to the tracer, which refuses to bake a tensor
+            that requires grad into a graph as a constant.
+        run: what is called, with the rebuilt arguments.
+    """
+
+    def __init__(self, request: Request, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = request.module
+        self._run = run
+        self._request = request
+        self.training = False
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        request = self._request
+        given = dict(zip(distinct_tensors(request.kind), tensors, strict=True))
+        leaves = [
+            given[leaf.same_as] if isinstance(leaf, TensorLeaf) else constant
+            for leaf, constant in zip(request.kind.leaves, request.leaves, strict=True)
+        ]
+        args, kwargs = unflatten_call(leaves, request.kind.structure)
+        results, _ = flatten(self._run(*args, **kwargs))
+        return tuple(results[i] for i in request.outputs)
+
+
+def distinct_tensors(kind: Kind) -> list[int]:
+    """Leaves that are tensors, each object once: the inputs of a graph."""
+    return [
+        i
+        for i, leaf in enumerate(kind.leaves)
+        if isinstance(leaf, TensorLeaf) and leaf.same_as == i
+    ]

@@ -1,0 +1,218 @@
+"""The first route: torch's own full-graph capture, and its guards as data.
+
+Dynamo runs the module's Python symbolically. It either gives the whole graph together with every
+assumption that the graph rests on, or refuses and says why: on 281 modules it was never wrong
+beyond its example, where a bare trace was on 22 and torch.export on 18. Its own guard manager
+takes 29 to 110 µs a call, so its guards are read here and kept as data (`ovshim.guards`).
+
+Every private interface of torch that ovshim uses is in this file, written for torch 2.13;
+`tests/test_dynamo_interface.py` fails when one of them moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ovshim.capture import Captured, CaptureError, FlatModule, Request, distinct_tensors, frontend
+from ovshim.capture.sizes import read_sizes
+from ovshim.capture.sources import Sources
+from ovshim.reasons import reason
+
+__all__ = ["capture"]
+
+log = logging.getLogger("ovshim")
+
+# What Dynamo refuses as a matter of principle. A trace would bake one outcome in.
+_VALUE_DEPENDENT = (
+    "Data-dependent",
+    "Data dependent",
+    "Dynamic shape operator",
+    "Dynamic slicing",
+    "Unsupported Tensor.item",
+    "Tensor.tolist",
+    "Tensor.numpy",
+    "Indexing list with non-scalar",
+    "Attempted to use `torch.nn.functional.one_hot`",
+    "unsupported index(Tensor)",
+    "torch.fx.experimental.symbolic_shapes",
+    "attempted to trace numpy",
+    "call `torch.from_numpy`",
+    "Unsupported ndarray",
+    "repr() on tensor",
+    "Cannot check Tensor object identity",
+)
+# What it merely cannot follow: code that a trace runs through without harm to the graph.
+_HARMLESS = (
+    "torch.jit.script/freeze modules unsupported",
+    "UnspecializedNNModuleVariable wrapped around ScriptModules",
+    "wrap_jit_function",
+    "Weird method call on TorchScript object",
+    "logging.Logger method not supported",
+    "attempted to reorder a debugging function",
+    "Failed to trace builtin operator",
+    "Attempted to call function marked as skipped",
+    "Attempted to inline function marked as skipped",
+    "can't handle functions not implemented in python",
+    "Unsupported function call",
+    "Skip calling `torch.compiler.disable()`d function",
+    "Skip inlining `torch.compiler.disable()`d function",
+    "Unsupported context manager",
+)
+# Side effects that no caller can see: the callee's own dictionary of keywords, and a variable of
+# transformers' that is back at its old value when the call ends.
+_HARMLESS_EFFECTS = ("L['kwargs']", "_active_collector")
+_ESCAPES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__"})
+
+
+def capture(request: Request) -> Captured:
+    """Capture `request` with Dynamo. The caller holds `capture.TRACE_LOCK`.
+
+    Raises:
+        CaptureError: Dynamo or OpenVINO refuses.
+    """
+    import torch._dynamo.exc
+    from torch._dynamo import convert_frame
+
+    args, kwargs = _marked_call(request)
+    with _configured() as effects:
+        try:
+            output = convert_frame.fullgraph_capture(request.call, args, kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise _refusal(error) from error
+        except Exception as error:  # Dynamo runs users' code and its own; both can raise anything
+            log.debug("Dynamo failed", exc_info=True)
+            text = f"Dynamo: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise CaptureError(reason("capture-failed", text), harmless=True) from error
+    _refuse_effects(effects)
+    if output.backend_input is None:
+        raise CaptureError(reason("capture-failed", "no tensor is computed"))
+    try:
+        return _finish(request, output, args, kwargs)
+    finally:
+        _forget(request.call)
+
+
+def _finish(request: Request, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    graph = output.backend_input.graph_module
+    common = output.graph_capture_output.output_graph
+    imports = output.graph_capture_output.import_sources
+    _refuse_escapes(graph)
+    sources = Sources(request, args, kwargs, imports)
+    pattern, size_guards = read_sizes(common.shape_env, sources, request)
+    value_guards = sources.read_guards(common.guards)
+    value_guards += sources.read_tensors(_placeholders(graph))
+    run = functools.partial(output.forward_callable(compiled_fn=graph), request.call.__self__)  # type: ignore[attr-defined]
+    inputs = distinct_tensors(request.kind)
+    tensors = [request.leaves[i] for i in inputs]
+    places = [request.kind.tensors.index(i) for i in inputs]
+    traced = frontend.trace(FlatModule(request, run), tensors)
+    model = frontend.convert(traced, [pattern[t] for t in places])
+    return Captured(model, "dynamo", pattern, size_guards, value_guards)
+
+
+def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from torch._dynamo.decorators import maybe_mark_dynamic
+
+    from ovshim.signature import unflatten_call
+
+    for tensor, dims in zip(request.tensors, request.dynamic, strict=True):
+        for dim in dims:
+            maybe_mark_dynamic(tensor, dim)
+    return unflatten_call(request.leaves, request.kind.structure)
+
+
+@contextlib.contextmanager
+def _configured() -> Iterator[list[str]]:
+    """Dynamo set up for one whole graph; gives the side effects that it says it saw.
+
+    `backed_size_oblivious` lets an example of batch 1 stand for every batch. All of it is undone
+    on leaving: the user's own torch.compile keeps its configuration."""
+    import torch._dynamo.config
+    import torch.fx.experimental._config
+    from torch._dynamo.utils import get_metrics_context
+
+    effects: list[str] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(get_metrics_context())
+        stack.enter_context(
+            torch._dynamo.config.patch(
+                allow_rnn=True,
+                capture_dynamic_output_shape_ops=True,
+                assume_static_by_default=True,
+                automatic_dynamic_shapes=False,
+                trace_numpy=False,
+                capture_scalar_outputs=False,
+                side_effect_replay_policy="warn",
+            )
+        )
+        stack.enter_context(
+            torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        )
+        seen = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        yield effects
+        effects += [str(w.message) for w in seen if "side effects" in str(w.message)]
+
+
+def _refuse_effects(effects: list[str]) -> None:
+    for text in effects:
+        places = text.partition("double check: ")[2].strip("[]").split(", ")
+        for place in places:
+            if not any(fine in place for fine in _HARMLESS_EFFECTS):
+                raise CaptureError(reason("mutates-attribute", place.strip("\"'")))
+
+
+def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
+    """Values that leave the graph for Python, and tensors given from outside that it writes to."""
+    for node in graph.graph.nodes:
+        if node.op == "call_method" and node.target in _ESCAPES:
+            raise CaptureError(reason("value-dependent", _where(node)))
+    for node in _placeholders(graph):
+        fake = node.meta.get("example_value")
+        if isinstance(fake, torch.Tensor) and fake._version > 0:
+            raise CaptureError(reason("mutates-input", str(node.target)))
+
+
+def _placeholders(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _where(node: torch.fx.Node) -> str:
+    """The module's path and the user's source line of a node, as far as torch knows them."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = list(stack.values())[-1][0] if stack else ""
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
+    return f"{node.target} in {module} {lines[-2] if len(lines) > 1 else ''}".strip()
+
+
+def _refusal(error: Any) -> CaptureError:
+    kind = str(getattr(error, "gb_type", None) or "")
+    text = kind or str(error).splitlines()[0]
+    at = _user_line(error)
+    detail = f"{text}{f' at {at}' if at else ''}"
+    if kind.startswith(_VALUE_DEPENDENT) or "data-dependent" in str(error).lower():
+        return CaptureError(reason("value-dependent", detail))
+    return CaptureError(reason("capture-failed", f"Dynamo: {detail}"), kind.startswith(_HARMLESS))
+
+
+def _user_line(error: Any) -> str:
+    stack = getattr(error, "real_stack", None)
+    if not stack:
+        return ""
+    frame = stack[-1]
+    return f"{frame.filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frame.lineno} ({frame.line})"
+
+
+def _forget(call: Callable[..., Any]) -> None:
+    """Dynamo leaves the graph in the globals of the user's function, and with it every weight."""
+    function = getattr(call, "__func__", call)
+    names = [n for n in getattr(function, "__globals__", {}) if n.startswith("__compiled_fn_")]
+    for name in names:
+        del function.__globals__[name]

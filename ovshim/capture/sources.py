@@ -1,0 +1,214 @@
+"""Where a captured graph got things from: Dynamo's sources as paths of ours."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ovshim.guards import BadGuardError, Step, ValueGuard, measure, roots_of, walk
+from ovshim.reasons import reason
+
+if TYPE_CHECKING:
+    from ovshim.capture import Request
+
+__all__ = ["Sources"]
+
+log = logging.getLogger("ovshim")
+
+_VALUES = frozenset({"EQUALS_MATCH", "CONSTANT_MATCH"})
+_IDENTITIES = frozenset(
+    {"ID_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "MODULE_MATCH"}
+)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device)
+
+
+class Sources:
+    """Resolves the sources of one capture.
+
+    Args:
+        args, kwargs: the call, as Dynamo was given it.
+        imports: names that Dynamo made up for modules, with the modules' real names.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        imports: Mapping[str, str],
+    ) -> None:
+        self.request = request
+        self.imports = imports
+        self.roots = roots_of(request.module, request.call)
+        function = request.call.__func__  # type: ignore[attr-defined]
+        signature = inspect.signature(function, follow_wrapped=False)
+        bound = signature.bind(request.call.__self__, *args, **kwargs)  # type: ignore[attr-defined]
+        bound.apply_defaults()
+        self.locals = {**self.roots["closure"], **bound.arguments}
+        self.closure_names = set(self.roots["closure"]) - set(bound.arguments)
+        self.tensors = {id(t): i for i, t in enumerate(request.tensors)}
+        self.owned = {id(t) for t in request.module.parameters()}
+        self.owned |= {id(t) for t in request.module.buffers()}
+
+    # --- sizes --------------------------------------------------------------------------------
+
+    def size_places(self, var_to_sources: Mapping[Any, Any]) -> dict[tuple[int, int], Any]:
+        """(tensor, dimension) of the call → the symbol that stands for this size."""
+        from torch._dynamo.source import TensorProperty, TensorPropertySource
+
+        places = {}
+        for symbol, sources in var_to_sources.items():
+            for source in sources:
+                if isinstance(source, TensorPropertySource) and source.prop is TensorProperty.SIZE:
+                    index = self.tensors.get(id(self._object(source.base)))
+                    if index is not None and source.idx is not None:
+                        places[index, source.idx] = symbol
+        return places
+
+    # --- what was read ------------------------------------------------------------------------
+
+    def read_tensors(self, placeholders: Iterable[torch.fx.Node]) -> tuple[ValueGuard, ...]:
+        """Guards for tensors that are neither inputs nor parameters or buffers: attributes, items
+        of lists, globals. They must stay the same objects (`generation` watches their versions).
+
+        Raises:
+            CaptureError: the graph takes something that is found nowhere.
+        """
+        from ovshim.capture import CaptureError
+
+        guards = []
+        for node in placeholders:
+            if isinstance(node.meta.get("example_value"), torch.SymInt):
+                continue
+            source = getattr(node, "_dynamo_source", None)
+            found = self._object(source) if source is not None else None
+            if not isinstance(found, torch.Tensor):
+                detail = f"the graph reads {getattr(source, 'name', node.target)}"
+                raise CaptureError(reason("capture-failed", detail))
+            if id(found) in self.tensors or id(found) in self.owned:
+                continue
+            path = self._path(source)
+            if path is None:
+                detail = f"the graph reads a tensor from {source.name}"
+                raise CaptureError(reason("capture-failed", detail))
+            guards.append(ValueGuard(path[0], path[1], "same"))
+        return tuple(guards)
+
+    def read_guards(self, guards: Iterable[Any]) -> tuple[ValueGuard, ...]:
+        """Dynamo's guards on values, lengths, keys and identities that nothing else watches."""
+        found: dict[ValueGuard, None] = {}
+        for guard in guards:
+            test = _test_of(guard.create_fn_name())
+            path = self._path(guard.originating_source) if test else None
+            if test is None or path is None or not self._worth_watching(path, test):
+                continue
+            try:
+                value = walk(path[0], path[1], self.roots)
+            except BadGuardError as error:
+                log.debug("guard %s is left to the generation: %s", guard.name, error)
+                continue
+            if test == "value" and not isinstance(value, _PLAIN):
+                test = "same"
+            found[ValueGuard(path[0], path[1], test, measure(value, test))] = None
+        return tuple(found)
+
+    def _worth_watching(self, path: tuple[str, tuple[Step, ...]], test: str) -> bool:
+        """Not attributes of modules of the tree (`generation` compares them all), and not torch
+        itself (a version is part of every key; nobody patches it between two calls)."""
+        root, steps = path
+        if root.startswith("import:") and root[7:].split(".")[0] in ("torch", "builtins"):
+            return False
+        if not steps:
+            return False
+        if any(how == "attr" and str(key).startswith("__") for how, key in steps):
+            return False  # code: the fingerprint's business
+        try:
+            holder = walk(root, steps[:-1], self.roots)
+        except BadGuardError:
+            return False
+        if isinstance(holder, nn.Module) and test in ("value", "same"):
+            return str(steps[-1][1]) not in holder.__dict__
+        names = [key for _, key in steps[-2:]]
+        return not any(name in ("_modules", "_parameters", "_buffers") for name in names)
+
+    # --- paths --------------------------------------------------------------------------------
+
+    def _object(self, source: Any) -> Any:
+        """What a source stands for in this call; None where that cannot be told."""
+        try:
+            steps = _steps(source)
+            if steps is None:
+                return None
+            scope, name, path = steps
+            if scope == "local":
+                base = self.locals[name]
+            elif name in self.imports:
+                return walk(f"import:{self.imports[name]}", path, self.roots)
+            else:
+                base = self.roots["globals"][name]
+            return walk("base", path, {"base": base})
+        except (BadGuardError, KeyError):
+            return None
+
+    def _path(self, source: Any) -> tuple[str, tuple[Step, ...]] | None:
+        """The path of ours for a source; None for an input and for sorts that have none."""
+        steps = _steps(source)
+        if steps is None:
+            return None
+        scope, name, path = steps
+        if scope == "global":
+            if name in self.imports:
+                return f"import:{self.imports[name]}", path
+            return "globals", (("item", name), *path)
+        base = self.locals.get(name)
+        if base is self.request.call.__self__:  # type: ignore[attr-defined]
+            return "module", path
+        # forward(*args): self is the first of them
+        if isinstance(base, tuple) and path[:1] == (("item", 0),):
+            if base[0] is self.request.call.__self__:  # type: ignore[attr-defined]
+                return "module", path[1:]
+        return ("closure", (("item", name), *path)) if name in self.closure_names else None
+
+
+def _test_of(kind: str) -> Literal["value", "length", "keys", "same"] | None:
+    if kind in _VALUES:
+        return "value"
+    if kind == "SEQUENCE_LENGTH":
+        return "length"
+    if kind == "DICT_KEYS_MATCH":
+        return "keys"
+    return "same" if kind in _IDENTITIES else None
+
+
+def _steps(source: Any) -> tuple[str, str, tuple[Step, ...]] | None:
+    """("local" | "global", name, steps) of a chain of sources; None for sorts without a path."""
+    from torch._dynamo import source as sources
+
+    path: list[Step] = []
+    while not isinstance(source, (sources.LocalSource, sources.GlobalSource)):
+        if isinstance(source, sources.NNModuleSource):
+            source = source.base
+            continue
+        step = _step(source, sources)
+        if step is None:
+            return None
+        path.append(step)
+        source = source.base
+    if isinstance(source, sources.LocalSource):
+        return "local", source.local_name, tuple(reversed(path))
+    return "global", source.global_name, tuple(reversed(path))
+
+
+def _step(source: Any, sources: Any) -> Step | None:
+    if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
+        return ("attr", source.member)
+    items = (sources.DictGetItemSource, sources.GetItemSource, sources.DictSubclassGetItemSource)
+    if isinstance(source, items):
+        key = source.index
+        return ("item", key) if type(key) in (str, int) else None
+    return None

@@ -1,0 +1,109 @@
+"""The second route: `torch.jit.trace` of the module itself.
+
+A trace records what one call did. It is right where every call does the same, so it is used only
+where Dynamo refused for a harmless reason (TorchScript inside, an unknown builtin, logging), after
+a preflight has found the module free of side effects, and only when two traces with other data,
+another batch and other lengths are the same graph with the same constants.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import xxhash
+
+from ovshim.capture import Captured, CaptureError, FlatModule, Request, distinct_tensors, frontend
+from ovshim.reasons import reason
+from ovshim.signature import Pattern
+from ovshim.verify import redraw, resize
+
+__all__ = ["capture"]
+
+log = logging.getLogger("ovshim")
+
+
+def capture(request: Request, refused: CaptureError) -> Captured:
+    """Capture `request` by tracing. The caller holds `capture.TRACE_LOCK`.
+
+    Raises:
+        CaptureError: `refused`, Dynamo's own reason, where tracing fails as well; or that the graph
+            depends on the values of the inputs.
+    """
+    inputs = distinct_tensors(request.kind)
+    places = [request.kind.tensors.index(i) for i in inputs]
+    tensors = [request.leaves[i] for i in inputs]
+    dynamic = [request.dynamic[t] for t in places]
+    flat = FlatModule(request, request.call)
+    try:
+        traced = frontend.trace(flat, tensors)
+    except CaptureError as error:
+        raise refused from error
+    first = _skeleton(traced.inlined_graph)
+    generator = torch.Generator().manual_seed(0)
+    if first != _skeleton(frontend.trace(flat, _redrawn(tensors, generator)).inlined_graph):
+        raise CaptureError(reason("value-dependent", "two traces with other values differ"))
+    dynamic = [dims if _same_resized(flat, tensors, dynamic, first) else frozenset() for dims in dynamic]
+    shapes = [
+        tuple(None if d in dims else n for d, n in enumerate(tensor.shape))
+        for tensor, dims in zip(tensors, dynamic, strict=True)
+    ]
+    model = frontend.convert(traced, shapes)
+    by_leaf = dict(zip(inputs, shapes, strict=True))
+    pattern: Pattern = tuple(by_leaf[request.kind.leaves[i].same_as] for i in request.kind.tensors)  # type: ignore[union-attr]
+    return Captured(model, "traced", pattern)
+
+
+def _redrawn(tensors: list[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    return [redraw(tensor, generator) for tensor in tensors]
+
+
+def _same_resized(
+    flat: FlatModule, tensors: list[torch.Tensor], dynamic: list[frozenset[int]], first: list[str]
+) -> bool:
+    """Whether a trace at other sizes is the same graph: then no size is baked into it."""
+    # By dimension, not by tensor: tensors that share a batch or a length change together.
+    new = {(t, d): tensors[t].shape[d] + 1 + d for t, dims in enumerate(dynamic) for d in dims}
+    if not new:
+        return True
+    open_: Pattern = tuple((None,) * tensor.dim() for tensor in tensors)
+    try:
+        other = frontend.trace(flat, resize(tensors, open_, new))
+    except CaptureError as error:
+        log.debug("sizes are pinned: eager refuses others (%s)", error)
+        return False
+    return _skeleton(other.inlined_graph) == first
+
+
+def _skeleton(graph: Any) -> list[str]:
+    """The graph as lines that are alike for like graphs: operators, wiring, attribute names and
+    constants; no sizes, and no names, which count up within a process."""
+    numbers: dict[str, int] = {}
+
+    def number(value: Any) -> int:
+        return numbers.setdefault(value.debugName(), len(numbers))
+
+    def lines(block: Any) -> list[str]:
+        found = []
+        for node in block.nodes():
+            ins = [number(value) for value in node.inputs()]
+            outs = [number(value) for value in node.outputs()]
+            found.append(f"{outs} = {node.kind()}{ins} {_attributes(node)}")
+            for inner in node.blocks():
+                found += lines(inner)
+        return [*found, f"return {[number(value) for value in block.outputs()]}"]
+
+    return lines(graph)
+
+
+def _attributes(node: Any) -> str:
+    if node.kind() == "prim::GetAttr":
+        return str(node.s("name"))
+    if node.kind() != "prim::Constant" or not node.mustBeNone() and not node.hasAttribute("value"):
+        return ""
+    value = node.output().toIValue()
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{value.dtype}{tuple(value.shape)}{xxhash.xxh3_128_hexdigest(data)}"

@@ -1,0 +1,94 @@
+"""Content of tensors, at the speed of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import xxhash
+
+from ovshim.fingerprint.errors import Unkeyable
+
+_PIECE = 8 << 20  # bytes hashed by one thread at a time; part of the format
+_ALONE = 32 << 20  # bytes below which starting threads costs more than it saves
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def check(tensor: torch.Tensor, where: str) -> None:
+    """`Unkeyable` for a tensor whose bytes are not all there is to it."""
+    kind = type(tensor)
+    if kind not in _PLAIN:
+        raise Unkeyable(where, f"a tensor of type {kind.__qualname__}")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise Unkeyable(where, f"a tensor of layout {tensor.layout}")
+    if tensor.device.type != "cpu":
+        raise Unkeyable(where, f"a tensor on {tensor.device}")
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Data type and shape. Not strides: a copy may lay out the same values in another way."""
+    return f"{tensor.dtype}{list(tensor.shape)}"
+
+
+def digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:
+    """16 bytes for each tensor (CPU, strided), of its values in logical order.
+
+    Memory that several of them share is read once.
+    """
+    views: list[memoryview] = []
+    index: dict[object, int] = {}
+    order: list[int] = []
+    with torch.no_grad():
+        for tensor in tensors:
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(),
+                   tensor.is_conj(), tensor.is_neg())  # fmt: skip
+            if key not in index:
+                index[key] = len(views)
+                views.append(_bytes(tensor))
+            order.append(index[key])
+    found = _hash(views)
+    return [found[position] for position in order]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)  # a copy only where strided
+    return flat.view(torch.uint8).numpy().data
+
+
+def _hash(views: list[memoryview]) -> list[bytes]:
+    pieces = [view[start : start + _PIECE]
+              for view in views for start in range(0, len(view) or 1, _PIECE)]  # fmt: skip
+    threads = torch.get_num_threads()
+    if threads > 1 and sum(map(len, pieces)) > _ALONE:
+        # xxhash lets go of the GIL. A pool of its own, gone at the end: nothing to survive a fork.
+        with ThreadPoolExecutor(threads) as pool:
+            hashed = list(pool.map(xxhash.xxh3_128_digest, pieces))
+    else:
+        hashed = [xxhash.xxh3_128_digest(piece) for piece in pieces]
+    remaining = iter(hashed)
+    found = []
+    for view in views:
+        parts = [next(remaining) for _ in range(0, len(view) or 1, _PIECE)]
+        found.append(parts[0] if len(parts) == 1 else xxhash.xxh3_128_digest(b"".join(parts)))
+    return found
+
+
+def weights(module: torch.nn.Module) -> str:
+    """32 hex digits for the names, types, shapes and values of all parameters and buffers.
+
+    Also which names mean one tensor, by identity: a deep copy keeps that, while tensors that
+    merely share memory are taken apart by it.
+    """
+    named = [*module.named_parameters(remove_duplicate=False),
+             *module.named_buffers(remove_duplicate=False)]  # fmt: skip
+    named.sort(key=lambda pair: pair[0])
+    for name, tensor in named:
+        check(tensor, name)
+    first: dict[int, str] = {}
+    digest = xxhash.xxh3_128()
+    for (name, tensor), content in zip(named, digests(t for _, t in named), strict=True):
+        same = first.setdefault(id(tensor), name)
+        digest.update(f"{name}\0{describe(tensor)}\0{same}\0".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,201 @@
+"""Guards: the assumptions of a captured graph, as data that can be stored, read and checked.
+
+Two sorts. A *size guard* is a condition over the sizes of a call's tensors, an expression in
+`s<tensor>[<dimension>]`; it becomes a line of the matcher (`signature.compile_matcher`). A *value
+guard* is a path from the module, from its forward's globals or from an imported module to
+something that the graph read, and what was found there; `generation` watches it.
+
+Both are written to the cache as JSON and come back as data: a size guard is parsed and may hold
+nothing but arithmetic, a path is walked by `getattr` and subscription alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+__all__ = ["BadGuardError", "Step", "ValueGuard", "checked_size_guard", "from_json", "measure", "roots_of", "to_json", "walk"]
+
+Step = tuple[Literal["attr", "item"], str | int]
+
+
+class BadGuardError(Exception):
+    """A stored guard that is not one, or a path that leads nowhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueGuard:
+    """What the graph read at one place.
+
+    Attributes:
+        root: "module", "globals" (of the method's function), or "import:<module name>".
+        path: the steps from there.
+        test: "value" (equal, and of the same type, as its text says), "length", "keys" (of a
+            mapping, in order), or "same" (the very object that was there when the plan was made).
+        expected: text for "value" and "keys", a number for "length", nothing for "same".
+    """
+
+    root: str
+    path: tuple[Step, ...]
+    test: Literal["value", "length", "keys", "same"]
+    expected: str | int | None = None
+
+    def __str__(self) -> str:
+        steps = "".join(f".{k}" if how == "attr" else f"[{k!r}]" for how, k in self.path)
+        expected = "unchanged" if self.test == "same" else f"{self.test} {self.expected}"
+        return f"{self.root}{steps}: {expected}"
+
+    def holds(self, roots: Mapping[str, Any]) -> bool:
+        """Whether the test passes now; `roots` gives the objects for "module" and "globals"."""
+        try:
+            found = walk(self.root, self.path, roots)
+        except BadGuardError:
+            return False
+        return self.test == "same" or measure(found, self.test) == self.expected
+
+
+def measure(found: Any, test: str) -> str | int | None:
+    """What a guard of this test expects to find for this object."""
+    if test == "length":
+        return len(found)
+    if test == "keys":
+        return repr(list(found.keys()))
+    return f"{type(found).__qualname__}:{found!r}" if test == "value" else None
+
+
+def roots_of(module: Any, call: Any) -> dict[str, Any]:
+    """The objects that the roots "module", "globals" and "closure" of a path stand for.
+
+    Args:
+        call: the bound method that was captured. A scripted one has neither globals nor closure.
+    """
+    function = getattr(call, "__func__", call)
+    code = getattr(function, "__code__", None)
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True) if code else ()
+    closure = {}
+    for name, cell in cells:
+        try:
+            closure[name] = cell.cell_contents
+        except ValueError:  # an empty cell: nothing was read from it
+            continue
+    return {
+        "module": module,
+        "globals": getattr(function, "__globals__", {}),
+        "closure": closure,
+    }
+
+
+def walk(root: str, path: Sequence[Step], roots: Mapping[str, Any]) -> Any:
+    """The object at the end of a path.
+
+    Raises:
+        BadGuardError: there is none.
+    """
+    try:
+        found = _root(root, roots)
+        for how, key in path:
+            found = getattr(found, str(key)) if how == "attr" else found[key]
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise BadGuardError(f"nothing at {root} {path}: {error}") from error
+    return found
+
+
+def _root(root: str, roots: Mapping[str, Any]) -> Any:
+    # sys.modules, not importlib: a path read from a file must not import anything.
+    return sys.modules[root[7:]] if root.startswith("import:") else roots[root]
+
+
+_SIZE = re.compile(r"s(\d+)")
+_ALLOWED = (
+    ast.Expression,
+    ast.BoolOp,
+    ast.And,
+    ast.Or,
+    ast.UnaryOp,
+    ast.Not,
+    ast.USub,
+    ast.BinOp,
+    ast.Add,
+    ast.Sub,
+    ast.Mult,
+    ast.FloorDiv,
+    ast.Mod,
+    ast.Compare,
+    ast.Eq,
+    ast.NotEq,
+    ast.Lt,
+    ast.LtE,
+    ast.Gt,
+    ast.GtE,
+    ast.Load,
+)
+
+
+def checked_size_guard(text: str, ranks: Sequence[int]) -> str:
+    """The guard itself, when it is arithmetic and comparison over existing sizes.
+
+    Raises:
+        BadGuardError: it is anything else.
+    """
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise BadGuardError(f"{text[:80]!r} is no expression") from error
+    subscripts: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript):
+            subscripts |= {node, node.value, node.slice}
+            _check_size(node, ranks)
+    for node in ast.walk(tree):
+        if node in subscripts or isinstance(node, _ALLOWED):
+            continue
+        if not (isinstance(node, ast.Constant) and type(node.value) in (int, bool)):
+            raise BadGuardError(f"{text[:80]!r} holds {type(node).__name__}")
+    return text
+
+
+def _check_size(node: ast.Subscript, ranks: Sequence[int]) -> None:
+    name, place = node.value, node.slice
+    if isinstance(name, ast.Name) and isinstance(place, ast.Constant):
+        match = _SIZE.fullmatch(name.id)
+        dim = place.value
+        if match and int(match[1]) < len(ranks) and isinstance(dim, int):
+            if 0 <= dim < ranks[int(match[1])]:
+                return
+    raise BadGuardError(f"{ast.unparse(node)} is no size of this signature")
+
+
+def to_json(guards: Sequence[ValueGuard]) -> list[dict[str, Any]]:
+    return [
+        {"root": g.root, "path": [list(s) for s in g.path], "test": g.test, "expected": g.expected}
+        for g in guards
+    ]
+
+
+def from_json(stored: Any) -> tuple[ValueGuard, ...]:
+    """Guards out of a manifest.
+
+    Raises:
+        BadGuardError: what is stored is not a list of guards.
+    """
+    try:
+        return tuple(_one_from_json(item) for item in stored)
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadGuardError(f"stored guards are malformed: {error}") from error
+
+
+def _one_from_json(item: Mapping[str, Any]) -> ValueGuard:
+    path = tuple((how, key) for how, key in item["path"])
+    fine = (
+        isinstance(item["root"], str)
+        and item["test"] in ("value", "length", "keys", "same")
+        and all(how in ("attr", "item") and isinstance(key, (str, int)) for how, key in path)
+        and isinstance(item["expected"], (str, int, type(None)))
+    )
+    if not fine:
+        raise ValueError(repr(item)[:80])
+    return ValueGuard(item["root"], path, item["test"], item["expected"])

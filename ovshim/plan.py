@@ -1,0 +1,113 @@
+"""A plan: how calls of one signature are served. Made once by `build`, applied often."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ovshim.guards import ValueGuard
+from ovshim.reasons import Reason
+from ovshim.signature import Builder, Kind, Matcher, Pattern, describe
+
+if TYPE_CHECKING:
+    from ovshim.generation import Generation
+    from ovshim.infer import Engine
+
+__all__ = ["Counter", "Plan", "Served"]
+
+
+class Counter:
+    """Counts from many threads without a lock: `next` of an `itertools.count` is one C call."""
+
+    __slots__ = ("_count", "add")
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self.add = self._count.__next__
+
+    @property
+    def value(self) -> int:
+        # A count says where it stands only in its representation: 'count(12)'.
+        return int(repr(self._count)[6:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What serves a plan in OpenVINO.
+
+    Attributes:
+        engine: runs the distinct tensors of a call.
+        inputs: which tensors of the call these are, by index; None for all, in order.
+        builder: puts the computed tensors into the module's own containers.
+    """
+
+    engine: Engine
+    inputs: tuple[int, ...] | None
+    builder: Builder
+
+    def answer(self, given: Sequence[torch.Tensor]) -> Any:
+        """The module's output for these tensors of a call."""
+        if self.inputs is None:
+            return self.builder(self.engine.run(given), given)
+        return self.builder(self.engine.run([given[i] for i in self.inputs]), given)
+
+
+@dataclasses.dataclass
+class Plan:
+    """How one signature is served, and everything a report says of it.
+
+    Attributes:
+        match: tells whether a call has this signature, and gives its tensors.
+        served: None where eager serves; `reason` says why.
+        generation: the state of the module that the plan was made for.
+        error: the largest relative L2 error found in the proof; None where nothing was proved.
+        speedup: eager's median over ours, None where no race was run.
+        cache: "hit", "miss" or "off".
+        seconds: what each stage of the build took.
+    """
+
+    kind: Kind
+    pattern: Pattern
+    match: Matcher
+    served: Served | None
+    reason: Reason | None
+    generation: Generation | None
+    precision: str
+    precision_run: str | None = None
+    error: float | None = None
+    speedup: float | None = None
+    medians: tuple[float, float] | None = None
+    cache: str = "off"
+    cache_path: str | None = None
+    route: str | None = None
+    rung: str | None = None
+    size_guards: tuple[str, ...] = ()
+    value_guards: tuple[ValueGuard, ...] = ()
+    pinned: frozenset[tuple[int, int]] = frozenset()
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    calls: Counter = dataclasses.field(default_factory=Counter)
+
+    @property
+    def path(self) -> str:
+        return "eager" if self.served is None else "openvino"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as `explain(...).to_dict()` promises it."""
+        return {
+            "signature": describe(self.kind, self.pattern),
+            "path": self.path,
+            "reason": self.reason.to_dict() if self.reason else None,
+            "precision_run": self.precision_run,
+            "error": self.error,
+            "speedup": self.speedup,
+            "cache": self.cache,
+            "cache_path": self.cache_path,
+            "seconds": {stage: round(spent, 4) for stage, spent in self.seconds.items()},
+            "calls": self.calls.value,
+            "route": self.route,
+            "guards": [*self.size_guards, *map(str, self.value_guards)],
+        }

@@ -1,0 +1,203 @@
+"""One look at eager: what a call of the module gives, and what it does besides.
+
+A graph gives outputs and does nothing else. A module that does something else (writes to its
+inputs or buffers, keeps a counter, draws random numbers) is found here, by comparing the world
+before and after a call, and stays in eager with that reason.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ovshim.reasons import Reason, reason
+from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
+
+__all__ = ["Look", "look"]
+
+# Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes
+# (no module met so far) they are not: a second copy of a model's size is not ours to take.
+_RESTORABLE_BYTES = 64 << 20
+
+
+class Look:
+    """What one call of a module gave and did.
+
+    Attributes:
+        leaves, structure: the flattened output.
+        given: for each leaf, the index of the input tensor that it is (the same object), or None.
+        seconds: how long the call took.
+        reason: why this module cannot be served by a graph, or None.
+    """
+
+    leaves: list[Any]
+    structure: Structure
+    given: list[int | None]
+    seconds: float
+    reason: Reason | None = None
+
+
+def look(
+    module: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], restore: bool
+) -> Look:
+    """Run `call()` (which calls `module` on `inputs`) and watch.
+
+    Args:
+        restore: put buffers, attributes and generators back to what they were, because this is a
+            trial and not a call of the user's. Random generators are put back in any case where
+            it is; a call of the user's own keeps every effect it has.
+
+    Raises:
+        whatever the module raises.
+    """
+    world = _World(module, inputs, restore)
+    found = Look()
+    started = time.perf_counter()
+    try:
+        output = call()
+    finally:
+        found.seconds = time.perf_counter() - started
+        found.reason = world.difference()
+        if restore:
+            world.put_back()
+    found.leaves, found.structure = flatten(output)
+    found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
+    found.reason = found.reason or _unfit_output(module, found, inputs)
+    return found
+
+
+class _World:
+    """What a call may leave changed, before the call."""
+
+    def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor], copies: bool) -> None:
+        self.module = module
+        self.inputs = [(t, _version(t)) for t in inputs]
+        self.tensors = [
+            (name, t, _version(t))
+            for name, t in [*module.named_parameters(), *module.named_buffers()]
+        ]
+        self.attributes = [(name, m, _snapshot(m)) for name, m in module.named_modules()]
+        self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+        buffers = list(module.buffers()) if copies else []
+        size = sum(b.numel() * b.element_size() for b in buffers)
+        self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
+
+    def difference(self) -> Reason | None:
+        for i, (tensor, version) in enumerate(self.inputs):
+            if _version(tensor) != version:
+                return reason("mutates-input", f"input tensor {i}")
+        for name, tensor, version in self.tensors:
+            if _version(tensor) != version:
+                return reason("mutates-buffer", name)
+        if not self._generators_untouched():
+            return reason("random")
+        for name, module, before in self.attributes:
+            changed = _changed(before, _snapshot(module))
+            if changed:
+                where = f"{name}.{changed}" if name else changed
+                return reason("mutates-attribute", where)
+        return None
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.generators[0])
+        random.setstate(self.generators[1])
+        np.random.set_state(self.generators[2])
+        with torch.no_grad():
+            for buffer, copy in self.copies:
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
+        for _, module, before in self.attributes:
+            if _changed(before, _snapshot(module)):
+                _put_back_attributes(module, before)
+
+    def _generators_untouched(self) -> bool:
+        torch_state, python_state, numpy_state = self.generators
+        now = np.random.get_state()
+        return (
+            torch.equal(torch.get_rng_state(), torch_state)
+            and random.getstate() == python_state
+            and all(np.array_equal(a, b) for a, b in zip(now, numpy_state, strict=True))
+        )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Each attribute with a one-level copy of what it holds, if that is a list, dict or set.
+
+    `_parameters`, `_buffers`, `_modules` and the hooks are dicts like others."""
+    copies = (list, dict, set)
+    held = list(module.__dict__.items())
+    return {k: (v, v.copy() if isinstance(v, copies) else None) for k, v in held}
+
+
+def _changed(
+    before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]
+) -> str | None:
+    for key in before.keys() | after.keys():
+        if key not in before or key not in after or before[key][0] is not after[key][0]:
+            return key
+        if not _same_items(before[key][1], after[key][1]):
+            return key
+    return None
+
+
+def _same_items(before: Any, after: Any) -> bool:
+    if before is None or isinstance(before, set):
+        return bool(before == after)
+    if len(before) != len(after):
+        return False
+    if isinstance(before, dict):
+        return all(k in after and after[k] is v for k, v in before.items())
+    return all(a is b for a, b in zip(before, after, strict=True))
+
+
+def _put_back_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    for key in list(module.__dict__):
+        if key not in before:
+            del module.__dict__[key]
+    for key, (value, items) in before.items():
+        module.__dict__[key] = value
+        if isinstance(value, list):
+            value[:] = items
+        elif items is not None:
+            value.clear()
+            value.update(items)
+
+
+def _index_of(leaf: Any, inputs: Sequence[torch.Tensor]) -> int | None:
+    return next((i for i, given in enumerate(inputs) if given is leaf), None)
+
+
+def _unfit_output(
+    module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]
+) -> Reason | None:
+    try:
+        kind_of(found.leaves, found.structure)
+    except UnknownLeafError as unknown:
+        return reason("unknown-leaf", f"the output holds a {unknown}")
+    tensors = [leaf for leaf in found.leaves if isinstance(leaf, torch.Tensor)]
+    for tensor in tensors:
+        unfit = type(tensor) is not torch.Tensor or tensor.layout is not torch.strided
+        if unfit or not tensor.is_cpu or tensor.is_quantized or tensor.is_complex():
+            what = f"a {type(tensor).__qualname__} of {tensor.dtype} on {tensor.device}"
+            return reason("special-tensor", f"the output holds {what}")
+    owned = {_storage(t) for t in [*inputs, *module.parameters(), *module.buffers()]}
+    for leaf, given in zip(found.leaves, found.given, strict=True):
+        if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:
+            return reason("aliases-input")
+    return None
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return 0
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,329 @@
+"""The proof: a candidate answers as eager does, before it serves anybody.
+
+It is asked the example, the example's values drawn anew, and, for each size that may change,
+another size; every answer is compared with eager's. A size at which eager itself raises, or at
+which the candidate is wrong, stays what it is in the example: it is *pinned*.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ovshim.signature import (
+    Kind,
+    Pattern,
+    Structure,
+    TensorLeaf,
+    flatten,
+    sizes_of,
+    unflatten,
+    unflatten_call,
+)
+from ovshim.verify import Mismatch, compare, redraw, relative_errors, resize
+
+if TYPE_CHECKING:
+    from ovshim.plan import Served
+    from ovshim.preflight import Look
+
+__all__ = [
+    "Eager",
+    "Proof",
+    "ProofFailedError",
+    "alike",
+    "prove",
+    "prove_small",
+    "sizes_hold",
+    "small_leaves",
+]
+
+log = logging.getLogger("ovshim")
+
+# A module in bf16 or fp16 is compared with its fp32 upcast, and may be this much further from it
+# than eager in its own dtype is.
+_OWN_DTYPE_MARGIN = 1.5
+
+Sizes = tuple[tuple[int, ...], ...]
+
+
+class ProofFailedError(Exception):
+    """The candidate's answers are not eager's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What was found.
+
+    Attributes:
+        error: the largest relative L2 error of all outputs of all runs.
+        sizes: the smallest sizes among those proved, for the short proof of a cache hit.
+        pinned: (tensor, dimension) that must keep the example's size.
+    """
+
+    error: float
+    sizes: Sizes
+    pinned: frozenset[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Eager's output, flattened, beside the fp32 upcast's where precision calls for one."""
+
+    leaves: list[Any]
+    structure: Structure
+    exact: list[Any] | None
+
+
+class Eager:
+    """Asks the module itself, and judges a candidate's answer by it.
+
+    Args:
+        tolerance: largest relative L2 error; None for a module in bf16 or fp16 that runs in its
+            own precision: then the fp32 upcast of the module is the measure.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        call: Callable[..., Any],
+        kind: Kind,
+        leaves: Sequence[Any],
+        tolerance: float | None,
+    ) -> None:
+        self.call = call
+        self.kind = kind
+        self.leaves = leaves
+        self.tolerance = tolerance
+        self._upcast: Callable[..., Any] | None = None
+        if tolerance is None:
+            exact = copy.deepcopy(module).float()
+            self._upcast = getattr(type(exact), method).__get__(exact)
+
+    def answer(self, tensors: Sequence[torch.Tensor]) -> Answer:
+        """Eager's output for these tensors. Raises what the module raises."""
+        leaves, structure = flatten(self._run(self.call, tensors))
+        return Answer(leaves, structure, self.exact(tensors))
+
+    def exact(self, tensors: Sequence[torch.Tensor]) -> list[Any] | None:
+        """The fp32 upcast's output, where it is the measure."""
+        if self._upcast is None:
+            return None
+        floats = {torch.bfloat16, torch.float16}
+        upcast = {id(t): t.float() if t.dtype in floats else t for t in tensors}
+        return flatten(self._run(self._upcast, [upcast[id(t)] for t in tensors]))[0]
+
+    def judge(self, answer: Answer, candidate: Any) -> float:
+        """The candidate's largest error.
+
+        Raises:
+            Mismatch: it is not what eager answers.
+        """
+        if answer.exact is None or self.tolerance is not None:
+            return compare(answer.leaves, answer.structure, candidate, self.tolerance or 0.0)
+        # Alike in structure, dtype, shape and NaNs; how far off is a matter of the upcast.
+        compare(answer.leaves, answer.structure, candidate, float("inf"))
+        mine = relative_errors(answer.exact, answer.leaves)
+        others = relative_errors(answer.exact, flatten(candidate)[0])
+        for i, (own, other) in enumerate(zip(mine, others, strict=True)):
+            if not other <= _OWN_DTYPE_MARGIN * own + 1e-6:
+                raise Mismatch(f"output {i} is off by {other:.2g} from fp32, eager by {own:.2g}")
+        return max(others, default=0.0)
+
+    def _run(self, call: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
+        given = iter(tensors)
+        leaves = [
+            next(given) if isinstance(leaf, TensorLeaf) else constant
+            for leaf, constant in zip(self.kind.leaves, self.leaves, strict=True)
+        ]
+        args, kwargs = unflatten_call(leaves, self.kind.structure)
+        return call(*args, **kwargs)
+
+
+def prove(
+    eager: Eager,
+    served: Served,
+    tensors: Sequence[torch.Tensor],
+    pattern: Pattern,
+    size_guards: Sequence[str],
+    check_time: Callable[[], None],
+) -> Proof:
+    """The whole proof.
+
+    Args:
+        tensors: those of the example.
+        check_time: raises when the build has no time left.
+
+    Raises:
+        ProofFailedError: the candidate is wrong on the example's sizes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for draw in range(3):
+        values = tensors if draw == 0 else redraw_all(tensors, generator)
+        check_time()
+        try:
+            worst = max(worst, _ask(eager, served, values))
+        except Mismatch as mismatch:
+            what = "the example" if draw == 0 else "other values"
+            raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
+    smallest = sizes_of(tensors)
+    pinned: set[tuple[int, int]] = set()
+    for group in _groups(pattern, size_guards):
+        check_time()
+        error, sizes = _prove_group(eager, served, tensors, pattern, size_guards, group, generator)
+        if error is None:
+            pinned.update(group)
+        else:
+            worst = max(worst, error)
+            smallest = min(smallest, sizes, key=_amount)
+    return Proof(worst, smallest, frozenset(pinned))
+
+
+def prove_small(
+    eager: Eager, served: Served, tensors: Sequence[torch.Tensor], seen: Look
+) -> float:
+    """One small run, for a plan out of the cache: `seen` is what eager answered to `tensors`.
+
+    Raises:
+        ProofFailedError: the candidate is wrong there.
+    """
+    answer = Answer(seen.leaves, seen.structure, eager.exact(tensors))
+    try:
+        return eager.judge(answer, served.answer(tensors))
+    except Mismatch as mismatch:
+        raise ProofFailedError(f"on a small input: {mismatch}") from mismatch
+
+
+def small_leaves(kind: Kind, leaves: Sequence[Any], pattern: Pattern, sizes: Sizes) -> list[Any]:
+    """The example at the smallest sizes that the whole proof has seen."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    new = {(t, d): n for t, dims in enumerate(sizes) for d, n in enumerate(dims)}
+    small = iter([t.clone() for t in resize_all(tensors, pattern, new)])
+    drawn = [next(small) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return [
+        drawn[leaf.same_as] if isinstance(leaf, TensorLeaf) else drawn[i]
+        for i, leaf in enumerate(kind.leaves)
+    ]
+
+
+def alike(first: Look, second: Look) -> bool:
+    """Whether two calls of eager with equal inputs gave the same. Sums may be ordered otherwise
+    from run to run, which shows in the last digits."""
+    tolerance = 1e-5 if all(_is_wide(leaf) for leaf in first.leaves) else 1e-2
+    try:
+        compare(
+            first.leaves, first.structure, unflatten(second.leaves, second.structure), tolerance
+        )
+    except Mismatch as mismatch:
+        log.debug("eager answered otherwise the second time: %s", mismatch)
+        return False
+    return True
+
+
+def _is_wide(leaf: Any) -> bool:
+    narrow = (torch.bfloat16, torch.float16)
+    return not (isinstance(leaf, torch.Tensor) and leaf.dtype in narrow)
+
+
+def _ask(eager: Eager, served: Served, tensors: Sequence[torch.Tensor]) -> float:
+    answer = eager.answer(tensors)
+    return eager.judge(answer, served.answer(tensors))
+
+
+def _prove_group(
+    eager: Eager,
+    served: Served,
+    tensors: Sequence[torch.Tensor],
+    pattern: Pattern,
+    size_guards: Sequence[str],
+    group: Sequence[tuple[int, int]],
+    generator: torch.Generator,
+) -> tuple[float | None, Sizes]:
+    """The error at another size of this group, or None where none can be proved."""
+    t, d = group[0]
+    for size in _other_sizes(tensors[t].shape[d]):
+        other = resize_all(tensors, pattern, dict.fromkeys(group, size))
+        if not sizes_hold(size_guards, sizes_of(other)):
+            continue
+        other = redraw_all(other, generator)
+        try:
+            answer = eager.answer(other)
+        except Exception as error:  # whatever a user's module raises at a size it does not take
+            log.debug("eager refuses size %d at %s: %s", size, group, error)
+            return None, ()
+        try:
+            return eager.judge(answer, served.answer(other)), sizes_of(other)
+        except (Mismatch, RuntimeError) as error:
+            log.debug("size %d at %s is not served: %s", size, group, error)
+            return None, ()
+    return None, ()
+
+
+def _other_sizes(size: int) -> Iterator[int]:
+    """Other sizes to try, small ones first: guards may demand multiples, minimums, or evenness."""
+    tried = {size, 0}
+    for other in (size - 1, size + 1, size + 2, 2 * size, size // 2, size + 8, size + 32, 1):
+        if other not in tried and (other > 1 or size > 1):
+            tried.add(other)
+            yield other
+
+
+_EQUAL = re.compile(r"s(\d+)\[(\d+)\] == s(\d+)\[(\d+)\]")
+
+
+def _groups(pattern: Pattern, size_guards: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Open dimensions, those that guards hold equal together."""
+    root = {(t, d): (t, d) for t, s in enumerate(pattern) for d, n in enumerate(s) if n is None}
+    for guard in size_guards:
+        match = _EQUAL.fullmatch(guard)
+        if match:
+            a, b, c, e = map(int, match.groups())
+            if (a, b) in root and (c, e) in root:
+                old, new = root[a, b], root[c, e]
+                root = {place: new if held == old else held for place, held in root.items()}
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for place, held in root.items():
+        groups.setdefault(held, []).append(place)
+    return list(groups.values())
+
+
+def sizes_hold(size_guards: Sequence[str], sizes: Sizes) -> bool:
+    """Whether every guard holds. The guards are arithmetic: `guards.checked_size_guard` saw to it."""
+    scope = {f"s{t}": dims for t, dims in enumerate(sizes)}
+    return all(eval(guard, {"__builtins__": {}}, scope) for guard in size_guards)
+
+
+def redraw_all(
+    tensors: Sequence[torch.Tensor], generator: torch.Generator
+) -> list[torch.Tensor]:
+    return _once_each(tensors, lambda t, tensor: redraw(tensor, generator))
+
+
+def resize_all(
+    tensors: Sequence[torch.Tensor], pattern: Pattern, new: dict[tuple[int, int], int]
+) -> list[torch.Tensor]:
+    resized = resize(tensors, pattern, new)
+    return _once_each(tensors, lambda t, tensor: resized[t])
+
+
+def _once_each(
+    tensors: Sequence[torch.Tensor], make: Callable[[int, torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """One object that stands at two places of a call stays one object."""
+    made: dict[int, torch.Tensor] = {}
+    for t, tensor in enumerate(tensors):
+        if id(tensor) not in made:
+            made[id(tensor)] = make(t, tensor)
+    return [made[id(tensor)] for tensor in tensors]
+
+
+def _amount(sizes: Sizes) -> int:
+    return sum(torch.Size(dims).numel() for dims in sizes)

@@ -1,0 +1,84 @@
+"""What `explain` shows: every plan, where it runs, why, how exactly and how fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["Report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A snapshot of how an accelerated module has been served so far.
+
+    `print` it, or take `to_dict()`, whose form is a public promise.
+
+    Attributes:
+        module: name of the module's class.
+        device, precision: as the options say ("own": the module's own precision).
+        calls: number of calls by path: "openvino", "mixed", "eager".
+        eager: number of calls that eager served, by reason code.
+        plans: one record per plan, as `to_dict` gives it.
+    """
+
+    module: str
+    device: str
+    precision: str
+    calls: Mapping[str, int]
+    eager: Mapping[str, int]
+    plans: Sequence[Mapping[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for programs: plain dicts, lists, strings and numbers."""
+        return {
+            "module": self.module,
+            "device": self.device,
+            "precision": self.precision,
+            "calls": dict(self.calls),
+            "eager_reasons": dict(self.eager),
+            "plans": [dict(plan) for plan in self.plans],
+        }
+
+    def __str__(self) -> str:
+        calls = ", ".join(f"{count} {path}" for path, count in self.calls.items() if count)
+        lines = [
+            f"{self.module} on {self.device}, {self.precision}: calls: {calls or 'none yet'}",
+            *(f"  eager, {code}: {count}" for code, count in self.eager.items()),
+        ]
+        for plan in self.plans:
+            lines += ["", *_plan_lines(plan)]
+        if not self.plans:
+            lines.append("  no plan yet: the first call makes one")
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """The same as a fragment of HTML."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    _repr_html_ = html
+
+
+def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    lines = [f"  {plan['signature'] or 'no arguments'}"]
+    reason = plan["reason"]
+    if reason is not None:
+        lines.append(f"    eager: {reason['message']}")
+        lines.append(f"    remedy: {reason['remedy']}")
+    else:
+        error = "" if plan["error"] is None else f", error {plan['error']:.1e}"
+        route = f", captured by {plan['route']}" if plan["route"] else ""
+        lines.append(f"    OpenVINO in {plan['precision_run']}{error}{route}")
+    if plan["speedup"] is not None:
+        lines.append(f"    {plan['speedup']:.2f}x eager's speed")
+    seconds = ", ".join(f"{stage} {spent:.2f}" for stage, spent in plan["seconds"].items())
+    if seconds:
+        lines.append(f"    built in s: {seconds}")
+    if plan["cache"] != "off":
+        lines.append(f"    cache {plan['cache']}: {plan['cache_path']}")
+    if plan["guards"]:
+        lines.append(f"    {len(plan['guards'])} guards: {'; '.join(plan['guards'][:4])}")
+    lines.append(f"    calls: {plan['calls']}")
+    return lines

@@ -1,0 +1,141 @@
+"""Eager against a candidate: how far apart two outputs are, and what to feed both of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ovshim.signature import Pattern, Structure, flatten
+
+__all__ = ["Mismatch", "compare", "redraw", "relative_errors", "resize"]
+
+
+class Mismatch(Exception):  # noqa: N818 - a verdict, caught where it is made, never an error
+    """Why a candidate's outputs are not eager's."""
+
+
+def compare(
+    leaves: Sequence[Any], structure: Structure, candidate: Any, tolerance: float
+) -> float:
+    """The largest error over all outputs; the candidate is alike in everything else.
+
+    The error of a floating output is its relative L2 error, ‖candidate − eager‖ / ‖eager‖ over
+    its finite elements, in float64; absolute where eager's norm is zero. Cosine would miss a wrong
+    scale, and an elementwise tolerance rejects harmless bf16 (measured; see docs/design.md).
+
+    Args:
+        leaves, structure: eager's output, flattened.
+        candidate: the other output, as the module's caller would get it.
+        tolerance: the largest error allowed. Integers and booleans must be equal under a tolerance
+            of 1e-3 or less; above, integers may differ where rounding decides (an argmax), by the
+            same relative error.
+
+    Raises:
+        Mismatch: structure, type, dtype, shape, the places of NaN and infinities, constants or
+            values differ.
+    """
+    others, other_structure = flatten(candidate)
+    if other_structure != structure:
+        raise Mismatch(f"the structure is {other_structure}, eager's {structure}")
+    worst = 0.0
+    for i, (mine, other) in enumerate(zip(leaves, others, strict=True)):
+        if isinstance(mine, torch.Tensor):
+            error = _tensor_error(i, mine, other, tolerance)
+            worst = max(worst, error)
+            if not error <= tolerance:
+                raise Mismatch(f"output {i} is off by {error:.2g} (allowed: {tolerance:.2g})")
+        elif type(mine) is not type(other) or repr(mine) != repr(other):
+            raise Mismatch(f"output {i} is {other!r}, eager's {mine!r}")
+    return worst
+
+
+def _tensor_error(i: int, mine: torch.Tensor, other: Any, tolerance: float) -> float:
+    if not isinstance(other, torch.Tensor) or other.dtype != mine.dtype:
+        what = other.dtype if isinstance(other, torch.Tensor) else type(other).__qualname__
+        raise Mismatch(f"output {i} is {what}, eager's {mine.dtype}")
+    if other.shape != mine.shape:
+        raise Mismatch(f"output {i} has shape {tuple(other.shape)}, eager's {tuple(mine.shape)}")
+    if mine.dtype.is_floating_point:
+        return _relative_error(i, mine.detach(), other.detach())
+    if torch.equal(mine, other):
+        return 0.0
+    if tolerance <= 1e-3 or mine.dtype is torch.bool:
+        count = int((mine != other).sum())
+        raise Mismatch(f"output {i} ({mine.dtype}) differs in {count} of {mine.numel()} elements")
+    return _relative_error(i, mine.double(), other.double())
+
+
+def relative_errors(leaves: Sequence[Any], candidates: Sequence[Any]) -> list[float]:
+    """The relative L2 error of each floating output, in order; 0.0 for every other leaf.
+
+    Raises:
+        Mismatch: NaN or infinity at different places.
+    """
+    return [
+        _relative_error(i, mine.detach(), other.detach())
+        if isinstance(mine, torch.Tensor) and mine.dtype.is_floating_point
+        else 0.0
+        for i, (mine, other) in enumerate(zip(leaves, candidates, strict=True))
+    ]
+
+
+def _relative_error(i: int, mine: torch.Tensor, other: torch.Tensor) -> float:
+    difference = (other.double() - mine.double()).flatten()
+    norm = torch.linalg.vector_norm(mine, dtype=torch.float64).item()
+    distance = torch.linalg.vector_norm(difference).item()
+    if not (math.isfinite(norm) and math.isfinite(distance)):
+        finite = torch.isfinite(mine)
+        same = torch.where(finite, torch.zeros_like(mine), mine)
+        alike = torch.where(torch.isfinite(other), torch.zeros_like(other), other)
+        if not torch.equal(torch.nan_to_num(same, 1.0), torch.nan_to_num(alike, 1.0)) or (
+            not torch.equal(torch.isnan(mine), torch.isnan(other))
+        ):
+            raise Mismatch(f"output {i} has NaN or infinity where eager has not, or the reverse")
+        norm = torch.linalg.vector_norm(mine[finite], dtype=torch.float64).item()
+        distance = torch.linalg.vector_norm(difference[finite.flatten()]).item()
+    return distance / norm if norm > 0 else distance
+
+
+def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Other values of the same distribution: never outside the range seen.
+
+    Floats and masks (two values or fewer) are permuted; integers are drawn anew between the
+    smallest and the largest seen, so that an index stays within its table. A constant float tensor
+    says nothing of its distribution: it gets standard normal values added, unless it looks like a
+    mask (all zeros or all ones stay possible as one: it is then left alone in every second draw).
+    """
+    if tensor.numel() == 0:
+        return tensor.clone()
+    flat = tensor.detach().reshape(-1)
+    order = torch.randperm(flat.numel(), generator=generator)
+    if tensor.dtype.is_floating_point:
+        if bool((flat == flat[0]).all()):
+            noise = torch.randn(flat.shape, generator=generator).to(flat.dtype)
+            return (flat + noise).reshape(tensor.shape)
+        return flat[order].reshape(tensor.shape)
+    if tensor.dtype is torch.bool:
+        return flat[order].reshape(tensor.shape)
+    low, high = int(flat.min()), int(flat.max())
+    if high - low <= 1:
+        return flat[order].reshape(tensor.shape)
+    drawn = torch.randint(low, high + 1, flat.shape, generator=generator)
+    return drawn.to(tensor.dtype).reshape(tensor.shape)
+
+
+def resize(
+    tensors: Sequence[torch.Tensor], pattern: Pattern, new: dict[tuple[int, int], int]
+) -> list[torch.Tensor]:
+    """The tensors with other sizes: `new` gives them by (tensor, dimension), for dimensions that
+    the pattern leaves open. Elements repeat cyclically, so that every value stays a valid one."""
+    resized = []
+    for t, tensor in enumerate(tensors):
+        for d in range(tensor.dim()):
+            size = new.get((t, d))
+            if size is not None and pattern[t][d] is None and tensor.shape[d] > 0:
+                index = torch.arange(size) % tensor.shape[d]
+                tensor = tensor.index_select(d, index)
+        resized.append(tensor)
+    return resized
