@@ -188,4 +188,3 @@ def candidates(name: str, package: str | None) -> list[str]:
         *([name] if name else []),
         *(importlib.util.resolve_name("." * n + name, package) for n in range(1, levels)),
     ]
-    # fmt: skip
