@@ -108,6 +108,8 @@ class _Walk:
         self.iterated: set[str] = set()
         self.tensors: list[torch.Tensor] = []
         self.tree = {id(m) for m in root.modules()}
+        # What their constructors did shows in the modules that they made.
+        self.made = {base for m in root.modules() for base in type(m).__mro__}
         self.weights = {id(t): name for name, t in (*root.named_parameters(),
                                                     *root.named_buffers())}  # fmt: skip
 
@@ -323,7 +325,7 @@ class _Walk:
                 self.queue.append((self.class_patches, cls, self.where))
             return
         self.refer(cls, self.class_members)
-        if referenced and id(cls) not in self.constructed:
+        if referenced and id(cls) not in self.constructed and cls not in self.made:
             self.constructed.add(id(cls))
             self.queue.append((self.constructors, cls, self.where))
 
