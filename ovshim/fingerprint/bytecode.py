@@ -167,13 +167,19 @@ def pinned_file(filename: str) -> bool:
     """Whether a version number stands for the code in a file."""
     if filename.startswith(("<frozen ", *_HOMES)):
         return True
-    if filename.startswith(_LIBRARIES):
-        return "site-packages" not in filename and "dist-packages" not in filename
-    return False
+    return filename.startswith(_LIBRARIES) and not is_library_file(filename)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library_file(filename: str) -> bool:
+    """Whether a file belongs to an installed package."""
+    return "site-packages" in filename or "dist-packages" in filename
 
 
 def pinned_module(module: types.ModuleType) -> bool:
     """Whether a version number stands for a module."""
+    if type(module).__module__.partition(".")[0] == "torch":  # torch.ops, filled when asked
+        return True
     filename = getattr(module, "__file__", None)
     if filename is None:  # built into the interpreter; a namespace package; __main__ of python -c
         spec = getattr(module, "__spec__", None)

@@ -19,7 +19,6 @@ import xxhash
 from torch.utils.hooks import RemovableHandle
 
 from ovshim.fingerprint.bytecode import facts
-from ovshim.fingerprint.errors import Unkeyable
 
 
 def text(value: str) -> bytes:
@@ -183,13 +182,10 @@ def _first(pair: tuple[str, object]) -> str:
     return pair[0]
 
 
-def reduced(value: Any, where: str) -> list[Any]:
-    """The parts that copying an object of a C type goes by. `Unkeyable` where it cannot be."""
-    try:
-        reduce = copyreg.dispatch_table.get(type(value))
-        parts = reduce(value) if reduce is not None else value.__reduce_ex__(2)
-    except Exception as error:  # whatever such a method raises, it means no
-        raise Unkeyable(where, f"an object of type {label(type(value))}") from error
+def reduced(value: Any) -> list[Any]:
+    """The parts that copying an object of a C type goes by. Raises what the type raises."""
+    reduce = copyreg.dispatch_table.get(type(value))
+    parts = reduce(value) if reduce is not None else value.__reduce_ex__(2)
     if isinstance(parts, str):
         return [parts]
     # The fourth and fifth are iterators over items.

@@ -1,0 +1,283 @@
+"""Functions and classes: their code, and what it reaches by name."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import os
+import sys
+import types
+from typing import Any
+
+from torch import nn
+
+from ovshim.fingerprint.bytecode import (
+    Facts,
+    candidates,
+    facts,
+    is_library_file,
+    pinned_file,
+    pinned_module,
+)
+from ovshim.fingerprint.values import functions, label, plain, text
+from ovshim.fingerprint.writer import Writer
+
+_CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__set_name__")
+# Methods that Python calls by itself, but not while a module computes.
+_LIFECYCLE = frozenset({
+    "__init_subclass__", "__class_getitem__", "__del__", "__reduce__", "__reduce_ex__",
+    "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__repr__", "__str__", "__dir__",
+    "__sizeof__", "__getnewargs__", "__getnewargs_ex__",
+})  # fmt: skip
+_NOT_GLOBALS = frozenset({"__name__", "__file__", "__spec__", "__loader__", "__package__",
+                          "__path__", "__doc__", "__builtins__", "__debug__"})  # fmt: skip
+_HEAP_TYPE = 1 << 9  # not an immutable type of the interpreter
+_MISSING = object()
+
+
+class Reach(Writer):
+    """Follows code.
+
+    All methods of a class that no version number stands for are written by their bytecode; those
+    whose name is in `names` are followed into what they use. A transformers model inherits
+    hundreds (saving, uploading, generating) whose helpers have no part in `forward`.
+
+    made: classes of modules at hand. What their constructors did shows in the modules.
+    """
+
+    def __init__(self, known: dict[int, str], made: set[type]) -> None:
+        super().__init__(known)
+        self.made = made
+        self.constructed: set[type] = set()
+        self.pinned: dict[type, bool] = {}
+        self.iterated: set[str] = set()  # names in code that iterates over something
+
+    # Classes
+
+    def cls(self, cls: type, *, referenced: bool) -> None:
+        """Writes which class this is. referenced: by code, which may then make instances."""
+        self.learn((cls.__qualname__,))
+        if self.is_pinned(cls):
+            self.out += [b"class", text(label(cls))]
+            if cls.__flags__ & _HEAP_TYPE and self.first(cls):
+                self.later(self.class_patches, cls)
+            return
+        self.refer(cls, self.class_members)
+        if referenced and cls not in self.constructed and cls not in self.made:
+            self.constructed.add(cls)
+            self.later(self.constructors, cls)
+
+    def is_pinned(self, cls: type) -> bool:
+        """Whether a version number stands for a class: found by its name in a pinned module.
+
+        Not one that was made at run time, such as a parametrized Linear or a GraphModule.
+        """
+        known = self.pinned.get(cls)
+        if known is None:
+            module = sys.modules.get(cls.__module__)
+            found: Any = module
+            for name in cls.__qualname__.split("."):
+                found = getattr(found, "__dict__", {}).get(name)
+            # Types of the interpreter need not be found by their name.
+            known = module is not None and pinned_module(module)
+            known = known and (found is cls or not cls.__flags__ & _HEAP_TYPE)
+            self.pinned[cls] = known
+        return known
+
+    def is_library(self, cls: type) -> bool:
+        module = sys.modules.get(cls.__module__)
+        filename = getattr(module, "__file__", None) or ""
+        return is_library_file(filename) or pinned_file(filename) or self.is_pinned(cls)
+
+    def class_members(self, cls: type) -> None:
+        self.library = self.is_library(cls)
+        self.version(cls.__module__)
+        self.out += [b"class", text(cls.__qualname__)]
+        for base in (*cls.__mro__[1:-1], type(cls)):
+            self.cls(base, referenced=False)
+        for name, member in sorted(vars(cls).items()):
+            code = functions(member)
+            if name == "_abc_impl" or (name.startswith("__") and name.endswith("__") and not code):
+                continue
+            if code:
+                self.out += [text(name), *(d for f in code for d in _digests(f))]
+            elif plain(member):
+                self.attribute = name
+                self.out.append(text(name))
+                self.value(member)
+                continue
+            self.offer(cls, name, member)
+
+    def offer(self, cls: type, name: str, member: Any) -> None:
+        """Follows a member now, or when its name turns up.
+
+        Constructors are followed for classes that code refers to, see `constructors`; that a
+        class calls super().__init__ says nothing about other classes.
+        """
+        if name in _CONSTRUCTORS:
+            return
+        if name.startswith("__") and name.endswith("__") and name not in _LIFECYCLE:
+            self.member((cls, name, member))
+        else:
+            self.when(name, self.member, (cls, name, member))
+
+    def member(self, what: tuple[type, str, Any]) -> None:
+        cls, name, member = what
+        self.library = self.is_library(cls)
+        self.attribute = name
+        self.out += [b"member@%d;" % self.number[id(cls)], text(name)]
+        self.value(member)
+
+    def constructors(self, cls: type) -> None:
+        for base in cls.__mro__:
+            if id(base) in self.number and not self.is_pinned(base):
+                for name in _CONSTRUCTORS:
+                    if name in vars(base):
+                        self.member((base, name, vars(base)[name]))
+
+    def class_patches(self, cls: type) -> None:
+        """Offers the functions in a pinned class that did not come with it."""
+        for name, member in list(vars(cls).items()):
+            if any(not pinned_file(f.__code__.co_filename) for f in functions(member)):
+                self.offer(cls, name, member)
+
+    def module_patches(self, module: types.ModuleType) -> None:
+        """Writes what in a pinned module is not what its name says.
+
+        For torch itself: its own layers, which are not followed, compute by these.
+        """
+        for name, member in list(vars(module).items()):
+            if type(member) is types.FunctionType:
+                self.patch(module, name, member)
+            elif type(member) is types.BuiltinFunctionType and member.__name__ != name:
+                self.out += [b"alias", text(name), text(member.__name__)]
+
+    def patch(self, module: types.ModuleType, name: str, member: types.FunctionType) -> None:
+        if not pinned_file(member.__code__.co_filename):
+            self.out += [b"patch", text(module.__name__), text(name)]
+            self.function(member)
+
+    # Functions
+
+    def function(self, function: types.FunctionType) -> None:
+        if not pinned_file(function.__code__.co_filename):
+            self.refer(function, self.follow)
+            return
+        self.out += [b"function", text(label(function))]
+        if function.__closure__ and self.first(function):
+            # A wrapper made by a library (torch.no_grad, contextmanager) around other code.
+            self.later(self.wrapped, function)
+
+    def wrapped(self, function: types.FunctionType) -> None:
+        self.out.append(text(label(function)))
+        for cell in _cells(function):
+            if plain(cell) or isinstance(
+                cell, types.FunctionType | types.MethodType | type | nn.Module | functools.partial
+            ):
+                self.value(cell)
+
+    def follow(self, function: types.FunctionType) -> None:
+        self.where = f"{function.__module__}.{function.__qualname__}"
+        self.library = is_library_file(function.__code__.co_filename)
+        self.version(function.__module__)
+        found = facts(function.__code__)
+        self.out += [b"function", found.digest]
+        named = sorted((function.__kwdefaults__ or {}).items())
+        self.parts(b"defaults", function.__defaults__, *named)
+        for name, cell in zip(function.__code__.co_freevars, _cells(function), strict=True):
+            self.attribute = name
+            if name == "__class__" and isinstance(cell, type):  # what super() goes by
+                self.cls(cell, referenced=False)
+            else:
+                self.value(cell)
+        self.attributes(vars(function), frozenset({"__signature__"}))
+        self.learn(found.names)
+        if found.iterates:
+            self.iterated.update(found.names)
+        self.globals(function, found)
+
+    def version(self, module: str | None) -> None:
+        """Writes the version of the installed package that a module belongs to, once."""
+        top = sys.modules.get((module or "").partition(".")[0])
+        if self.library and top is not None and self.first(top):
+            self.out += [text(top.__name__), text(str(getattr(top, "__version__", "")))]
+
+    def globals(self, function: types.FunctionType, found: Facts) -> None:
+        scope = function.__globals__
+        for name in found.globals:
+            if name in _NOT_GLOBALS or name.startswith("@"):  # @: pytest's, for its assertions
+                continue
+            self.attribute = name
+            self.out.append(text(name))
+            value = scope.get(name, vars(builtins).get(name, _MISSING))
+            if value is _MISSING:
+                self.out.append(b"missing")
+            elif isinstance(value, types.ModuleType):
+                self.namespace(value, found.names, set())
+            else:
+                self.value(value)
+        if not self.library:  # there it would depend on what the process happens to have imported
+            for name in found.imports:
+                for full in candidates(name, scope.get("__package__")):
+                    if full in sys.modules:  # what never was imported has not run either
+                        self.namespace(sys.modules[full], found.names, set())
+        if "environ" in found.names or "getenv" in found.names:
+            for name in found.strings:
+                if name in os.environ:
+                    self.out += [b"environ", text(name), text(os.environ[name])]
+
+    def namespace(self, module: types.ModuleType, names: tuple[str, ...], seen: set[int]) -> None:
+        """Writes what code with these names may take out of a module."""
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        foreign = not pinned_module(module)
+        self.out.append(b"namespace" if foreign else text(module.__name__))
+        if foreign and type(module) is not types.ModuleType:
+            return  # filled when asked: what is in it depends on who asked before
+        members = vars(module)
+        for name in names:
+            member = members.get(name, _MISSING)
+            if isinstance(member, types.ModuleType):
+                self.namespace(member, names, seen)
+            elif foreign and member is not _MISSING:
+                self.attribute = name
+                self.out.append(text(name))
+                self.value(member)
+            elif type(member) is types.FunctionType:
+                self.patch(module, name, member)
+
+    def python_module(self, module: types.ModuleType) -> None:
+        """A module kept as a value: whatever any code asks for may be asked of it."""
+        self.out.append(b"module")
+        for name in sorted(vars(module)):
+            if not name.startswith("__"):
+                self.when(name, self.module_member, (module, name))
+
+    def module_member(self, what: tuple[types.ModuleType, str]) -> None:
+        module, name = what
+        self.attribute = name
+        self.out += [b"member@%d;" % self.number[id(module)], text(name)]
+        if isinstance(vars(module).get(name), types.ModuleType):
+            return  # sub-modules of sub-modules are found by who imports them
+        if not pinned_module(module):
+            self.value(vars(module).get(name))
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:
+            cells.append(None)  # not yet filled
+    return cells
+
+
+def _digests(function: Any) -> list[bytes]:
+    """Of a function and those that it wraps."""
+    found = []
+    while isinstance(function, types.FunctionType):
+        found.append(facts(function.__code__).digest)
+        function = function.__dict__.get("__wrapped__")
+    return found
