@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -99,6 +100,7 @@ def test_a_dropped_large_buffer_is_used_again_and_a_held_one_is_not() -> None:
     engine = relu_engine((_LARGE,))
     x = torch.randn(_LARGE)
     engine.run([x])  # shows that the output is large
+    assert engine._pool[0].large == (0,)
     first = engine.run([x])[0].data_ptr()
     held = engine.run([x])[0]
     assert held.data_ptr() == first
@@ -141,10 +143,14 @@ def test_outputs_are_those_of_the_mode_they_are_made_in(
 def test_an_input_that_requires_grad_leaves_no_graph_behind(size: int) -> None:
     engine = relu_engine()
     x = torch.randn(size, requires_grad=True)
+    engine.run([torch.randn(size)])
     for _ in range(2):
         torch.testing.assert_close(engine.run([x])[0], eager(x).detach())
-    y = torch.randn(size)
-    assert not engine.run([y])[0].requires_grad
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+    assert not engine.run([torch.randn(size)])[0].requires_grad
 
 
 @pytest.mark.parametrize("length", [3, 50_000])
@@ -199,6 +205,7 @@ def strided(size: int) -> dict[str, torch.Tensor]:
         "offset": base[1 : size + 1, :3],
         "expanded": torch.randn(1, 3).expand(size, 3),
         "negative bit": complexes.conj().imag,
+        "negative bit, contiguous": torch._neg_view(base[:size, :3].contiguous()),
         "flipped": base[:size, :3].flip(0),
         "parameter": torch.nn.Parameter(base[:size, :3].clone(), requires_grad=False),
     }
@@ -215,13 +222,15 @@ def test_strides_do_not_matter(kind: str, size: int) -> None:
 
 def test_sizes_may_change_with_every_call() -> None:
     engine = relu_engine()
-    sizes = [*range(1, 40), _LARGE, 3, _LARGE + 7, _LARGE, 0, 2 * _LARGE, 5, 0, 1, *range(20)]
+    sizes = [*range(1, 40), 3, _LARGE, 3, _LARGE + 7, _LARGE, 0, 2 * _LARGE, 5, 0, 1, *range(20)]
     kept = []
     for size in (*sizes, *sizes):
         x = torch.randn(size)
         kept.append((x, engine.run([x])[0]))
     for x, got in kept:
         torch.testing.assert_close(got, eager(x))
+    (slot,) = engine._pool  # one caller at a time never needs a second request
+    assert len(slot.ready[0]) == infer._BUFFERS_PER_INPUT
 
 
 def test_scalars_and_empty_tensors() -> None:
@@ -287,9 +296,9 @@ def test_a_small_output_does_not_keep_a_large_buffer() -> None:
     engine = Engine(model, [torch.float32], [torch.int64])
     many = torch.ones(2 * _LARGE)
     few = (torch.arange(2 * _LARGE) < _LARGE).float()  # large itself
-    for _ in range(2):
-        engine.run([many])
-    assert engine.run([few])[0].untyped_storage().nbytes() == 8 * _LARGE
+    engine.run([many])
+    buffer = engine.run([many])[0].data_ptr()
+    assert engine.run([few])[0].data_ptr() != buffer
 
 
 def test_a_failed_infer_ends_the_engine() -> None:
@@ -314,6 +323,20 @@ def test_sizes_that_the_model_does_not_take_leave_the_engine_usable() -> None:
             engine.run([wrong])
         assert engine.run([torch.ones(2, 4)])[0].tolist() == [[2] * 4] * 2
     assert engine.dead is None
+
+
+def test_a_call_under_way_when_another_fails_is_not_believed() -> None:
+    engine = relu_engine()
+    run = engine._infer
+
+    def overtaken(*args: Any) -> Any:
+        results = run(*args)
+        engine.close("Another call failed.")
+        return results
+
+    engine._infer = overtaken
+    with pytest.raises(EngineDead, match="Another call failed"):
+        engine.run([torch.ones(2)])
 
 
 def test_a_closed_engine_says_so() -> None:
