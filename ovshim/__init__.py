@@ -1,9 +1,9 @@
 """Run PyTorch modules through OpenVINO, proved against eager and with eager to fall back on.
 
-    fast = ovshim.accelerate(model, example_input)
-    with torch.inference_mode():
-        y = fast(x)
-    print(ovshim.explain(fast))
+fast = ovshim.accelerate(model, example_input)
+with torch.inference_mode():
+    y = fast(x)
+print(ovshim.explain(fast))
 """
 
 import logging

@@ -89,8 +89,10 @@ def accelerate(
     _check_module(module, chosen)
     if enabled_in_environment():
         runtime.check_device(chosen.device)
-    call = None if example_input is None and example_kwargs is None else as_call(
-        example_input, example_kwargs
+    call = (
+        None
+        if example_input is None and example_kwargs is None
+        else as_call(example_input, example_kwargs)
     )
     fast = module if chosen.inplace else make_twin(module)
     _equip(fast, chosen)
@@ -162,7 +164,9 @@ def as_call(
 
 def _checked_kwargs(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise OptionError(name, given, "a mapping from argument names", "Give for example {'x': x}.")
+        raise OptionError(
+            name, given, "a mapping from argument names", "Give for example {'x': x}."
+        )
     return dict(given)
 
 

@@ -173,9 +173,12 @@ class BoundMethod:
         self._made: dict[str, DispatcherLike] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundMethod:
-        memo[id(self)] = new = _blank()
         original, seal = copy.deepcopy((self._original, self._seal), memo)
-        new.__setstate__((original, self.make, seal))
+        # Copied alone, it brings a whole module, which then has one already.
+        new = installed(original.module).get(original.name)
+        if new is None:
+            new = memo[id(self)] = _blank()
+            new.__setstate__((original, self.make, seal))
         return new
 
     # What inspect, Dynamo, torch.export and torch.jit ask of a method, answered by the original.
@@ -189,7 +192,9 @@ class BoundMethod:
         return self.original.resolve().__self__
 
     def __getattr__(self, name: str) -> Any:
-        if name in BoundMethod.__slots__:  # asked of an object that is still being unpickled
+        # The slots are asked of an object that is still being unpickled; and the function's
+        # __dict__ would pass for ours.
+        if name == "__dict__" or name in BoundMethod.__slots__:
             raise AttributeError(name)
         return getattr(self.original.resolve(), name)
 

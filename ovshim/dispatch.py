@@ -33,7 +33,7 @@ from ovshim.signature import (
 )
 
 if TYPE_CHECKING:
-    from ovshim.build import Job
+    from ovshim.job import Job
     from ovshim.preflight import Look
 
 __all__ = ["Dispatcher", "Family"]
@@ -171,8 +171,10 @@ class Dispatcher:
             if getattr(_building, "depth", 0):
                 return self.original(*args, **kwargs)
             code = self._mode()
-            return self._ordinary(args, kwargs) if code is None else self._in_eager(
-                reason(code), args, kwargs
+            return (
+                self._ordinary(args, kwargs)
+                if code is None
+                else self._in_eager(reason(code), args, kwargs)
             )
         return self._in_eager(reason(self._mode() or "special-mode"), args, kwargs)
 
@@ -182,7 +184,7 @@ class Dispatcher:
         for plan in self._plans[grad]:
             tensors = plan.match(args, kwargs)
             if tensors is not None and plan.served is not None and plan.generation is not None:
-                if not plan.generation.holds() or grad and self._gradients_wanted(plan, tensors):
+                if not plan.generation.holds() or (grad and self._gradients_wanted(plan, tensors)):
                     break
                 try:
                     answer = plan.served.answer(tensors)
@@ -386,7 +388,7 @@ class Dispatcher:
         leaves: Sequence[Any],
         grad: bool,
     ) -> Job:
-        from ovshim.build import Job
+        from ovshim.job import Job
 
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         call = self.original.resolve()  # type: ignore[attr-defined]
@@ -412,7 +414,7 @@ class Dispatcher:
 
         plan = build(job)
         # A plan for more sizes takes the place of those that it covers.
-        family.plans = [p for p in family.plans if not _covers(plan, p)]
+        family.plans = [p for p in family.plans if not plan.covers(p)]
         family.plans.append(plan)
         self._republish()
         return plan
@@ -454,16 +456,6 @@ class _Building:
 
 
 _BUILDS = threading.Lock()
-
-
-def _covers(plan: Plan, other: Plan) -> bool:
-    if plan.served is None:
-        return False
-    return all(
-        mine is None or mine == theirs
-        for dims, others in zip(plan.pattern, other.pattern, strict=True)
-        for mine, theirs in zip(dims, others, strict=True)
-    )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -18,7 +18,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-__all__ = ["BadGuardError", "Step", "ValueGuard", "checked_size_guard", "from_json", "measure", "roots_of", "to_json", "walk"]
+__all__ = [
+    "BadGuardError",
+    "Step",
+    "ValueGuard",
+    "checked_size_guard",
+    "from_json",
+    "measure",
+    "roots_of",
+    "sizes_hold",
+    "to_json",
+    "walk",
+]
 
 Step = tuple[Literal["attr", "item"], str | int]
 
@@ -110,6 +121,7 @@ def _root(root: str, roots: Mapping[str, Any]) -> Any:
 
 
 _SIZE = re.compile(r"s(\d+)")
+_FUNCTIONS = {"min": min, "max": max}
 _ALLOWED = (
     ast.Expression,
     ast.BoolOp,
@@ -145,13 +157,16 @@ def checked_size_guard(text: str, ranks: Sequence[int]) -> str:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BadGuardError(f"{text[:80]!r} is no expression") from error
-    subscripts: set[ast.AST] = set()
+    checked: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript):
-            subscripts |= {node, node.value, node.slice}
+            checked |= {node, node.value, node.slice}
             _check_size(node, ranks)
+        elif isinstance(node, ast.Call) and not node.keywords:
+            if isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
+                checked |= {node, node.func}
     for node in ast.walk(tree):
-        if node in subscripts or isinstance(node, _ALLOWED):
+        if node in checked or isinstance(node, _ALLOWED):
             continue
         if not (isinstance(node, ast.Constant) and type(node.value) in (int, bool)):
             raise BadGuardError(f"{text[:80]!r} holds {type(node).__name__}")
@@ -163,10 +178,16 @@ def _check_size(node: ast.Subscript, ranks: Sequence[int]) -> None:
     if isinstance(name, ast.Name) and isinstance(place, ast.Constant):
         match = _SIZE.fullmatch(name.id)
         dim = place.value
-        if match and int(match[1]) < len(ranks) and isinstance(dim, int):
-            if 0 <= dim < ranks[int(match[1])]:
-                return
+        known = match is not None and int(match[1]) < len(ranks)
+        if match and known and isinstance(dim, int) and 0 <= dim < ranks[int(match[1])]:
+            return
     raise BadGuardError(f"{ast.unparse(node)} is no size of this signature")
+
+
+def sizes_hold(size_guards: Sequence[str], sizes: Sequence[Sequence[int]]) -> bool:
+    """Whether every size guard holds. `checked_size_guard` has seen that they are arithmetic."""
+    scope = {f"s{t}": dims for t, dims in enumerate(sizes)}
+    return all(eval(guard, {"__builtins__": _FUNCTIONS}, scope) for guard in size_guards)
 
 
 def to_json(guards: Sequence[ValueGuard]) -> list[dict[str, Any]]:

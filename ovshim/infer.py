@@ -2,7 +2,7 @@
 
 Where the microseconds go, and what was decided for it:
 
-* A small input is copied into a buffer that stays bound to its request; rebinding costs three times
+* A small input is copied into a buffer that stays bound to its request; rebinding costs several times
   what copying 1 KB does. A large one is bound where it lies.
 * A small output is copied out by `infer` itself (``share_outputs=False``), which costs less than
   binding a fresh buffer per call and is right for outputs of any size. From 256 KB up the copy
@@ -131,7 +131,7 @@ class Engine:
     ) -> None:
         import openvino as ov
 
-        # The base class's method: openvino.InferRequest.infer costs 15 µs more, for conveniences
+        # The base class's method: openvino.InferRequest.infer costs 3 µs more, for conveniences
         # that are not used here.
         from openvino._pyopenvino import InferRequest
 

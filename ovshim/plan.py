@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ovshim.guards import ValueGuard
+from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.reasons import Reason
-from ovshim.signature import Builder, Kind, Matcher, Pattern, describe
+from ovshim.signature import Builder, Kind, Matcher, Pattern, describe, fits
 
 if TYPE_CHECKING:
     from ovshim.generation import Generation
@@ -64,6 +64,7 @@ class Plan:
         match: tells whether a call has this signature, and gives its tensors.
         served: None where eager serves; `reason` says why.
         generation: the state of the module that the plan was made for.
+        example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
@@ -77,6 +78,7 @@ class Plan:
     reason: Reason | None
     generation: Generation | None
     precision: str
+    example: tuple[tuple[int, ...], ...] = ()
     precision_run: str | None = None
     error: float | None = None
     speedup: float | None = None
@@ -94,6 +96,16 @@ class Plan:
     @property
     def path(self) -> str:
         return "eager" if self.served is None else "openvino"
+
+    def covers(self, other: Plan) -> bool:
+        """Whether this plan serves the call that another one was made for."""
+        return (
+            self.served is not None
+            and all(
+                fits(mine, dims) for mine, dims in zip(other.example, self.pattern, strict=True)
+            )
+            and sizes_hold(self.size_guards, other.example)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as `explain(...).to_dict()` promises it."""

@@ -139,9 +139,7 @@ def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {k: (v, v.copy() if isinstance(v, copies) else None) for k, v in held}
 
 
-def _changed(
-    before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]
-) -> str | None:
+def _changed(before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]) -> str | None:
     for key in before.keys() | after.keys():
         if key not in before or key not in after or before[key][0] is not after[key][0]:
             return key
@@ -177,9 +175,7 @@ def _index_of(leaf: Any, inputs: Sequence[torch.Tensor]) -> int | None:
     return next((i for i, given in enumerate(inputs) if given is leaf), None)
 
 
-def _unfit_output(
-    module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]
-) -> Reason | None:
+def _unfit_output(module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]) -> Reason | None:
     try:
         kind_of(found.leaves, found.structure)
     except UnknownLeafError as unknown:

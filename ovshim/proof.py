@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ovshim.guards import sizes_hold
 from ovshim.signature import (
     Kind,
     Pattern,
@@ -40,8 +41,8 @@ __all__ = [
     "alike",
     "prove",
     "prove_small",
-    "sizes_hold",
     "small_leaves",
+    "tied",
 ]
 
 log = logging.getLogger("ovshim")
@@ -187,9 +188,7 @@ def prove(
     return Proof(worst, smallest, frozenset(pinned))
 
 
-def prove_small(
-    eager: Eager, served: Served, tensors: Sequence[torch.Tensor], seen: Look
-) -> float:
+def prove_small(eager: Eager, served: Served, tensors: Sequence[torch.Tensor], seen: Look) -> float:
     """One small run, for a plan out of the cache: `seen` is what eager answered to `tensors`.
 
     Raises:
@@ -276,6 +275,28 @@ def _other_sizes(size: int) -> Iterator[int]:
             yield other
 
 
+def tied(
+    pattern: Pattern, size_guards: Sequence[str], sizes: Sequence[Sequence[int]]
+) -> tuple[str, ...]:
+    """The guards, and one more for each pair of open sizes that are the same dimension of two
+    tensors, of the same size in the example, and bound by no guard yet.
+
+    They are most likely one size (the batch of ids and of their mask) that the graph happens not
+    to compare. Eager mostly refuses to see one of them changed alone, so that alone it could not
+    be proved; a call in which they differ gets a plan of its own.
+    """
+    groups = _groups(pattern, size_guards)
+    guards = list(size_guards)
+    for n, group in enumerate(groups):
+        (t, d), size = group[0], sizes[group[0][0]][group[0][1]]
+        for other in groups[:n]:
+            match = [(u, e) for u, e in other if e == d and sizes[u][e] == size]
+            if match:
+                guards.append(f"s{t}[{d}] == s{match[0][0]}[{d}]")
+                break
+    return tuple(guards)
+
+
 _EQUAL = re.compile(r"s(\d+)\[(\d+)\] == s(\d+)\[(\d+)\]")
 
 
@@ -295,15 +316,7 @@ def _groups(pattern: Pattern, size_guards: Sequence[str]) -> list[list[tuple[int
     return list(groups.values())
 
 
-def sizes_hold(size_guards: Sequence[str], sizes: Sizes) -> bool:
-    """Whether every guard holds. The guards are arithmetic: `guards.checked_size_guard` saw to it."""
-    scope = {f"s{t}": dims for t, dims in enumerate(sizes)}
-    return all(eval(guard, {"__builtins__": {}}, scope) for guard in size_guards)
-
-
-def redraw_all(
-    tensors: Sequence[torch.Tensor], generator: torch.Generator
-) -> list[torch.Tensor]:
+def redraw_all(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
     return _once_each(tensors, lambda t, tensor: redraw(tensor, generator))
 
 

@@ -151,7 +151,7 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Correct the example input so that the module accepts it.",
         ),
         "building": Sentence(
-            "Another thread is building the plan for this call.",
+            "The plan for this call was still being built.",
             "Nothing needs doing: calls move to OpenVINO once the plan is ready.",
         ),
         "build-failed": Sentence(

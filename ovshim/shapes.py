@@ -72,7 +72,9 @@ def _pairs(
         for name in given:
             if name not in arguments:
                 names = ", ".join(arguments) or "none"
-                raise _wrong(given, f"{name!r} is no argument of this call; its arguments: {names}.")
+                raise _wrong(
+                    given, f"{name!r} is no argument of this call; its arguments: {names}."
+                )
         return [(name, arguments[name], spec) for name, spec in given.items()]
     values = [*args, *kwargs.values()]
     if len(given) > len(values):

@@ -130,9 +130,7 @@ def _is_private_container(leaf: Any) -> bool:
     return held is None or held.keys() <= names
 
 
-def flatten_call(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[list[Any], Structure]:
+def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
     """Leaves of a call. Keywords are sorted: their order in the call means nothing to `forward`."""
     return flatten((args, {name: kwargs[name] for name in sorted(kwargs)}))
 
@@ -303,7 +301,9 @@ class _Writer:
             return False
         name = spec.type.__name__
         test = f"len({place}) != {spec.num_children}"
-        lines.append(f"    if {test if top else f'type({place}) is not {name} or {test}'}: return None")
+        lines.append(
+            f"    if {test if top else f'type({place}) is not {name} or {test}'}: return None"
+        )
         keys = list(spec.context) if spec.type is dict else list(range(spec.num_children))
         if not all(isinstance(key, (str, int)) for key in keys):
             return False
@@ -417,9 +417,7 @@ def compile_builder(structure: Structure, leaves: Sequence[Output]) -> Builder:
     return eval(f"lambda computed, given: {text}", scope)  # type: ignore[no-any-return]
 
 
-def _constructor(
-    spec: pytree.TreeSpec, names: Iterator[str], scope: dict[str, Any]
-) -> str | None:
+def _constructor(spec: pytree.TreeSpec, names: Iterator[str], scope: dict[str, Any]) -> str | None:
     """The expression that builds one container; None where only pytree knows how."""
     if spec.is_leaf():
         return next(names)

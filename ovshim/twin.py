@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.jit._recursive import wrap_cpp_module
 from torch.jit._script import RecursiveScriptModule
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parameter import is_lazy
@@ -33,7 +32,7 @@ _OWN_DICTS = frozenset(
 ).difference(_SHARED)
 # torch.compile's result for the original's own call: a twin that kept it would run the original.
 _DROPPED = frozenset({"_compiled_call_impl"})
-# What wrap_cpp_module made for the twin of a scripted module.
+# What `_construct` made for the twin of a scripted module.
 _SCRIPTED = frozenset(
     {"_initializing", "_c", "_concrete_type", "_modules", "_non_persistent_buffers_set"}
 ).union(_SHARED)
@@ -88,13 +87,33 @@ class _Tree:
         """Returns the twin of `module`, empty until its turn comes."""
         made = self.twins.get(id(module))
         if made is None:
-            made = _empty(module)
-            pairs = [(module, made)]
             if isinstance(module, RecursiveScriptModule):
-                pairs = list(zip(module.modules(), made.modules(), strict=True))
-            self.twins.update((id(old), new) for old, new in pairs)
-            self.todo.extend(pairs)
+                return self.scripted(module, _copied(module._c))
+            made = self.adopt(module, _empty(module))
         return made
+
+    def adopt(self, module: nn.Module, twin: nn.Module) -> nn.Module:
+        self.twins[id(module)] = twin
+        self.todo.append((module, twin))
+        return twin
+
+    def scripted(self, module: nn.Module, cpp: Any) -> nn.Module:
+        """Returns the twin of a scripted module over `cpp`, the copy of its C++ tree."""
+
+        def children(twin: nn.Module) -> None:
+            twin._concrete_type = module._concrete_type
+            for name, below in torch._C.ModuleDict(cpp).items():
+                child = module._modules[name]
+                assert child is not None
+                inner = child.__dict__.get("_actual_script_module")
+                if inner is None:
+                    setattr(twin, name, self.scripted(child, below))
+                else:  # a traced module: an object that forwards everything to a scripted one
+                    self.scripted(inner, below)
+                    setattr(twin, name, self.twin(child))
+
+        twin = RecursiveScriptModule._construct(cpp, children)  # type: ignore[no-untyped-call]
+        return self.adopt(module, twin)
 
     def moved(self, hooks: weakref.ref[Any]) -> weakref.ref[Any]:
         twins = self.hooks.get(id(hooks()))
@@ -195,8 +214,6 @@ def _empty(module: nn.Module) -> nn.Module:
             f"{cls.__name__} has parameters that are not initialised yet. "
             "Run the module once on an example before accelerating it."
         )
-    if isinstance(module, RecursiveScriptModule):
-        return _script_twin(module)
     try:
         # Not cls.__new__: GraphModule's makes a new class, and others want arguments.
         return object.__new__(cls)
@@ -207,20 +224,15 @@ def _empty(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _script_twin(module: RecursiveScriptModule) -> nn.Module:
-    """Returns a scripted module over the same tensors with flags of its own.
+def _copied(cpp: Any) -> Any:
+    """Returns a copy of a tree of `torch._C.ScriptModule` over the same tensors.
 
-    Its state lives in C++: `copy.copy` shares the children there, so they are copied one by one.
+    A scripted module's flags live there; `copy.copy` alone would share those of its children.
     """
-
-    def copied(node: Any) -> Any:
-        new = copy.copy(node)
-        for name, child in torch._C.ModuleDict(node).items():
-            new.setattr(name, copied(child))
-        return new
-
-    twin: nn.Module = wrap_cpp_module(copied(module._c))  # type: ignore[no-untyped-call]
-    return twin
+    new = copy.copy(cpp)
+    for name, child in torch._C.ModuleDict(cpp).items():
+        new.setattr(name, _copied(child))
+    return new
 
 
 def _slots(cls: type) -> list[str]:

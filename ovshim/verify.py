@@ -13,13 +13,11 @@ from ovshim.signature import Pattern, Structure, flatten
 __all__ = ["Mismatch", "compare", "redraw", "relative_errors", "resize"]
 
 
-class Mismatch(Exception):  # noqa: N818 - a verdict, caught where it is made, never an error
+class Mismatch(Exception):
     """Why a candidate's outputs are not eager's."""
 
 
-def compare(
-    leaves: Sequence[Any], structure: Structure, candidate: Any, tolerance: float
-) -> float:
+def compare(leaves: Sequence[Any], structure: Structure, candidate: Any, tolerance: float) -> float:
     """The largest error over all outputs; the candidate is alike in everything else.
 
     The error of a floating output is its relative L2 error, ‖candidate − eager‖ / ‖eager‖ over

@@ -23,7 +23,7 @@ from ovshim.signature import Kind, Pattern, TensorLeaf, flatten, unflatten_call
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["CaptureError", "Captured", "FlatModule", "Request", "TRACE_LOCK", "capture"]
+__all__ = ["TRACE_LOCK", "CaptureError", "Captured", "FlatModule", "Request", "capture"]
 
 # torch's tracer and Dynamo keep process-wide state: of four concurrent conversions three failed.
 TRACE_LOCK = threading.RLock()

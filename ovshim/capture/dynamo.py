@@ -99,7 +99,9 @@ def capture(request: Request) -> Captured:
         _forget(request.call)
 
 
-def _finish(request: Request, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+def _finish(
+    request: Request, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Captured:
     graph = output.backend_input.graph_module
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
@@ -108,7 +110,10 @@ def _finish(request: Request, output: Any, args: tuple[Any, ...], kwargs: dict[s
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)
     value_guards += sources.read_tensors(_placeholders(graph))
-    run = functools.partial(output.forward_callable(compiled_fn=graph), request.call.__self__)  # type: ignore[attr-defined]
+    # What Dynamo's bytecode refers to (classes of outputs among it) it finds in these globals.
+    known = dict(output.graph_capture_output.f_globals)
+    replay = output.forward_callable(compiled_fn=graph, extra_globals=known)
+    run = functools.partial(replay, request.call.__self__)  # type: ignore[attr-defined]
     inputs = distinct_tensors(request.kind)
     tensors = [request.leaves[i] for i in inputs]
     places = [request.kind.tensors.index(i) for i in inputs]
@@ -132,8 +137,10 @@ def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _configured() -> Iterator[list[str]]:
     """Dynamo set up for one whole graph; gives the side effects that it says it saw.
 
-    `backed_size_oblivious` lets an example of batch 1 stand for every batch. All of it is undone
-    on leaving: the user's own torch.compile keeps its configuration."""
+    `backed_size_oblivious` lets an example of batch 1 stand for every batch. NNPACK is off because
+    ATen asks for `batch < 16` when it chooses between it and other convolutions, and Dynamo would
+    take that for a condition of the graph. All of it is undone on leaving: the user's own
+    torch.compile keeps its configuration."""
     import torch._dynamo.config
     import torch.fx.experimental._config
     from torch._dynamo.utils import get_metrics_context
@@ -141,6 +148,7 @@ def _configured() -> Iterator[list[str]]:
     effects: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(get_metrics_context())
+        stack.enter_context(torch.backends.nnpack.flags(enabled=False))
         stack.enter_context(
             torch._dynamo.config.patch(
                 allow_rnn=True,
@@ -207,7 +215,9 @@ def _user_line(error: Any) -> str:
     if not stack:
         return ""
     frame = stack[-1]
-    return f"{frame.filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frame.lineno} ({frame.line})"
+    return (
+        f"{frame.filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frame.lineno} ({frame.line})"
+    )
 
 
 def _forget(call: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,16 @@ def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.Script
         CaptureError: torch cannot trace it.
     """
     try:
-        with _quietly():
+        with warnings.catch_warnings():
+            # Of what the tracer says, guards and proof find out what matters; what the user's own
+            # code says, eager has said already; and torch's wrappers read deprecated properties.
+            warnings.simplefilter("ignore")
             traced = torch.jit.trace(flat, tuple(tensors), strict=False, check_trace=False)
     except Exception as error:  # whatever a user's forward or torch's tracer raises
         log.debug("tracing failed", exc_info=True)
-        raise CaptureError(reason("capture-failed", f"torch.jit.trace: {_first_line(error)}")) from error
+        raise CaptureError(
+            reason("capture-failed", f"torch.jit.trace: {_first_line(error)}")
+        ) from error
     return traced  # type: ignore[no-any-return]
 
 
@@ -106,20 +112,3 @@ def _guarded(call: Any) -> Any:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
-
-
-class _quietly:  # noqa: N801 - reads as a word in a with statement
-    """Silences the tracer's own warnings, and only those: which values a trace bakes in is what
-    proof and guards find out, and `torch.jit.trace` is deprecated but the only way into this
-    frontend."""
-
-    def __enter__(self) -> None:
-        import warnings
-
-        self._caught = warnings.catch_warnings()
-        self._caught.__enter__()
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.trace.*", append=False)
-
-    def __exit__(self, *exc: object) -> None:
-        self._caught.__exit__(*exc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import types
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,21 +119,21 @@ class Sources:
         return tuple(found)
 
     def _worth_watching(self, path: tuple[str, tuple[Step, ...]], test: str) -> bool:
-        """Not attributes of modules of the tree (`generation` compares them all), and not torch
-        itself (a version is part of every key; nobody patches it between two calls)."""
+        """Not attributes of modules of the tree (`generation` compares them all), and not what lies
+        within torch (its version is part of every key; nobody patches it between two calls)."""
         root, steps = path
-        if root.startswith("import:") and root[7:].split(".")[0] in ("torch", "builtins"):
-            return False
         if not steps:
             return False
         if any(how == "attr" and str(key).startswith("__") for how, key in steps):
             return False  # code: the fingerprint's business
         try:
-            holder = walk(root, steps[:-1], self.roots)
+            passed = [walk(root, steps[:i], self.roots) for i in range(len(steps))]
         except BadGuardError:
             return False
-        if isinstance(holder, nn.Module) and test in ("value", "same"):
-            return str(steps[-1][1]) not in holder.__dict__
+        if any(_is_torchs(held) for held in passed):
+            return False
+        if isinstance(passed[-1], nn.Module) and test in ("value", "same"):
+            return str(steps[-1][1]) not in passed[-1].__dict__
         names = [key for _, key in steps[-2:]]
         return not any(name in ("_modules", "_parameters", "_buffers") for name in names)
 
@@ -162,6 +163,8 @@ class Sources:
             return None
         scope, name, path = steps
         if scope == "global":
+            if name.startswith("__builtins_dict__"):  # Dynamo's own name for Python's builtins
+                return None
             if name in self.imports:
                 return f"import:{self.imports[name]}", path
             return "globals", (("item", name), *path)
@@ -173,6 +176,13 @@ class Sources:
             if base[0] is self.request.call.__self__:  # type: ignore[attr-defined]
                 return "module", path[1:]
         return ("closure", (("item", name), *path)) if name in self.closure_names else None
+
+
+def _is_torchs(held: Any) -> bool:
+    """A module of Python's or of a network, that is torch's own."""
+    if isinstance(held, types.ModuleType):
+        return held.__name__.split(".")[0] in ("torch", "builtins")
+    return isinstance(held, nn.Module) and type(held).__module__.startswith("torch.nn.")
 
 
 def _test_of(kind: str) -> Literal["value", "length", "keys", "same"] | None:

@@ -44,7 +44,9 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     generator = torch.Generator().manual_seed(0)
     if first != _skeleton(frontend.trace(flat, _redrawn(tensors, generator)).inlined_graph):
         raise CaptureError(reason("value-dependent", "two traces with other values differ"))
-    dynamic = [dims if _same_resized(flat, tensors, dynamic, first) else frozenset() for dims in dynamic]
+    dynamic = [
+        dims if _same_resized(flat, tensors, dynamic, first) else frozenset() for dims in dynamic
+    ]
     shapes = [
         tuple(None if d in dims else n for d, n in enumerate(tensor.shape))
         for tensor, dims in zip(tensors, dynamic, strict=True)
@@ -100,7 +102,9 @@ def _skeleton(graph: Any) -> list[str]:
 def _attributes(node: Any) -> str:
     if node.kind() == "prim::GetAttr":
         return str(node.s("name"))
-    if node.kind() != "prim::Constant" or not node.mustBeNone() and not node.hasAttribute("value"):
+    if node.kind() != "prim::Constant" or (
+        not node.mustBeNone() and not node.hasAttribute("value")
+    ):
         return ""
     value = node.output().toIValue()
     if not isinstance(value, torch.Tensor):

@@ -29,8 +29,14 @@ _LIFECYCLE = frozenset({
     "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__repr__", "__str__", "__dir__",
     "__sizeof__", "__getnewargs__", "__getnewargs_ex__",
 })  # fmt: skip
+# Too seldom called by a forward to follow what a library's do: its configurations build others.
+_COMPARISONS = frozenset({"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__",
+                          "__setattr__", "__delattr__"})  # fmt: skip
 _NOT_GLOBALS = frozenset({"__name__", "__file__", "__spec__", "__loader__", "__package__",
                           "__path__", "__doc__", "__builtins__", "__debug__"})  # fmt: skip
+# Calls within libraries that are followed. Attention is two below a layer's forward, the repetition
+# of keys three; what is deeper is keyed by its bytecode and the version of its package.
+_DEEPEST = 3
 _HEAP_TYPE = 1 << 9  # not an immutable type of the interpreter
 _MISSING = object()
 
@@ -116,7 +122,8 @@ class Reach(Writer):
         """
         if name in _CONSTRUCTORS:
             return
-        if name.startswith("__") and name.endswith("__") and name not in _LIFECYCLE:
+        called = name.startswith("__") and name.endswith("__") and name not in _LIFECYCLE
+        if called and not (self.library and name in _COMPARISONS):
             self.member((cls, name, member))
         else:
             self.when(name, self.member, (cls, name, member))
@@ -179,9 +186,12 @@ class Reach(Writer):
     def follow(self, function: types.FunctionType) -> None:
         self.where = f"{function.__module__}.{function.__qualname__}"
         self.library = is_library_file(function.__code__.co_filename)
+        self.depth = self.depth + 1 if self.library else 0
         self.version(function.__module__)
         found = facts(function.__code__)
         self.out += [b"function", found.digest]
+        if self.depth > _DEEPEST:
+            return
         named = sorted((function.__kwdefaults__ or {}).items())
         self.parts(b"defaults", function.__defaults__, *named)
         for name, cell in zip(function.__code__.co_freevars, _cells(function), strict=True):

@@ -56,11 +56,12 @@ class Writer(ABC):
         self.tensors: list[torch.Tensor] = []  # to be hashed together at the end
         self.where = ""
         self.library = False
+        self.depth = 0  # calls from library function to library function
         self.attribute = ""  # the one whose value is being written
         self.known = known  # id to name, of tensors that are keyed elsewhere
         self.number: dict[int, int] = {}
         self.kept: list[object] = []  # an id stays taken while its object lives
-        self.queue: deque[tuple[Job, Any, str, bool]] = deque()
+        self.queue: deque[tuple[Job, Any, str, bool, int]] = deque()
         self.names: set[str] = set()
         self.waiting: dict[str, list[tuple[Job, Any]]] = {}
         self.open: list[int] = []  # containers around the one being written
@@ -84,11 +85,11 @@ class Writer(ABC):
     def run(self) -> None:
         """Does all jobs, those that they add included."""
         while self.queue:
-            job, subject, self.where, self.library = self.queue.popleft()
+            job, subject, self.where, self.library, self.depth = self.queue.popleft()
             job(subject)
 
     def later(self, job: Job, subject: Any) -> None:
-        self.queue.append((job, subject, self.where, self.library))
+        self.queue.append((job, subject, self.where, self.library, self.depth))
 
     def first(self, subject: object) -> bool:
         """Numbers an object; whether it had no number."""

@@ -1,0 +1,130 @@
+"""A job: what is to be built, for which calls, and how long it may take."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ovshim.cache import Store
+from ovshim.options import Options
+from ovshim.preflight import Look
+from ovshim.reasons import Reason, reason
+from ovshim.shapes import Dims
+from ovshim.signature import Kind, Pattern, unflatten_call
+
+__all__ = ["BuildStopped", "Job", "own_dtype"]
+
+_OWN_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class BuildStopped(Exception):
+    """A build ends in eager, for this reason."""
+
+    def __init__(self, why: Reason) -> None:
+        super().__init__(str(why))
+        self.reason = why
+
+
+@dataclasses.dataclass
+class Job:
+    """What is to be built.
+
+    Attributes:
+        method: name of the method; `call` is the user's own, bound to `module`.
+        kind, leaves: the example, flattened; its tensors are copies that nobody else holds.
+        dynamic: the dimensions of each tensor that should be able to change.
+        grad: whether grad mode is on in the calls that the plan is for.
+        look: what was seen of a call of the user's own, where there was one.
+    """
+
+    module: nn.Module
+    method: str
+    call: Callable[..., Any]
+    options: Options
+    store: Store
+    kind: Kind
+    leaves: Sequence[Any]
+    dynamic: Dims
+    grad: bool
+    look: Look | None = None
+    precision_run: str | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    @property
+    def precision(self) -> str:
+        if self.options.precision is not None:
+            return self.options.precision
+        return _OWN_PRECISION.get(own_dtype(self.module), "fp32")
+
+    @property
+    def tolerance(self) -> float | None:
+        """None where the module runs in its own low precision and its upcast is the measure."""
+        own = _OWN_PRECISION.get(own_dtype(self.module))
+        if self.options.tolerance is None and own == self.precision and own != "fp32":
+            return None
+        return self.options.tolerance_for(self.precision)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage, and ends the build before one that has no time left."""
+        self.check_time()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def check_time(self) -> None:
+        if self.seconds_left() == 0.0:
+            raise BuildStopped(reason("build-too-slow", f"{self.options.max_build_seconds:g} s"))
+
+    def seconds_left(self) -> float:
+        """What is left of `max_build_seconds`, 0 at least."""
+        spent = time.perf_counter() - self.started
+        return max(0.0, self.options.max_build_seconds - spent)
+
+    def arguments(
+        self, leaves: Sequence[Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call that these leaves, or the example's, are."""
+        return unflatten_call(self.leaves if leaves is None else leaves, self.kind.structure)
+
+    def call_with(self, leaves: Sequence[Any]) -> Any:
+        """Eager's answer to these leaves."""
+        args, kwargs = self.arguments(leaves)
+        return self.call(*args, **kwargs)
+
+    def copies(self) -> list[Any]:
+        """The example's leaves with copies of their tensors; what is one object stays one."""
+        made = {id(t): t.detach().clone() for t in self.tensors}
+        return [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+
+    def open_sizes(self, pattern: Pattern, pinned: frozenset[tuple[int, int]]) -> None:
+        """Open the sizes in which this job differs from an entry: somebody has built for the same
+        module with others, so they do change. Not those that the entry's proof has refused."""
+        dynamic = [set(dims) for dims in self.dynamic]
+        for t, (tensor, known) in enumerate(zip(self.tensors, pattern, strict=True)):
+            for d, (mine, other) in enumerate(zip(tensor.shape, known, strict=True)):
+                if other != mine and (t, d) not in pinned:
+                    dynamic[t].add(d)
+        self.dynamic = tuple(frozenset(dims) for dims in dynamic)
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of most of the module's floating parameters; float32 where it has none."""
+    amounts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.dtype.is_floating_point:
+            amounts[parameter.dtype] = amounts.get(parameter.dtype, 0) + parameter.numel()
+    return max(amounts, key=lambda dtype: amounts[dtype]) if amounts else torch.float32

@@ -1,0 +1,168 @@
+"""What the manifest of an entry says of a graph: its sizes, guards, proof and races."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ovshim.cache import Entry
+from ovshim.capture import Captured
+from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold, to_json
+from ovshim.reasons import TABLE, Reason
+from ovshim.signature import Kind, Pattern, TensorLeaf, fits
+
+__all__ = ["Record", "Rung"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One way of building, on the ladder that is climbed while proofs fail.
+
+    Attributes:
+        name: as reports show it; empty for the usual way.
+        sizes: "asked": those dimensions open that the job wants; "all": every dimension; "none".
+        properties: OpenVINO's, beside those of the options.
+    """
+
+    name: str = ""
+    sizes: str = "asked"
+    properties: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A captured graph, as it is kept.
+
+    Attributes:
+        pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
+        pinned: (tensor, dimension) whose other sizes the proof has refused.
+        dtypes: of the computed tensors, in order.
+        error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
+        verdict: why eager serves in its place, where that was found for good.
+        race: medians of eager and of the plan in seconds, by processor, threads and sizes.
+    """
+
+    pattern: Pattern
+    size_guards: tuple[str, ...]
+    value_guards: tuple[ValueGuard, ...]
+    route: str
+    dtypes: tuple[torch.dtype, ...]
+    rung: Rung = Rung()
+    pinned: frozenset[tuple[int, int]] = frozenset()
+    error: float = 0.0
+    sizes: tuple[tuple[int, ...], ...] = ()
+    verdict: Reason | None = None
+    race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def of_capture(captured: Captured, dtypes: tuple[torch.dtype, ...], rung: Rung) -> Record:
+        """The record of a graph that is not proved yet."""
+        return Record(
+            pattern=captured.pattern,
+            size_guards=captured.size_guards,
+            value_guards=captured.value_guards,
+            route=captured.route,
+            dtypes=dtypes,
+            rung=rung,
+        )
+
+    def proved(
+        self,
+        error: float,
+        sizes: tuple[tuple[int, ...], ...],
+        pinned: frozenset[tuple[int, int]],
+        example: Sequence[Sequence[int]],
+    ) -> Record:
+        """The record with what a proof at the sizes of `example` has found."""
+        pattern = tuple(
+            tuple(example[t][d] if (t, d) in pinned else n for d, n in enumerate(dims))
+            for t, dims in enumerate(self.pattern)
+        )
+        return dataclasses.replace(self, pattern=pattern, error=error, sizes=sizes, pinned=pinned)
+
+    def fits(self, sizes: Sequence[Sequence[int]]) -> bool:
+        """Whether a call of these sizes may be served."""
+        exact = tuple(map(tuple, sizes))
+        alike = all(fits(mine, dims) for mine, dims in zip(sizes, self.pattern, strict=True))
+        return alike and sizes_hold(self.size_guards, exact)
+
+    # --- as JSON ------------------------------------------------------------------------------
+
+    def graph(self, kind: Kind) -> dict[str, Any]:
+        """The section "graph" of a manifest: what is known when the graph is captured."""
+        return {
+            "signature": str(kind),
+            "pattern": [list(dims) for dims in self.pattern],
+            "size_guards": list(self.size_guards),
+            "value_guards": to_json(self.value_guards),
+            "route": self.route,
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
+            "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
+        }
+
+    def variant(self, kind: Kind) -> str:
+        """The name of the entry within its family."""
+        text = json.dumps(self.graph(kind), sort_keys=True).encode()
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+    def proof(self, precision: str) -> dict[str, Any]:
+        """The section "proof" of a manifest."""
+        return {
+            "error": self.error,
+            "sizes": [list(dims) for dims in self.sizes],
+            "pattern": [list(dims) for dims in self.pattern],
+            "pinned": sorted(map(list, self.pinned)),
+            "precision": precision,
+        }
+
+    @staticmethod
+    def of_entry(entry: Entry, kind: Kind) -> Record:
+        """The record that a manifest holds.
+
+        Raises KeyError, TypeError, ValueError or BadGuardError where it holds none.
+        """
+        graph = entry.manifest["graph"]
+        proof, verdict = entry.manifest.get("proof"), entry.manifest.get("verdict")
+        if proof is None and verdict is None:
+            raise ValueError("it was never proved")
+        proof = proof or {}
+        ranks = [leaf.rank for leaf in kind.leaves if isinstance(leaf, TensorLeaf)]
+        pattern = _pattern(proof.get("pattern", graph["pattern"]))
+        if [len(dims) for dims in pattern] != ranks:
+            raise ValueError("its sizes are not of this call")
+        name, sizes, properties = graph["rung"]
+        return Record(
+            pattern=pattern,
+            size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
+            value_guards=from_json(graph["value_guards"]),
+            route=str(graph["route"]),
+            dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
+            rung=Rung(str(name), str(sizes), tuple((str(k), str(v)) for k, v in properties)),
+            pinned=frozenset((int(t), int(d)) for t, d in proof.get("pinned", ())),
+            error=float(proof.get("error", 0.0)),
+            sizes=tuple(tuple(map(int, dims)) for dims in proof.get("sizes", ())),
+            verdict=None if verdict is None else _reason(verdict),
+            race=dict(entry.manifest.get("race") or {}),
+        )
+
+
+def _pattern(stored: Sequence[Sequence[Any]]) -> Pattern:
+    return tuple(tuple(None if n is None else int(n) for n in dims) for dims in stored)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return dtype
+
+
+def _reason(stored: Mapping[str, Any]) -> Reason:
+    if stored["code"] not in TABLE:
+        raise ValueError(f"{stored['code']!r} is no reason")
+    return Reason(stored["code"], str(stored["message"]), str(stored["remedy"]))
