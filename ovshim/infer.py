@@ -2,8 +2,8 @@
 
 Where the microseconds go, and what was decided for it:
 
-* A small input is copied into a buffer that stays bound to its request; rebinding costs several times
-  what copying 1 KB does. A large one is bound where it lies.
+* A small input is copied into a buffer that stays bound to its request; rebinding costs several
+  times what copying 1 KB does. A large one is bound where it lies.
 * A small output is copied out by `infer` itself (``share_outputs=False``), which costs less than
   binding a fresh buffer per call and is right for outputs of any size. From 256 KB up the copy
   costs more than the binding, so a buffer is bound and handed over without a copy.
