@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Unpack, overload
 
-import torch
 from torch import nn
 
 from ovshim import runtime
 from ovshim.bound import install, installed
 from ovshim.dispatch import Dispatcher
 from ovshim.errors import OptionError
+from ovshim.example import FORMS, as_call
 from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
 from ovshim.report import Report
 from ovshim.twin import make_twin
 
-__all__ = ["accelerate", "as_call", "explain"]
+__all__ = ["accelerate", "explain"]
 
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=type[nn.Module])
-
-_EXAMPLE_FORMS = (
-    "a tensor (one positional argument), a tuple (positional arguments) or a mapping (keywords)"
-)
 
 
 @overload
@@ -124,50 +121,13 @@ def explain(
         return handle.report()
     if example_input is None and example_kwargs is None:
         raise OptionError(
-            "example_input", None, _EXAMPLE_FORMS, "Give an example of a call of this plain module."
+            "example_input", None, FORMS, "Give an example of a call of this plain module."
         )
     chosen = dataclasses.replace(
         resolve(None, dict(fields)), inplace=False, cache_dir=False, strict=False
     )
     fast = accelerate(module, example_input, example_kwargs=example_kwargs, options=chosen)
     return fast.ovshim.report()  # type: ignore[no-any-return, operator, union-attr]
-
-
-def as_call(
-    example_input: Any, example_kwargs: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that an example stands for.
-
-    Raises:
-        OptionError: it is in none of the forms.
-    """
-    if isinstance(example_input, Mapping):
-        if example_kwargs is not None:
-            raise OptionError(
-                "example_kwargs",
-                example_kwargs,
-                "keywords beside a tensor or a tuple",
-                "Put all keywords into one mapping.",
-            )
-        return (), _checked_kwargs("example_input", example_input)
-    kwargs = _checked_kwargs("example_kwargs", example_kwargs or {})
-    if example_input is None:
-        return (), kwargs
-    if type(example_input) is tuple:
-        return example_input, kwargs
-    if isinstance(example_input, torch.Tensor):
-        return (example_input,), kwargs
-    raise OptionError(
-        "example_input", example_input, _EXAMPLE_FORMS, "Put a single argument into a tuple: (x,)."
-    )
-
-
-def _checked_kwargs(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise OptionError(
-            name, given, "a mapping from argument names", "Give for example {'x': x}."
-        )
-    return dict(given)
 
 
 def _no_module(value: Any) -> OptionError:
@@ -211,21 +171,21 @@ def _decorator(options: Options) -> Callable[[C], C]:
     """Accelerates instances in place, each when its constructor has finished."""
 
     def decorate(cls: C) -> C:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        given: Any = cls
+        if not (isinstance(given, type) and issubclass(given, nn.Module)):
             raise OptionError(
                 "module", cls, "a class derived from torch.nn.Module", "Decorate the class."
             )
         inherited = cls.__init__
 
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        @functools.wraps(inherited)
+        def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             inherited(self, *args, **kwargs)
             if type(self) is cls:  # a subclass is not finished here, and was not decorated
                 _check_module(self, options)
                 _equip(self, options)
 
-        __init__.__wrapped__ = inherited  # type: ignore[attr-defined]
-        __init__.__doc__ = inherited.__doc__
-        cls.__init__ = __init__  # type: ignore[assignment, method-assign]
+        cls.__init__ = construct  # type: ignore[method-assign]
         return cls
 
     return decorate

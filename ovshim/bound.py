@@ -97,6 +97,11 @@ class BoundMethod:
     def __init__(self, original: Original, make: Make, seal: _Seal) -> None:
         self.__setstate__((original, make, seal))
 
+    def __setstate__(self, state: tuple[Original, Make, _Seal]) -> None:
+        self._original, self.make, self._seal = state
+        self._call: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+        self._made: dict[str, DispatcherLike] = {}
+
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         # is_dynamo_compiling is False here and a constant True to Dynamo, which therefore reads
         # nothing further and inlines the original.
@@ -109,7 +114,7 @@ class BoundMethod:
             return self.original(*args, **kwargs)
         call = self._call
         if call is None or getrefcount(self._seal) != self._seal.usual:
-            return self._settled(_getframe(1)).dispatcher.call(args, kwargs)
+            return self._settled(_getframe(1))._made_dispatcher().call(args, kwargs)
         return call(args, kwargs)
 
     @property
@@ -125,13 +130,16 @@ class BoundMethod:
     @property
     def dispatcher(self) -> DispatcherLike:
         """What serves the calls; made when first asked for."""
-        bound = self._settled() if self._seal.loose else self
-        made = bound._made.get("dispatcher")
+        return (self._settled() if self._seal.loose else self)._made_dispatcher()
+
+    def _made_dispatcher(self) -> DispatcherLike:
+        # No property: an AttributeError of the factory's would be taken for a missing one.
+        made = self._made.get("dispatcher")
         if made is None:
-            original = bound._original
+            original = self._original
             # setdefault is atomic: of two threads that make one, both take the first.
-            made = bound._made.setdefault("dispatcher", bound.make(original.module, original))
-            bound._call = made.call
+            made = self._made.setdefault("dispatcher", self.make(original.module, original))
+            self._call = made.call
         return made
 
     def _settled(self, caller: FrameType | None = None) -> BoundMethod:
@@ -144,12 +152,12 @@ class BoundMethod:
         if not self._seal.loose:
             if getrefcount(self._seal) == self._seal.usual:
                 return self
-            if not (copies := [m for m in _holders(self) if m is not self._seal.module]):
+            if not (copies := [m for m in _holders(self, caller) if m is not self._seal.module]):
                 # Something else keeps it: a debugger, somebody's copy of the attributes.
                 self._seal.usual = getrefcount(self._seal)
                 return self
             owners = [self._seal.module, *copies]
-        elif copies := _holders(self):
+        elif copies := _holders(self, caller):
             owners = copies
         else:
             return self
@@ -167,15 +175,11 @@ class BoundMethod:
     def __getstate__(self) -> tuple[Original, Make, _Seal]:
         return self._original, self.make, self._seal
 
-    def __setstate__(self, state: tuple[Original, Make, _Seal]) -> None:
-        self._original, self.make, self._seal = state
-        self._call: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
-        self._made: dict[str, DispatcherLike] = {}
-
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundMethod:
+        module = copy.deepcopy(self._original.module, memo)
         original, seal = copy.deepcopy((self._original, self._seal), memo)
-        # Copied alone, it brings a whole module, which then has one already.
-        new = installed(original.module).get(original.name)
+        # Copied alone, it has just brought a whole module, which has one already.
+        new = installed(module).get(original.name)
         if new is None:
             new = memo[id(self)] = _blank()
             new.__setstate__((original, self.make, seal))
@@ -192,9 +196,9 @@ class BoundMethod:
         return self.original.resolve().__self__
 
     def __getattr__(self, name: str) -> Any:
-        # The slots are asked of an object that is still being unpickled; and the function's
-        # __dict__ would pass for ours.
-        if name == "__dict__" or name in BoundMethod.__slots__:
+        # What is ours is asked here only while an object is still being unpickled; and the
+        # function's __dict__ would pass for ours.
+        if name == "__dict__" or name in vars(BoundMethod):
             raise AttributeError(name)
         return getattr(self.original.resolve(), name)
 
@@ -251,7 +255,7 @@ class _Seal:
         module = self.module
         # Whether a copy holds it too is looked up and not counted: how many references a call
         # of `__getstate__` adds depends on who makes it.
-        holders = _holders(self)
+        holders = _holders(self, None)
         copies = [m for m in holders if self.loose or m is not module]
         for copied in copies:
             claim(copied)
@@ -339,21 +343,24 @@ def claim(module: nn.Module) -> None:
     entries[_SEAL] = seal
 
 
-def _holders(thing: object) -> list[nn.Module]:
+def _holders(thing: object, caller: FrameType | None) -> list[nn.Module]:
     """Returns the modules that have `thing` in their `__dict__`.
 
-    Asks the garbage collector, some milliseconds: done once after a copy, not per call.
+    Asks the garbage collector, some milliseconds: done once after a copy, not per call.  The
+    locals of the calling frame are looked at too, because the collector does not see what
+    `gc.freeze()` has put aside.
     """
-    found = {}
     dicts = []
+    modules = list(caller.f_locals.values()) if caller is not None else []
     for referrer in gc.get_referrers(thing):
-        if issubclass(type(referrer), nn.Module):
-            found[id(referrer)] = referrer
-        elif type(referrer) is dict:
-            dicts.append(referrer)
-    for referrer in gc.get_referrers(*dicts) if dicts else ():
-        if issubclass(type(referrer), nn.Module) and any(referrer.__dict__ is d for d in dicts):
-            found[id(referrer)] = referrer
+        (dicts if type(referrer) is dict else modules).append(referrer)
+    modules += gc.get_referrers(*dicts) if dicts else []
+    found = {
+        id(module): module
+        for module in modules
+        if issubclass(type(module), nn.Module)
+        and any(value is thing for value in module.__dict__.values())
+    }
     return list(found.values())
 
 

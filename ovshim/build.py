@@ -29,13 +29,14 @@ from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, ValueGuard, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
+from ovshim.matcher import Output, compile_builder, compile_matcher
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look, look
 from ovshim.proof import Eager, ProofFailedError
 from ovshim.race import race
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record, Rung
-from ovshim.signature import Output, Pattern, compile_builder, compile_matcher, sizes_of
+from ovshim.signature import Pattern, sizes_of
 
 __all__ = ["build"]
 
@@ -321,10 +322,21 @@ def _generation(job: Job, guards: Sequence[ValueGuard] = ()) -> Generation:
 def _compile(job: Job, source: Path, record: Record) -> Engine:
     options = job.options
     threads = options.threads or torch.get_num_threads()
-    way = {"hint": options.hint, "streams": options.streams, "threads": threads}
-    safe = runtime.safe_precision(job.precision, device=options.device, **way)
-    properties = {**dict(record.rung.properties), **options.properties}
-    settings = runtime.settings(device=options.device, precision=safe, properties=properties, **way)
+    safe = runtime.safe_precision(
+        job.precision,
+        device=options.device,
+        hint=options.hint,
+        streams=options.streams,
+        threads=threads,
+    )
+    settings = runtime.settings(
+        device=options.device,
+        precision=safe,
+        hint=options.hint,
+        streams=options.streams,
+        threads=threads,
+        properties={**dict(record.rung.properties), **options.properties},
+    )
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
     try:
         compiled = runtime.compile_model(source, options.device, settings)

@@ -8,7 +8,7 @@ lists that C code compares.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -21,9 +21,9 @@ from ovshim.guards import BadGuardError, ValueGuard, measure, walk
 
 __all__ = ["Generation", "GuardFailedError"]
 
-_version = attrgetter("_version")
-_data_ptr = torch.Tensor.data_ptr
-_values = dict.values
+_version: Callable[[torch.Tensor], int] = attrgetter("_version")
+_data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
+_values: Callable[[Any], Iterable[Any]] = dict.values
 
 
 class GuardFailedError(Exception):
@@ -104,7 +104,7 @@ class Generation:
         held = chain.from_iterable(map(_values, self._holders))
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
         found = {id(t): t for t in chain(held, plain, self._read_tensors) if t is not None}
-        self._tensors = list(found.values())
+        self._tensors: list[torch.Tensor] = list(found.values())
         for tensor in self._tensors:
             if tensor.is_inference():
                 raise ValueError("a weight was made in inference mode and counts no versions")

@@ -15,7 +15,7 @@ import ast
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 __all__ = [
@@ -86,18 +86,31 @@ def roots_of(module: Any, call: Any) -> dict[str, Any]:
     """
     function = getattr(call, "__func__", call)
     code = getattr(function, "__code__", None)
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True) if code else ()
-    closure = {}
-    for name, cell in cells:
-        try:
-            closure[name] = cell.cell_contents
-        except ValueError:  # an empty cell: nothing was read from it
-            continue
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True)) if code else {}
     return {
         "module": module,
         "globals": getattr(function, "__globals__", {}),
-        "closure": closure,
+        "closure": _Cells(cells),
     }
+
+
+class _Cells(Mapping[str, Any]):
+    """What the cells of a closure hold at this moment: an enclosing function may rebind them."""
+
+    def __init__(self, cells: Mapping[str, Any]) -> None:
+        self._cells = cells
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._cells[name].cell_contents
+        except ValueError as error:  # an empty cell
+            raise KeyError(name) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
 
 
 def walk(root: str, path: Sequence[Step], roots: Mapping[str, Any]) -> Any:
@@ -162,15 +175,18 @@ def checked_size_guard(text: str, ranks: Sequence[int]) -> str:
         if isinstance(node, ast.Subscript):
             checked |= {node, node.value, node.slice}
             _check_size(node, ranks)
-        elif isinstance(node, ast.Call) and not node.keywords:
-            if isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-                checked |= {node, node.func}
+        elif isinstance(node, ast.Call) and _is_min_or_max(node):
+            checked |= {node, node.func}
     for node in ast.walk(tree):
         if node in checked or isinstance(node, _ALLOWED):
             continue
         if not (isinstance(node, ast.Constant) and type(node.value) in (int, bool)):
             raise BadGuardError(f"{text[:80]!r} holds {type(node).__name__}")
     return text
+
+
+def _is_min_or_max(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords
 
 
 def _check_size(node: ast.Subscript, ranks: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ovshim.bound import installed
 from ovshim.dispatch import Dispatcher
+from ovshim.example import as_call
 from ovshim.options import Options
 from ovshim.report import Report
 
@@ -45,8 +46,8 @@ class Handle:
         calls = {"openvino": 0, "mixed": 0, "eager": 0}
         for dispatcher in dispatchers:
             calls["openvino"] += dispatcher.openvino_calls
-            for code, counter in dispatcher.eager_calls.items():
-                eager[code] = eager.get(code, 0) + counter.value
+            for code, count in dispatcher.eager_calls.items():
+                eager[code] = eager.get(code, 0) + count
         calls["eager"] = sum(eager.values())
         return Report(
             module=type(self._module).__qualname__,
@@ -80,8 +81,6 @@ class Handle:
 
         Raises OptionError for an example that the module itself refuses.
         """
-        from ovshim.api import as_call
-
         for example in examples:
             for dispatcher in self._dispatchers:
                 dispatcher.prepare(*as_call(example, None))

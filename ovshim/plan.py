@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ovshim.guards import ValueGuard, sizes_hold
+from ovshim.matcher import Builder, Matcher
 from ovshim.reasons import Reason
-from ovshim.signature import Builder, Kind, Matcher, Pattern, describe, fits
+from ovshim.signature import Kind, Pattern, describe, fits
 
 if TYPE_CHECKING:
     from ovshim.generation import Generation

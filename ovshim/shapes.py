@@ -1,4 +1,4 @@
-"""Which sizes of a call may change: `dynamic_batch` and `dynamic_shapes`, held against an example."""
+"""Which sizes of a call may change: `dynamic_batch` and `dynamic_shapes` against an example."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _relative_error(i: int, mine: torch.Tensor, other: torch.Tensor) -> float:
             raise Mismatch(f"output {i} has NaN or infinity where eager has not, or the reverse")
         norm = torch.linalg.vector_norm(mine[finite], dtype=torch.float64).item()
         distance = torch.linalg.vector_norm(difference[finite.flatten()]).item()
-    return distance / norm if norm > 0 else distance
+    return float(distance / norm if norm > 0 else distance)
 
 
 def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

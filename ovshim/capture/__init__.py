@@ -107,15 +107,21 @@ class FlatModule(nn.Module):
     """Takes the distinct tensors of a call and gives the computed tensors of its output: the form
     in which a graph is traced.
 
+    The user's module is not a submodule of it: the tracer reads every attribute and property of
+    those, and a property may warn, log or do anything. Its tensors are, under their own names: the
+    tracer refuses to bake a tensor that requires grad into a graph unless it knows it as one.
+
     Args:
-        module: held so that its parameters are known to the tracer, which refuses to bake a tensor
-            that requires grad into a graph as a constant.
         run: what is called, with the rebuilt arguments.
     """
 
     def __init__(self, request: Request, run: Callable[..., Any]) -> None:
         super().__init__()
-        self.module = request.module
+        self.module = nn.Module()
+        for name, parameter in request.module.named_parameters(remove_duplicate=False):
+            _place(self.module, name).register_parameter(name.rpartition(".")[2], parameter)
+        for name, buffer in request.module.named_buffers(remove_duplicate=False):
+            _place(self.module, name).register_buffer(name.rpartition(".")[2], buffer)
         self._run = run
         self._request = request
         self.training = False
@@ -130,6 +136,15 @@ class FlatModule(nn.Module):
         args, kwargs = unflatten_call(leaves, request.kind.structure)
         results, _ = flatten(self._run(*args, **kwargs))
         return tuple(results[i] for i in request.outputs)
+
+
+def _place(root: nn.Module, name: str) -> nn.Module:
+    """The submodule in which a dotted name is an attribute, made where there is none."""
+    for part in name.split(".")[:-1]:
+        if part not in root._modules:
+            root._modules[part] = nn.Module()
+        root = root._modules[part]  # type: ignore[assignment]
+    return root
 
 
 def distinct_tensors(kind: Kind) -> list[int]:

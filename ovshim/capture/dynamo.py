@@ -88,7 +88,7 @@ def capture(request: Request) -> Captured:
             raise _refusal(error) from error
         except Exception as error:  # Dynamo runs users' code and its own; both can raise anything
             log.debug("Dynamo failed", exc_info=True)
-            text = f"Dynamo: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            text = f"Dynamo: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise CaptureError(reason("capture-failed", text), harmless=True) from error
     _refuse_effects(effects)
     if output.backend_input is None:

@@ -41,7 +41,9 @@ def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.Script
             # Of what the tracer says, guards and proof find out what matters; what the user's own
             # code says, eager has said already; and torch's wrappers read deprecated properties.
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(flat, tuple(tensors), strict=False, check_trace=False)
+            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+                flat, tuple(tensors), strict=False, check_trace=False
+            )
     except Exception as error:  # whatever a user's forward or torch's tracer raises
         log.debug("tracing failed", exc_info=True)
         raise CaptureError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import types
@@ -50,7 +51,10 @@ class Sources:
         signature = inspect.signature(function, follow_wrapped=False)
         bound = signature.bind(request.call.__self__, *args, **kwargs)  # type: ignore[attr-defined]
         bound.apply_defaults()
-        self.locals = {**self.roots["closure"], **bound.arguments}
+        self.locals = dict(bound.arguments)
+        for name in self.roots["closure"]:
+            with contextlib.suppress(KeyError):  # an empty cell: nothing was read from it
+                self.locals[name] = self.roots["closure"][name]
         self.closure_names = set(self.roots["closure"]) - set(bound.arguments)
         self.tensors = {id(t): i for i, t in enumerate(request.tensors)}
         self.owned = {id(t) for t in request.module.parameters()}
@@ -86,7 +90,7 @@ class Sources:
         for node in placeholders:
             if isinstance(node.meta.get("example_value"), torch.SymInt):
                 continue
-            source = getattr(node, "_dynamo_source", None)
+            source: Any = getattr(node, "_dynamo_source", None)
             found = self._object(source) if source is not None else None
             if not isinstance(found, torch.Tensor):
                 detail = f"the graph reads {getattr(source, 'name', node.target)}"
@@ -168,13 +172,12 @@ class Sources:
             if name in self.imports:
                 return f"import:{self.imports[name]}", path
             return "globals", (("item", name), *path)
-        base = self.locals.get(name)
-        if base is self.request.call.__self__:  # type: ignore[attr-defined]
+        base, owner = self.locals.get(name), self.request.call.__self__  # type: ignore[attr-defined]
+        if base is owner:
             return "module", path
         # forward(*args): self is the first of them
-        if isinstance(base, tuple) and path[:1] == (("item", 0),):
-            if base[0] is self.request.call.__self__:  # type: ignore[attr-defined]
-                return "module", path[1:]
+        if isinstance(base, tuple) and path[:1] == (("item", 0),) and base[0] is owner:
+            return "module", path[1:]
         return ("closure", (("item", name), *path)) if name in self.closure_names else None
 
 

@@ -110,4 +110,4 @@ def _attributes(node: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return repr(value)
     data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{value.dtype}{tuple(value.shape)}{xxhash.xxh3_128_hexdigest(data)}"
+    return f"{value.dtype}{tuple(value.shape)}{xxhash.xxh3_128_hexdigest(data.data)}"

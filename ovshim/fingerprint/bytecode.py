@@ -6,8 +6,10 @@ change, so each is read once for as long as it lives.
 
 from __future__ import annotations
 
+import dis
 import functools
 import importlib.util
+import itertools
 import os
 import struct
 import sysconfig
@@ -25,11 +27,12 @@ _GLOBAL = opmap["LOAD_GLOBAL"]
 _BY_NAME = frozenset(opmap[name] for name in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
                      if name in opmap)  # fmt: skip
 _IMPORT = opmap["IMPORT_NAME"]
-_ITERATE = frozenset(opmap[name] for name in ("GET_ITER", "DICT_MERGE", "DICT_UPDATE",
-                     "LIST_EXTEND", "SET_UPDATE", "UNPACK_SEQUENCE", "UNPACK_EX")
-                     if name in opmap)  # fmt: skip
+# Where the order of a container may come to matter.
+_ITERATE = frozenset({"GET_ITER", "DICT_MERGE", "DICT_UPDATE", "LIST_EXTEND", "CALL_FUNCTION_EX"})
 _ITERATORS = frozenset({"items", "values", "keys", "popitem", "list", "tuple", "iter", "next",
                         "enumerate", "zip", "map", "sum", "sorted", "reduce"})  # fmt: skip
+_ITERATE_CODES = frozenset(opmap[name] for name in _ITERATE if name in opmap)
+_STATEMENT_ENDS = ("STORE_", "POP_", "JUMP", "RETURN", "RESUME", "FOR_ITER", "YIELD", "DELETE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Facts:
     """One code object, those nested in it included. The tuples are sorted.
 
     `names` are all names and identifier-like strings in it: what an attribute look-up or a
-    `getattr` may ask for. `iterates`: whether the order of a container may matter to it.
+    `getattr` may ask for; `iterated` those among them whose value may be iterated over.
     """
 
     digest: bytes
@@ -45,7 +48,7 @@ class Facts:
     imports: tuple[str, ...]
     names: tuple[str, ...]
     strings: tuple[str, ...]
-    iterates: bool
+    iterated: tuple[str, ...]
 
 
 # By identity: equality of code objects compares line numbers and walks all constants. An entry
@@ -75,9 +78,7 @@ def _read(code: types.CodeType) -> Facts:
         imports=_union(imports, *(n.imports for n in nested)),
         names=_union(names, *(n.names for n in nested)),
         strings=_union(strings, *(n.strings for n in nested)),
-        iterates=bool(_ITERATE & operations)
-        or not _ITERATORS.isdisjoint(names)
-        or any(n.iterates for n in nested),
+        iterated=_union(_iterated(code, operations, names), *(n.iterated for n in nested)),
     )
 
 
@@ -102,6 +103,38 @@ def _scan(code: types.CodeType) -> tuple[set[str], set[str], set[int]]:
         elif operation == _IMPORT:
             imports.add(names[argument])
     return globals_, imports, set(raw[::2])
+
+
+def _iterated(code: types.CodeType, operations: set[int], names: set[str]) -> set[str]:
+    """Names in statements that iterate over something; all names where that is a local variable.
+
+    A loop over a range counts indices and says nothing about order.
+    """
+    if not _ITERATE_CODES & operations and _ITERATORS.isdisjoint(names):
+        return set()
+    found: set[str] = set()
+    statement: list[dis.Instruction] = []
+    for instruction in dis.get_instructions(code):
+        statement.append(instruction)
+        if instruction.opname.startswith(_STATEMENT_ENDS):
+            found |= _iterated_in(statement, names)
+            statement = []
+    return found | _iterated_in(statement, names)
+
+
+def _iterated_in(statement: list[dis.Instruction], names: set[str]) -> set[str]:
+    mentioned = [i.argval for i in statement if isinstance(i.argval, str) and i.argval in names]
+    if mentioned[:1] == ["range"]:
+        return set()
+    iterates = any(i.opname in _ITERATE or i.argval in _ITERATORS for i in statement
+                   if i.argval is None or isinstance(i.argval, str | int))  # fmt: skip
+    if not iterates:
+        return set()
+    for instruction, after in itertools.pairwise(statement):
+        local = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE"))
+        if local and not after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_FAST")):
+            return names
+    return set(mentioned)
 
 
 def _strings(const: object) -> list[str]:

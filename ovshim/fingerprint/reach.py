@@ -186,11 +186,11 @@ class Reach(Writer):
     def follow(self, function: types.FunctionType) -> None:
         self.where = f"{function.__module__}.{function.__qualname__}"
         self.library = is_library_file(function.__code__.co_filename)
-        self.depth = self.depth + 1 if self.library else 0
+        depth = self.depth + 1 if self.library else 0
         self.version(function.__module__)
         found = facts(function.__code__)
         self.out += [b"function", found.digest]
-        if self.depth > _DEEPEST:
+        if depth > _DEEPEST:
             return
         named = sorted((function.__kwdefaults__ or {}).items())
         self.parts(b"defaults", function.__defaults__, *named)
@@ -201,9 +201,9 @@ class Reach(Writer):
             else:
                 self.value(cell)
         self.attributes(vars(function), frozenset({"__signature__"}))
+        self.depth = depth  # a function in a closure is as deep as the wrapper around it
         self.learn(found.names)
-        if found.iterates:
-            self.iterated.update(found.names)
+        self.iterated.update(found.iterated)
         self.globals(function, found)
 
     def version(self, module: str | None) -> None:

@@ -1,0 +1,273 @@
+"""Which calls get plans, when they are made, and when they go.
+
+Calls are grouped by kind (structure, dtypes, ranks, constants) and grad mode. A kind begins with
+one plan; a call of other sizes opens those sizes in one rebuild; a module that has changed drops
+its plans, and one that changes again and again waits longer and longer for the next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from ovshim.cache import Store
+from ovshim.job import Job
+from ovshim.options import Options
+from ovshim.plan import Plan
+from ovshim.preflight import Look, look
+from ovshim.reasons import Reason, reason
+from ovshim.shapes import dynamic_dims
+from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
+
+__all__ = ["Planner", "building_here", "known_kind", "unfit"]
+
+# One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
+_PLANS_PER_KIND = 8
+# A plan that goes stale before it has served so many calls was not worth its build: the next
+# build waits, twice as many calls each time.
+_WORTH_BUILDING = 16
+
+
+class Family:
+    """The plans of one kind of call."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.stale = 0
+        self.wait = 0
+
+    def add(self, plan: Plan) -> None:
+        """A plan for more sizes takes the place of those that it covers."""
+        self.plans = [known for known in self.plans if not plan.covers(known)]
+        self.plans.append(plan)
+
+    def drop_stale(self) -> list[Plan]:
+        gone = [p for p in self.plans if p.generation is not None and not p.generation.holds()]
+        self.plans = [p for p in self.plans if p not in gone]
+        served = sum(p.calls.value for p in gone)
+        if gone:
+            self.stale = 0 if served >= _WORTH_BUILDING else self.stale + 1
+            self.wait = 2**self.stale - 1 if self.stale > 1 else 0
+        return gone
+
+
+class Planner:
+    """Makes and drops the plans of one method of one module.
+
+    Args:
+        original: the user's own method; its `resolve()` gives the bound method.
+        on_change: called, under the lock, with the plans for each grad mode whenever they change.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        original: Any,
+        options: Options,
+        on_change: Callable[[bool, tuple[Plan, ...]], None],
+    ) -> None:
+        self.module = module
+        self.method = method
+        self.original = original
+        self.options = options
+        self.store = Store(options.cache_dir)
+        self._families: dict[tuple[Kind, bool], Family] = {}
+        self._lock = threading.RLock()
+        self._on_change = on_change
+
+    @property
+    def plans(self) -> list[Plan]:
+        with self._lock:
+            return [plan for family in self._families.values() for plan in family.plans]
+
+    def answer(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
+    ) -> tuple[Any, Reason]:
+        """Eager's answer to a call that has no plan yet, and why eager gave it.
+
+        The call is watched, and a plan is made of what was seen, unless another thread is about
+        it. An exception of the user's own module leaves here as it is, and no plan is made.
+        """
+        if not self._lock.acquire(blocking=False):
+            return self.original(*args, **kwargs), reason("building")
+        try:
+            family = self._families.setdefault((kind, torch.is_grad_enabled()), Family())
+            why = self._put_off(family)
+            if why is not None:
+                return self.original(*args, **kwargs), why
+            job = self._job(family, args, kwargs, kind, leaves)
+            with _Building():
+                output, job.look = self._watched(args, kwargs, leaves)
+                plan = self._make(family, job)
+            return output, plan.reason or reason("building")
+        finally:
+            self._lock.release()
+
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
+    ) -> Plan:
+        """The plan for an example, made before any call. Calls to come are taken for inference.
+
+        Raises:
+            OptionError: `dynamic_shapes` does not fit the example.
+        """
+        with self._lock, torch.no_grad(), _Building():
+            family = self._families.setdefault((kind, False), Family())
+            return self._make(family, self._job(family, args, kwargs, kind, leaves))
+
+    def drop_stale(self) -> list[Plan]:
+        """Drop the plans that the module's present state contradicts."""
+        with self._lock:
+            gone = [plan for family in self._families.values() for plan in family.drop_stale()]
+            self._publish()
+            return gone
+
+    def drop_all(self) -> list[Plan]:
+        """Drop every plan, and forget how often the module has changed."""
+        with self._lock:
+            gone = self.plans
+            self._families.clear()
+            self._publish()
+            return gone
+
+    # --- making one ---------------------------------------------------------------------------
+
+    def _put_off(self, family: Family) -> Reason | None:
+        if family.wait > 0:
+            family.wait -= 1
+            return reason("stale", "it keeps changing")
+        return reason("too-many-plans") if len(family.plans) >= _PLANS_PER_KIND else None
+
+    def _watched(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any]
+    ) -> tuple[Any, Look]:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        output: list[Any] = []
+
+        def call() -> Any:
+            output.append(self.original(*args, **kwargs))
+            return output[0]
+
+        seen = look(self.module, call, tensors, restore=False)
+        # The user gets the originals and may write to them: what is kept are copies.
+        with torch.inference_mode(False):
+            tensors = [leaf for leaf in seen.leaves if isinstance(leaf, torch.Tensor)]
+            copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
+        seen.leaves = [copies[id(x)] if isinstance(x, torch.Tensor) else x for x in seen.leaves]
+        return output[0], seen
+
+    def _job(
+        self,
+        family: Family,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+        leaves: Sequence[Any],
+    ) -> Job:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        call = self.original.resolve()
+        dims = dynamic_dims(self.options, call, args, kwargs, tensors)
+        with torch.inference_mode(False):
+            copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
+        job = Job(
+            module=self.module,
+            method=self.method,
+            call=call,
+            options=self.options,
+            store=self.store,
+            kind=kind,
+            leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
+            dynamic=dims,
+            grad=torch.is_grad_enabled(),
+        )
+        for plan in family.plans:
+            job.open_sizes(plan.pattern, plan.pinned)
+        return job
+
+    def _make(self, family: Family, job: Job) -> Plan:
+        from ovshim.build import build  # with it come OpenVINO and the cache of its plugins
+
+        plan = build(job)
+        family.add(plan)
+        self._publish()
+        return plan
+
+    def _publish(self) -> None:
+        for grad in (False, True):
+            families = [f for (_, mode), f in self._families.items() if mode is grad]
+            # Newest first: of two plans that fit, the later one was made for more sizes.
+            self._on_change(grad, tuple(p for f in families for p in reversed(f.plans)))
+
+
+def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None:
+    """Why a call of such leaves cannot be served whatever the module does with them.
+
+    Args:
+        grad: whether grad mode is on in the call.
+    """
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if not leaf.is_cpu and not leaf.is_meta:
+            return reason("not-on-cpu", f"an input is on {leaf.device}")
+        if not _is_plain(leaf):
+            return reason("special-tensor", f"an input: {type(leaf).__qualname__} {leaf.dtype}")
+        if grad and leaf.requires_grad:
+            return reason("grad")
+    if grad and any(parameter.requires_grad for parameter in module.parameters()):
+        return reason("grad")
+    return None
+
+
+def known_kind(leaves: Sequence[Any], structure: Structure) -> Kind | Reason:
+    """The kind of a call, or why it has none."""
+    try:
+        return kind_of(leaves, structure)
+    except UnknownLeafError as unknown:
+        return reason("unknown-leaf", f"an argument is or holds a {unknown}")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.layout is torch.strided
+        and tensor.is_cpu
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
+
+
+# --- threads inside a build -----------------------------------------------------------------------
+
+_here = threading.local()
+_count_lock = threading.Lock()
+running = 0
+"""How many builds run in this process. The hot path reads it before it asks for the thread."""
+
+
+def building_here() -> bool:
+    """Whether this thread is inside a build: what it calls has to be eager, for eager is the
+    measure there, also where one accelerated module calls another."""
+    return getattr(_here, "depth", 0) > 0
+
+
+class _Building:
+    """Marks this thread as one that builds."""
+
+    def __enter__(self) -> Self:
+        global running
+        _here.depth = getattr(_here, "depth", 0) + 1
+        with _count_lock:
+            running += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global running
+        _here.depth -= 1
+        with _count_lock:
+            running -= 1
