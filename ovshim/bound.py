@@ -350,8 +350,8 @@ def _holders(thing: object, caller: FrameType | None) -> list[nn.Module]:
     locals of the calling frame are looked at too, because the collector does not see what
     `gc.freeze()` has put aside.
     """
-    dicts = []
-    modules = list(caller.f_locals.values()) if caller is not None else []
+    dicts: list[Any] = []
+    modules: list[Any] = list(caller.f_locals.values()) if caller is not None else []
     for referrer in gc.get_referrers(thing):
         (dicts if type(referrer) is dict else modules).append(referrer)
     modules += gc.get_referrers(*dicts) if dicts else []

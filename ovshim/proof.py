@@ -168,10 +168,13 @@ def prove(
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for draw in range(3):
-        values = tensors if draw == 0 else redraw_all(tensors, generator)
         check_time()
         try:
-            worst = max(worst, _ask(eager, served, values))
+            if draw == 0:
+                answer, values = eager.answer(tensors), list(tensors)
+            else:
+                answer, values = _redrawn(eager, tensors, generator)
+            worst = max(worst, eager.judge(answer, served.answer(values)))
         except Mismatch as mismatch:
             what = "the example" if draw == 0 else "other values"
             raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
@@ -232,9 +235,30 @@ def _is_wide(leaf: Any) -> bool:
     return not (isinstance(leaf, torch.Tensor) and leaf.dtype in narrow)
 
 
-def _ask(eager: Eager, served: Served, tensors: Sequence[torch.Tensor]) -> float:
-    answer = eager.answer(tensors)
-    return eager.judge(answer, served.answer(tensors))
+def _redrawn(
+    eager: Eager, tensors: Sequence[torch.Tensor], generator: torch.Generator
+) -> tuple[Answer, list[torch.Tensor]]:
+    """Other values and eager's answer to them. A tensor whose other values eager refuses (the
+    offsets of a bag, lengths that must be sorted) keeps those of the example."""
+    drawn = redraw_all(tensors, generator)
+    answer = _answer_or_none(eager, drawn)
+    if answer is not None:
+        return answer, drawn
+    values = list(tensors)
+    for tensor in dict.fromkeys(map(id, tensors)):
+        places = [t for t, known in enumerate(tensors) if id(known) == tensor]
+        trial = [drawn[t] if t in places else value for t, value in enumerate(values)]
+        if _answer_or_none(eager, trial) is not None:
+            values = trial
+    return eager.answer(values), values
+
+
+def _answer_or_none(eager: Eager, tensors: Sequence[torch.Tensor]) -> Answer | None:
+    try:
+        return eager.answer(tensors)
+    except Exception as error:  # whatever a user's module raises at values it does not take
+        log.debug("eager refuses redrawn values: %s", error)
+        return None
 
 
 def _prove_group(
@@ -252,12 +276,9 @@ def _prove_group(
         other = resize_all(tensors, pattern, dict.fromkeys(group, size))
         if not sizes_hold(size_guards, sizes_of(other)):
             continue
-        other = redraw_all(other, generator)
-        try:
-            answer = eager.answer(other)
-        except Exception as error:  # whatever a user's module raises at a size it does not take
-            log.debug("eager refuses size %d at %s: %s", size, group, error)
+        if _answer_or_none(eager, other) is None:
             return None, ()
+        answer, other = _redrawn(eager, other, generator)
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
         except (Mismatch, RuntimeError) as error:

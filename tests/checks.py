@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import enum
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,10 +44,13 @@ def same(actual: Any, expected: Any, tolerance: float = 1e-4, where: str = "outp
         for field in dataclasses.fields(expected):
             one, other = getattr(actual, field.name), getattr(expected, field.name)
             same(one, other, tolerance, f"{where}.{field.name}")
-    elif hasattr(expected, "__dict__") and type(expected).__eq__ is object.__eq__:
+    elif isinstance(expected, np.ndarray):
+        np.testing.assert_array_equal(actual, expected, where)
+    elif hasattr(expected, "__dict__") and not isinstance(expected, enum.Enum | type):
         same(vars(actual), vars(expected), tolerance, f"vars({where})")
     else:
-        assert actual == expected, f"{where}: {actual!r} for {expected!r}"
+        alike = actual == expected or (actual != actual and expected != expected)  # NaN
+        assert alike, f"{where}: {actual!r} for {expected!r}"
 
 
 def _same_tensor(
@@ -121,7 +126,7 @@ def check(
     path: str | None = "openvino",
     reason: str | None = None,
     tolerance: float = 1e-4,
-    mode: Callable[[], Any] = torch.inference_mode,
+    under: Callable[[], Any] = torch.inference_mode,
     **kwargs: Any,
 ) -> Any:
     """Call both on equal arguments and assert that nobody could tell them apart but by the path.
@@ -130,10 +135,10 @@ def check(
     """
     for_eager, for_fast = copy.deepcopy((args, kwargs)), copy.deepcopy((args, kwargs))
     state = torch.get_rng_state()
-    with mode():
+    with under():
         expected = module(*for_eager[0], **for_eager[1])
     torch.set_rng_state(state)
-    with served(fast, path, reason), mode():
+    with served(fast, path, reason), under():
         actual = fast(*for_fast[0], **for_fast[1])
     same(actual, expected, tolerance)
     same(for_fast, for_eager, 0.0, "argument")
@@ -166,6 +171,14 @@ def falls_back(*codes: str) -> Iterator[list[ovshim.FallbackWarning]]:
     others = [entry for entry in caught if not isinstance(entry.message, ovshim.FallbackWarning)]
     assert not others, [str(entry.message) for entry in others]
     assert [warning.reason.code for warning in warned] == list(codes), list(map(str, warned))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Let fallbacks be, where right answers are the subject and either path may give them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ovshim.FallbackWarning)
+        yield
 
 
 def run_python(source: str, *arguments: str, **environment: str) -> str:

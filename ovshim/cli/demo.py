@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ import torch
 
 import ovshim
 from ovshim.race import race
+from ovshim.report import Report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,7 +121,7 @@ def _first_calls(
     fast, found = _first_call(net, example, options, first=True)
     if found.cache == "hit":
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
-            elsewhere = ovshim.options.resolve(options, {"cache_dir": empty})
+            elsewhere = dataclasses.replace(options, cache_dir=empty)
             _, other = _first_call(net, example, elsewhere, first=False)
     elif found.cache == "miss":
         _, other = _first_call(net, example, options, first=False)
@@ -143,7 +145,7 @@ def _row(net: nn.Module, fast: nn.Module, held: Glyphs, batch: int) -> Row:
     """Every held-out glyph by both, in batches; the last one may be smaller."""
     right_eager = right = disagreements = 0
     error = 0.0
-    batches = zip(held.images.split(batch), held.labels.split(batch), strict=True)
+    batches = zip(torch.split(held.images, batch), torch.split(held.labels, batch), strict=True)
     for images, labels in batches:
         expected, answer = net(images), fast(images)
         right_eager += int((expected.argmax(1) == labels).sum())
@@ -155,7 +157,7 @@ def _row(net: nn.Module, fast: nn.Module, held: Glyphs, batch: int) -> Row:
     return Row(batch, right_eager, right, disagreements, error, seconds_eager, seconds)
 
 
-def _print_rows(rows: list[Row], count: int, report: ovshim.report.Report) -> None:
+def _print_rows(rows: list[Row], count: int, report: Report) -> None:
     plans = report.to_dict()["plans"]
     runs = ", ".join(sorted({str(plan["precision_run"]) for plan in plans}))
     print(
@@ -196,7 +198,7 @@ def _print_first_calls(calls: list[FirstCall]) -> None:
         print(f"entry {found.entry}")
 
 
-def _verdict(rows: list[Row], report: ovshim.report.Report) -> int:
+def _verdict(rows: list[Row], report: Report) -> int:
     calls: dict[str, Any] = dict(report.calls)
     elsewhere = sum(calls.values()) - calls["openvino"]
     if elsewhere or not calls["openvino"]:

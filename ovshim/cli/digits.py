@@ -46,7 +46,7 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Images, float32 [count, 1, 16, 16] in 0 to 1, and the digits that they show, int64 [count]."""
+    """Images, float32 [count, 1, 16, 16] in 0 to 1, and the digits they show, int64 [count]."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -85,7 +85,7 @@ def train(seen: Glyphs, seed: int, progress: bool | None) -> DigitsNet:
         hidden = None if progress is None else not progress
         with tqdm(total=steps, desc="training", unit="batch", disable=hidden, leave=False) as bar:
             for _ in range(_EPOCHS):
-                for batch in torch.randperm(len(seen)).split(_BATCH):
+                for batch in torch.split(torch.randperm(len(seen)), _BATCH):
                     if len(batch) == _BATCH:
                         _step(net, optimizer, seen.images[batch], seen.labels[batch])
                         schedule.step()
@@ -97,7 +97,7 @@ def _step(
     net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
 ) -> None:
     optimizer.zero_grad()
-    F.cross_entropy(net(images), labels).backward()
+    torch.autograd.backward(F.cross_entropy(net(images), labels))
     optimizer.step()
 
 

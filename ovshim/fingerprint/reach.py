@@ -185,7 +185,7 @@ class Reach(Writer):
 
     def follow(self, function: types.FunctionType) -> None:
         self.where = f"{function.__module__}.{function.__qualname__}"
-        self.library = is_library_file(function.__code__.co_filename)
+        self.library = self.from_library(function)
         depth = self.depth + 1 if self.library else 0
         self.version(function.__module__)
         found = facts(function.__code__)
@@ -205,6 +205,12 @@ class Reach(Writer):
         self.learn(found.names)
         self.iterated.update(found.iterated)
         self.globals(function, found)
+
+    def from_library(self, function: types.FunctionType) -> bool:
+        filename = function.__code__.co_filename
+        if filename.startswith("<"):  # generated, as the methods of a dataclass are
+            filename = str(function.__globals__.get("__file__", ""))
+        return is_library_file(filename)
 
     def version(self, module: str | None) -> None:
         """Writes the version of the installed package that a module belongs to, once."""
