@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextvars
 import enum
 import functools
+import heapq
+import itertools
 import types
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,7 +62,9 @@ class Writer(ABC):
         self.known = known  # id to name, of tensors that are keyed elsewhere
         self.number: dict[int, int] = {}
         self.kept: list[object] = []  # an id stays taken while its object lives
-        self.queue: deque[tuple[Job, Any, str, bool, int]] = deque()
+        # Shallow ones first, so that nothing is met in the depths before it is met near the top.
+        self.queue: list[tuple[int, int, Job, Any, str, bool]] = []
+        self.count = itertools.count()
         self.names: set[str] = set()
         self.waiting: dict[str, list[tuple[Job, Any]]] = {}
         self.open: list[int] = []  # containers around the one being written
@@ -85,11 +88,12 @@ class Writer(ABC):
     def run(self) -> None:
         """Does all jobs, those that they add included."""
         while self.queue:
-            job, subject, self.where, self.library, self.depth = self.queue.popleft()
+            self.depth, _, job, subject, self.where, self.library = heapq.heappop(self.queue)
             job(subject)
 
     def later(self, job: Job, subject: Any) -> None:
-        self.queue.append((job, subject, self.where, self.library, self.depth))
+        entry = (self.depth, next(self.count), job, subject, self.where, self.library)
+        heapq.heappush(self.queue, entry)
 
     def first(self, subject: object) -> bool:
         """Numbers an object; whether it had no number."""
