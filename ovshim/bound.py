@@ -163,8 +163,7 @@ class BoundMethod:
             return self
         for module in copies:
             claim(module)
-        owner = _the_one(owners, caller, 1)
-        return self if owner is self._seal.module else installed(owner)[self._original.name]
+        return installed(_the_one(owners, caller, 1)).get(self._original.name, self)
 
     # A copy gets the copied module through the memo of deepcopy or pickle.  The module travels in
     # the state and not in constructor arguments, because it refers back to this object.
@@ -176,13 +175,11 @@ class BoundMethod:
         return self._original, self.make, self._seal
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundMethod:
-        module = copy.deepcopy(self._original.module, memo)
+        memo[id(self)] = new = _blank()
+        # The module first: it comes back here, to find the original complete.
+        copy.deepcopy(self._original.module, memo)
         original, seal = copy.deepcopy((self._original, self._seal), memo)
-        # Copied alone, it has just brought a whole module, which has one already.
-        new = installed(module).get(original.name)
-        if new is None:
-            new = memo[id(self)] = _blank()
-            new.__setstate__((original, self.make, seal))
+        new.__setstate__((original, self.make, seal))
         return new
 
     # What inspect, Dynamo, torch.export and torch.jit ask of a method, answered by the original.

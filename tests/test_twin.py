@@ -1136,6 +1136,33 @@ def test_a_class_with_its_own_state(x: torch.Tensor) -> None:
     assert calls(fast) == 0
 
 
+class CopiesItself(Net):
+    """As people write it: without telling the memo."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItself:
+        new = type(self).__new__(type(self))
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = copy.deepcopy(value, memo)
+        return new
+
+
+def test_a_class_with_its_own_deepcopy(x: torch.Tensor) -> None:
+    module = CopiesItself().eval()
+    fast = accelerated(module, "forward", "encode")
+    copied = copy.deepcopy(fast)
+    copied.scale = 6.0
+    torch.testing.assert_close(copied(x), module(x) * 3)
+    torch.testing.assert_close(copied.encode(x), module.encode(x) * 3)
+    assert (calls(copied), calls(fast)) == (1, 0)
+
+
+def test_a_module_given_its_own_state_again(module: Net, x: torch.Tensor) -> None:
+    fast = accelerated(module)
+    fast.__setstate__(fast.__getstate__())
+    assert torch.equal(fast(x), module(x))
+    assert calls(fast) == 1
+
+
 def test_copies_of_a_module_in_a_module(module: Net, x: torch.Tensor) -> None:
     outer = nn.Sequential(accelerated(module), nn.ReLU())
     for copied in (copy.deepcopy(outer), pickle.loads(pickle.dumps(outer))):
