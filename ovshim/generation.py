@@ -10,24 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from ovshim.guards import BadGuardError, ValueGuard, measure, walk
+from ovshim.guards import BadGuardError, ValueGuard
+from ovshim.watch import GuardFailedError, Watch
 
 __all__ = ["Generation", "GuardFailedError"]
 
 _version: Callable[[torch.Tensor], int] = attrgetter("_version")
 _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _values: Callable[[Any], Iterable[Any]] = dict.values
-
-
-class GuardFailedError(Exception):
-    """A guard that does not hold at the moment its generation is taken."""
 
 
 class Generation:
@@ -53,10 +50,9 @@ class Generation:
         self._child_copies = [dict(d) for d in self._children]
         self._holders = [d for m in modules for d in (m._parameters, m._buffers)]
         self._hooks = tuple(_inner_hooks(module, modules))
-        self._watched: list[tuple[dict[Any, Any], Any, list[int]]] = []
         self._classes = list(dict.fromkeys(type(m) for m in modules))
         self._forwards = list(map(_forward_of, self._classes))
-        self._watch_values(guards, roots or {})
+        self._watch = Watch(guards, roots or {}, _plain_numbers(modules))
         self._watch_tensors(modules)
 
     def holds(self) -> bool:
@@ -70,9 +66,9 @@ class Generation:
                 and list(map(_data_ptr, self._tensors)) == self._pointers
                 and not any(self._hooks)
                 and list(map(_forward_of, self._classes)) == self._forwards
-                and self._watched_hold()
+                and self._watch.holds()
             )
-        except (RuntimeError, KeyError, ValueError):
+        except (RuntimeError, KeyError, ValueError, BadGuardError):
             # Two different tensors (or arrays) in one attribute answer == with more than a bool;
             # a watched key that is gone raises. Either way something was replaced.
             return False
@@ -103,55 +99,13 @@ class Generation:
         self._ids = list(map(id, chain.from_iterable(map(_values, self._holders))))
         held = chain.from_iterable(map(_values, self._holders))
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
-        found = {id(t): t for t in chain(held, plain, self._read_tensors) if t is not None}
+        found = {id(t): t for t in chain(held, plain, self._watch.tensors) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
         for tensor in self._tensors:
             if tensor.is_inference():
                 raise ValueError("a weight was made in inference mode and counts no versions")
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
-
-    def _watch_values(self, guards: Sequence[ValueGuard], roots: Mapping[str, Any]) -> None:
-        """Group what is watched by the dict that holds it: one itemgetter reads a whole group.
-
-        A guard whose last step is no key of a plain dict (a property, an index of a list), and one
-        that asks for a length or for keys, is walked again on each call.
-        """
-        self._roots = roots
-        self._read_tensors: list[torch.Tensor] = []
-        self._walked: list[tuple[ValueGuard, Any]] = []
-        groups: dict[int, tuple[dict[Any, Any], list[Any]]] = {}
-        for guard in guards:
-            if not guard.holds(roots):
-                raise GuardFailedError(str(guard))
-            found = walk(guard.root, guard.path, roots)
-            if isinstance(found, torch.Tensor):
-                self._read_tensors.append(found)
-            holder = _holder(guard, roots)
-            if holder is None or guard.test in ("length", "keys"):
-                self._walked.append((guard, found))
-            else:
-                groups.setdefault(id(holder), (holder, []))[1].append(guard.path[-1][1])
-        for held, names in _plain_numbers(self._module.modules()):
-            groups.setdefault(id(held), (held, []))[1].extend(names)
-        for held, names in groups.values():
-            read = itemgetter(*names, names[0])  # the first one twice: always a tuple
-            self._watched.append((held, read, list(map(id, read(held)))))
-
-    def _watched_hold(self) -> bool:
-        for held, read, ids in self._watched:
-            if list(map(id, read(held))) != ids:
-                return False
-        return all(self._still(guard, found) for guard, found in self._walked)
-
-    def _still(self, guard: ValueGuard, found: Any) -> bool:
-        try:
-            now = walk(guard.root, guard.path, self._roots)
-        except BadGuardError:
-            return False
-        if now is found and guard.test in ("same", "value"):
-            return True
-        return guard.test != "same" and measure(now, guard.test) == guard.expected
 
     def _snapshot_of(self, module: nn.Module) -> dict[str, Any] | None:
         for held, copy in zip(self._dicts, self._dict_copies, strict=True):
@@ -192,13 +146,3 @@ def _plain_numbers(modules: Iterable[nn.Module]) -> Iterable[tuple[dict[str, Any
             names = [name for name in names if name != "training"]
             if names:
                 yield held, names
-
-
-def _holder(guard: ValueGuard, roots: Mapping[str, Any]) -> dict[Any, Any] | None:
-    """The plain dict in which the last step of a guard's path is a key, where there is one."""
-    if not guard.path:
-        return None
-    base = walk(guard.root, guard.path[:-1], roots)
-    how, key = guard.path[-1]
-    holder = base if how == "item" else getattr(base, "__dict__", None)
-    return holder if type(holder) is dict and key in holder else None

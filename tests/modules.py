@@ -225,6 +225,17 @@ class Attention(nn.Module):
         return self.out((weights.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, width))
 
 
+class Pooled(nn.Module):
+    """[batch, 3, height, width] → [batch, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu().mean((2, 3))
+
+
 class Towers(nn.Module):
     """Several methods, and one that calls the module itself."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import stat
@@ -24,6 +25,13 @@ MAX_SIZE = 10 * 10**9  # bytes
 _log = logging.getLogger("ovshim")
 
 _AMEND_SECONDS = 5.0
+
+# Without flock newer releases fall back to lock files that outlive their process; better none.
+_HARD_ONLY: dict[str, Any] = (
+    {"fallback_to_soft": False}
+    if "fallback_to_soft" in inspect.signature(filelock.FileLock.__init__).parameters
+    else {}
+)
 
 
 class StoreError(OSError):
@@ -81,7 +89,7 @@ class Store:
             path = self._room / "locks" / name
             try:
                 path.parent.mkdir(mode=0o700, exist_ok=True)
-                lock = filelock.FileLock(path, thread_local=False)
+                lock = filelock.FileLock(path, thread_local=False, **_HARD_ONLY)
                 lock.acquire(timeout=max(0.0, timeout))
                 held = lock
             except filelock.Timeout:

@@ -128,18 +128,19 @@ class Sources:
         root, steps = path
         if not steps:
             return False
-        if any(how == "attr" and str(key).startswith("__") for how, key in steps):
-            return False  # code: the fingerprint's business
+        names = [str(key) for how, key in steps if how == "attr"]
+        code = any(name.startswith("__") for name in names)
+        if code and ("__closure__" not in names or "__defaults__" in names):
+            return False  # the fingerprint's business, but for what a closure's cell holds
         try:
             passed = [walk(root, steps[:i], self.roots) for i in range(len(steps))]
         except BadGuardError:
             return False
-        if any(_is_torchs(held) for held in passed):
+        if any(map(_is_torchs_code, passed)) or _is_torchs_layer(passed[-1]):
             return False
         if isinstance(passed[-1], nn.Module) and test in ("value", "same"):
             return str(steps[-1][1]) not in passed[-1].__dict__
-        names = [key for _, key in steps[-2:]]
-        return not any(name in ("_modules", "_parameters", "_buffers") for name in names)
+        return not any(key in ("_modules", "_parameters", "_buffers") for _, key in steps[-2:])
 
     # --- paths --------------------------------------------------------------------------------
 
@@ -181,10 +182,14 @@ class Sources:
         return ("closure", (("item", name), *path)) if name in self.closure_names else None
 
 
-def _is_torchs(held: Any) -> bool:
-    """A module of Python's or of a network, that is torch's own."""
-    if isinstance(held, types.ModuleType):
-        return held.__name__.split(".")[0] in ("torch", "builtins")
+def _is_torchs_code(held: Any) -> bool:
+    return isinstance(held, types.ModuleType) and held.__name__.split(".")[0] in (
+        "torch",
+        "builtins",
+    )
+
+
+def _is_torchs_layer(held: Any) -> bool:
     return isinstance(held, nn.Module) and type(held).__module__.startswith("torch.nn.")
 
 
@@ -220,6 +225,13 @@ def _steps(source: Any) -> tuple[str, str, tuple[Step, ...]] | None:
 def _step(source: Any, sources: Any) -> Step | None:
     if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
         return ("attr", source.member)
+    for kind, name in (
+        (sources.TypeSource, "__class__"),
+        (sources.TypeDictSource, "__dict__"),
+        (sources.ClosureSource, "__closure__"),
+    ):
+        if isinstance(source, kind):
+            return ("attr", name)
     items = (sources.DictGetItemSource, sources.GetItemSource, sources.DictSubclassGetItemSource)
     if isinstance(source, items):
         key = source.index
