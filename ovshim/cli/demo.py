@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ovshim
+from ovshim.options import enabled_in_environment
 from ovshim.race import race
+from ovshim.reasons import reason
 from ovshim.report import Report
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(chosen: argparse.Namespace) -> int:
     """0; 1 where OpenVINO did not serve every call or, in fp32, a glyph was classified otherwise
     than by eager; 2 without scikit-learn."""
+    if not enabled_in_environment():
+        raise ovshim.FallbackError(reason("off"))
     # Checked before the training, which takes longer than a mistake in an option should.
     options = ovshim.Options(
         device=chosen.device, precision=chosen.precision, prefer="openvino", strict=True
