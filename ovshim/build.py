@@ -181,7 +181,7 @@ def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, flo
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
-    served = _served(job, engine, seen)
+    served = _served(job, engine, record, seen)
     return served, proof.prove_small(_eager_of(job), served, tensors, seen)
 
 
@@ -193,7 +193,7 @@ def _from_capture(job: Job, family: str | None) -> Plan:
         seen = _seen(job)
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
-    if not _computed(seen):
+    if not any(isinstance(seen.leaves[i], torch.Tensor) for i in _wanted(seen)):
         raise BuildStopped(reason("capture-failed", "no output is a tensor that is computed"))
     first: BuildStopped | None = None
     for rung in _LADDER:
@@ -217,10 +217,9 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     Raises:
         BuildStopped: it does not come to a plan that is proved.
     """
-    dtypes = tuple(seen.leaves[i].dtype for i in _computed(seen))
     with job.stage("capture"), TRACE_LOCK:
-        captured = _captured(job, rung, _computed(seen))
-        record = Record.of_capture(captured, dtypes, rung)
+        captured = _captured(job, rung, _wanted(seen))
+        record = Record.of_capture(captured, seen.leaves, rung)
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
         generation = _generation(job, record.value_guards)
@@ -231,7 +230,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         with job.stage("compile"):
             engine = _compile(job, source, record)
         weakref.finalize(engine, keep)
-        served = _served(job, engine, seen)
+        served = _served(job, engine, record, seen)
         with job.stage("proof"):
             found = _proved(job, served, record)
     except BuildStopped:
@@ -276,13 +275,15 @@ def _trial(job: Job) -> Look:
     return look(job.module, lambda: job.call_with(leaves), tensors, restore=True)
 
 
-def _computed(seen: Look) -> tuple[int, ...]:
-    """The output leaves that a graph has to compute, each object once."""
+def _wanted(seen: Look) -> tuple[int, ...]:
+    """The output leaves that a graph should compute: each tensor once that is not an input, and
+    the numbers, which may depend on sizes."""
     first: dict[int, int] = {}
     for i, leaf in enumerate(seen.leaves):
         if isinstance(leaf, torch.Tensor) and seen.given[i] is None:
             first.setdefault(id(leaf), i)
-    return tuple(first.values())
+    numbers = [i for i, leaf in enumerate(seen.leaves) if type(leaf) is int]
+    return tuple(sorted([*first.values(), *numbers]))
 
 
 def _publish(
@@ -347,17 +348,23 @@ def _compile(job: Job, source: Path, record: Record) -> Engine:
         raise BuildStopped(reason("compile-failed", detail)) from error
 
 
-def _served(job: Job, engine: Engine, seen: Look) -> Served:
+def _served(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
     tensors = distinct_tensors(job.kind)
     every = list(job.kind.tensors)
     inputs = None if tensors == every else tuple(every.index(i) for i in tensors)
-    number = {id(seen.leaves[i]): n for n, i in enumerate(_computed(seen))}
+    if any(i >= len(seen.leaves) for i in record.outputs):
+        raise BuildStopped(reason("proof-failed", "eager's output has another structure"))
+    number = {id(seen.leaves[i]): n for n, i in enumerate(record.outputs)}
     outputs = []
-    for leaf, given in zip(seen.leaves, seen.given, strict=True):
+    for i, (leaf, given) in enumerate(zip(seen.leaves, seen.given, strict=True)):
         if given is not None:
             outputs.append(Output(given=given))
-        elif isinstance(leaf, torch.Tensor):
+        elif isinstance(leaf, torch.Tensor) and id(leaf) in number:
             outputs.append(Output(computed=number[id(leaf)]))
+        elif i in record.outputs:
+            outputs.append(Output(computed=record.outputs.index(i), number=True))
+        elif isinstance(leaf, torch.Tensor):
+            raise BuildStopped(reason("proof-failed", f"output {i} is not computed"))
         else:
             outputs.append(Output(value=leaf))
     return Served(engine, inputs, compile_builder(seen.structure, outputs))

@@ -59,7 +59,9 @@ class Dispatcher:
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self._planner = Planner(module, method, original, options, self._plans.__setitem__)
+        self._planner = Planner(
+            module, method, original, options, self._plans.__setitem__, self._retire
+        )
         self._eager_calls: dict[str, Counter] = {}
         self._earlier_calls = 0
         self._warned: set[str] = set()
@@ -129,7 +131,7 @@ class Dispatcher:
         plan.calls.add()
         look_again = plan.generation is not None and plan.calls.value % _LOOK_AGAIN == 0
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
-            self._retire(self._planner.drop_stale())
+            self._planner.drop_stale()
         assert plan.reason is not None
         return self._in_eager(plan.reason, args, kwargs)
 
@@ -152,7 +154,7 @@ class Dispatcher:
         """The module is not what it was when the plan was made."""
         assert plan.generation is not None
         why = reason("stale", plan.generation.change())
-        self._retire(self._planner.drop_stale())
+        self._planner.drop_stale()
         return self._unplanned(args, kwargs, why)
 
     def _unplanned(
@@ -228,7 +230,7 @@ class Dispatcher:
 
     def refresh(self) -> None:
         """Drop every plan: something changed that torch does not count (a write by `.data`)."""
-        self._retire(self._planner.drop_all())
+        self._planner.drop_all()
 
     def _retire(self, plans: Sequence[Plan]) -> None:
         """Keep the counts of plans that go."""

@@ -168,9 +168,11 @@ def _generic_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str]) -
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Where one leaf of an output comes from: a tensor that the graph computed (`computed`, by
-    index), a tensor of the call itself (`given`, by index), or a constant."""
+    index; as a Python int if it is a `number`), a tensor of the call itself (`given`, by index), or
+    a constant."""
 
     computed: int | None = None
+    number: bool = False
     given: int | None = None
     value: Any = None
 
@@ -184,7 +186,8 @@ def compile_builder(structure: Structure, leaves: Sequence[Output]) -> Builder:
     names = []
     for i, leaf in enumerate(leaves):
         if leaf.computed is not None:
-            names.append(f"computed[{leaf.computed}]")
+            name = f"computed[{leaf.computed}]"
+            names.append(f"int({name})" if leaf.number else name)
         elif leaf.given is not None:
             names.append(f"given[{leaf.given}]")
         else:
@@ -204,8 +207,9 @@ def _constructor(spec: pytree.TreeSpec, names: Iterator[str], scope: dict[str, A
     if any(part is None for part in parts):
         return None
     inner = [part for part in parts if part is not None]
-    if spec.type is tuple:
-        return f"({''.join(f'{part}, ' for part in inner)})"
+    if spec.type in (tuple, torch.Size):  # pytree itself would make a tuple of a Size
+        scope["Size"] = torch.Size
+        return f"{'Size' if spec.type is torch.Size else ''}({_tuple(inner)})"
     if spec.type is list:
         return f"[{', '.join(inner)}]"
     items = None
@@ -218,6 +222,10 @@ def _constructor(spec: pytree.TreeSpec, names: Iterator[str], scope: dict[str, A
         scope[name] = _model_output_maker(spec.type)
         return f"{name}({{{items}}})"
     return None
+
+
+def _tuple(parts: Sequence[str]) -> str:
+    return f"({''.join(f'{part}, ' for part in parts)})"
 
 
 def _is_model_output(cls: Any) -> bool:

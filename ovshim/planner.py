@@ -40,10 +40,11 @@ class Family:
         self.stale = 0
         self.wait = 0
 
-    def add(self, plan: Plan) -> None:
-        """A plan for more sizes takes the place of those that it covers."""
-        self.plans = [known for known in self.plans if not plan.covers(known)]
-        self.plans.append(plan)
+    def add(self, plan: Plan) -> list[Plan]:
+        """A plan for more sizes takes the place of those that it covers, which are returned."""
+        covered = [known for known in self.plans if plan.covers(known)]
+        self.plans = [known for known in self.plans if known not in covered] + [plan]
+        return covered
 
     def drop_stale(self) -> list[Plan]:
         gone = [p for p in self.plans if p.generation is not None and not p.generation.holds()]
@@ -61,6 +62,7 @@ class Planner:
     Args:
         original: the user's own method; its `resolve()` gives the bound method.
         on_change: called, under the lock, with the plans for each grad mode whenever they change.
+        on_gone: called with plans that serve no longer.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Planner:
         original: Any,
         options: Options,
         on_change: Callable[[bool, tuple[Plan, ...]], None],
+        on_gone: Callable[[Sequence[Plan]], None],
     ) -> None:
         self.module = module
         self.method = method
@@ -79,6 +82,7 @@ class Planner:
         self._families: dict[tuple[Kind, bool], Family] = {}
         self._lock = threading.RLock()
         self._on_change = on_change
+        self._on_gone = on_gone
 
     @property
     def plans(self) -> list[Plan]:
@@ -120,20 +124,18 @@ class Planner:
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
 
-    def drop_stale(self) -> list[Plan]:
+    def drop_stale(self) -> None:
         """Drop the plans that the module's present state contradicts."""
         with self._lock:
-            gone = [plan for family in self._families.values() for plan in family.drop_stale()]
+            self._on_gone([p for family in self._families.values() for p in family.drop_stale()])
             self._publish()
-            return gone
 
-    def drop_all(self) -> list[Plan]:
+    def drop_all(self) -> None:
         """Drop every plan, and forget how often the module has changed."""
         with self._lock:
-            gone = self.plans
+            self._on_gone(self.plans)
             self._families.clear()
             self._publish()
-            return gone
 
     # --- making one ---------------------------------------------------------------------------
 
@@ -193,7 +195,7 @@ class Planner:
         from ovshim.build import build  # with it come OpenVINO and the cache of its plugins
 
         plan = build(job)
-        family.add(plan)
+        self._on_gone(family.add(plan))
         self._publish()
         return plan
 

@@ -25,10 +25,9 @@ from ovshim.signature import (
     TensorLeaf,
     flatten,
     sizes_of,
-    unflatten,
     unflatten_call,
 )
-from ovshim.verify import Mismatch, compare, redraw, relative_errors, resize
+from ovshim.verify import Mismatch, compare, compare_flat, redraw, relative_errors, resize
 
 if TYPE_CHECKING:
     from ovshim.plan import Served
@@ -221,9 +220,8 @@ def alike(first: Look, second: Look) -> bool:
     from run to run, which shows in the last digits."""
     tolerance = 1e-5 if all(_is_wide(leaf) for leaf in first.leaves) else 1e-2
     try:
-        compare(
-            first.leaves, first.structure, unflatten(second.leaves, second.structure), tolerance
-        )
+        mine, other = (first.leaves, first.structure), (second.leaves, second.structure)
+        compare_flat(*mine, *other, tolerance)
     except Mismatch as mismatch:
         log.debug("eager answered otherwise the second time: %s", mismatch)
         return False

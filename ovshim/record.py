@@ -41,7 +41,8 @@ class Record:
     Attributes:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
         pinned: (tensor, dimension) whose other sizes the proof has refused.
-        dtypes: of the computed tensors, in order.
+        outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
+            their dtypes.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         verdict: why eager serves in its place, where that was found for good.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
@@ -51,6 +52,7 @@ class Record:
     size_guards: tuple[str, ...]
     value_guards: tuple[ValueGuard, ...]
     route: str
+    outputs: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -60,14 +62,16 @@ class Record:
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @staticmethod
-    def of_capture(captured: Captured, dtypes: tuple[torch.dtype, ...], rung: Rung) -> Record:
-        """The record of a graph that is not proved yet."""
+    def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung) -> Record:
+        """The record of a graph that is not proved yet; `leaves` are those of eager's output."""
+        computed = [leaves[i] for i in captured.outputs]
         return Record(
             pattern=captured.pattern,
             size_guards=captured.size_guards,
             value_guards=captured.value_guards,
             route=captured.route,
-            dtypes=dtypes,
+            outputs=captured.outputs,
+            dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
             rung=rung,
         )
 
@@ -101,6 +105,7 @@ class Record:
             "size_guards": list(self.size_guards),
             "value_guards": to_json(self.value_guards),
             "route": self.route,
+            "outputs": list(self.outputs),
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
         }
@@ -141,6 +146,7 @@ class Record:
             size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
             value_guards=from_json(graph["value_guards"]),
             route=str(graph["route"]),
+            outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=Rung(str(name), str(sizes), tuple((str(k), str(v)) for k, v in properties)),
             pinned=frozenset((int(t), int(d)) for t, d in proof.get("pinned", ())),

@@ -10,7 +10,7 @@ import torch
 
 from ovshim.signature import Pattern, Structure, flatten
 
-__all__ = ["Mismatch", "compare", "redraw", "relative_errors", "resize"]
+__all__ = ["Mismatch", "compare", "compare_flat", "redraw", "relative_errors", "resize"]
 
 
 class Mismatch(Exception):
@@ -35,7 +35,17 @@ def compare(leaves: Sequence[Any], structure: Structure, candidate: Any, toleran
         Mismatch: structure, type, dtype, shape, the places of NaN and infinities, constants or
             values differ.
     """
-    others, other_structure = flatten(candidate)
+    return compare_flat(leaves, structure, *flatten(candidate), tolerance)
+
+
+def compare_flat(
+    leaves: Sequence[Any],
+    structure: Structure,
+    others: Sequence[Any],
+    other_structure: Structure,
+    tolerance: float,
+) -> float:
+    """`compare` for a candidate that is flattened already."""
     if other_structure != structure:
         raise Mismatch(f"the structure is {other_structure}, eager's {structure}")
     worst = 0.0

@@ -155,18 +155,19 @@ class Lease:
             fd = open_regular(marker)
         except FileNotFoundError:
             return None
+        lease = cls(fd)
         if sys.platform != "win32":
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(fd)
+                lease.release()
                 return None
             except (OSError, NotImplementedError) as error:
                 _log.debug("no lock on %s: %s", marker, error)
-            if not _same(fd, marker):  # removed between open and flock
-                os.close(fd)
-                return None
-        return cls(fd)
+        if not _same(fd, marker):  # removed between open and flock
+            lease.release()
+            return None
+        return lease
 
     def release(self) -> None:
         """Ends the claim; a second call does nothing."""
@@ -198,14 +199,14 @@ def claim(marker: Path) -> Iterator[bool]:
     A missing marker is nobody's. False when it is leased, or when locks do not work: rather a
     store that grows than an entry removed under its reader.
     """
-    if sys.platform == "win32" or not os.path.lexists(marker):
+    if sys.platform == "win32":
         yield True
         return
     try:
         fd = os.open(marker, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         _log.debug("cannot claim %s: %s", marker, error)
-        yield False
+        yield isinstance(error, FileNotFoundError)
         return
     try:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -94,10 +95,14 @@ def evict(room: Path, limit: int, keep: Path | None = None) -> None:
 
 def erase(path: Path) -> None:
     """Removes a file or a whole directory, or a part of it where the rest cannot be."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        attempt("erase", path.unlink)
+
+    def erasing() -> None:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+    attempt("erase", erasing)
 
 
 def _evicted(room: Path, path: Path) -> bool:

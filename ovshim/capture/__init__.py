@@ -54,7 +54,8 @@ class Request:
         kind: the calls it is captured for.
         leaves: an example of such a call, flattened; its tensors are ours, nobody else's.
         dynamic: for each tensor, the dimensions that should be able to change.
-        outputs: which leaves of the output the graph has to compute, in order.
+        outputs: which leaves of the output the graph should compute, in order: the tensors, and the
+            numbers, which it computes where they depend on sizes.
     """
 
     module: nn.Module
@@ -68,19 +69,26 @@ class Request:
     def tensors(self) -> list[torch.Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
 
+    def with_open(self, dynamic: tuple[frozenset[int], ...]) -> Request:
+        """The same with other dimensions open, and tensors without marks of earlier tries."""
+        made = {id(tensor): tensor.detach().clone() for tensor in self.tensors}
+        leaves = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        return dataclasses.replace(self, dynamic=dynamic, leaves=leaves)
+
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
     """A graph and what it takes for granted.
 
     Attributes:
-        model: takes the call's distinct tensors in order, gives `Request.outputs` in order.
+        model: takes the call's distinct tensors in order, gives the leaves `outputs` in order.
         pattern: the sizes it was captured for, None where they may change.
         size_guards, value_guards: see `ovshim.guards`.
     """
 
     model: ov.Model
     route: str
+    outputs: tuple[int, ...]
     pattern: Pattern
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
@@ -113,6 +121,9 @@ class FlatModule(nn.Module):
 
     Args:
         run: what is called, with the rebuilt arguments.
+
+    Attributes:
+        outputs: after a call: those of the requested leaves that are computed.
     """
 
     def __init__(self, request: Request, run: Callable[..., Any]) -> None:
@@ -125,6 +136,7 @@ class FlatModule(nn.Module):
         self._run = run
         self._request = request
         self.training = False
+        self.outputs: tuple[int, ...] = ()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         request = self._request
@@ -135,7 +147,9 @@ class FlatModule(nn.Module):
         ]
         args, kwargs = unflatten_call(leaves, request.kind.structure)
         results, _ = flatten(self._run(*args, **kwargs))
-        return tuple(results[i] for i in request.outputs)
+        # A number that depends on sizes is a tensor while it is traced; others are constants.
+        self.outputs = tuple(i for i in request.outputs if isinstance(results[i], torch.Tensor))
+        return tuple(results[i] for i in self.outputs)
 
 
 def _place(root: nn.Module, name: str) -> nn.Module:

@@ -68,15 +68,46 @@ _HARMLESS = (
 # Side effects that no caller can see: the callee's own dictionary of keywords, and a variable of
 # transformers' that is back at its old value when the call ends.
 _HARMLESS_EFFECTS = ("L['kwargs']", "_active_collector")
+_SIZES = (
+    "RuntimeError when making fake tensor call",
+    "Fake tensor propagation exception",
+    "TypeError when making fake tensor call",
+    "Assertion failed on symbolic shapes",
+)
 _ESCAPES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__"})
 
 
 def capture(request: Request) -> Captured:
     """Capture `request` with Dynamo. The caller holds `capture.TRACE_LOCK`.
 
+    Where Dynamo cannot leave all the sizes open that are asked for (two tensors that broadcast have
+    sizes 3 and 1, and as symbols they fit nothing), fewer are.
+
     Raises:
         CaptureError: Dynamo or OpenVINO refuses.
     """
+    broader = [
+        frozenset(d for d in dims if tensor.shape[d] != 1)
+        for tensor, dims in zip(request.tensors, request.dynamic, strict=True)
+    ]
+    none: list[frozenset[int]] = [frozenset()] * len(broader)
+    attempts = dict.fromkeys([request.dynamic, tuple(broader), tuple(none)])
+    refused: _SizesRefused | None = None
+    for dynamic in attempts:
+        try:
+            return _capture(request.with_open(dynamic))
+        except _SizesRefused as error:
+            log.debug("Dynamo refuses the sizes %s: %s", dynamic, error)
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+class _SizesRefused(CaptureError):
+    """Dynamo cannot work with these sizes left open; with fewer it might."""
+
+
+def _capture(request: Request) -> Captured:
     import torch._dynamo.exc
     from torch._dynamo import convert_frame
 
@@ -117,9 +148,10 @@ def _finish(
     inputs = distinct_tensors(request.kind)
     tensors = [request.leaves[i] for i in inputs]
     places = [request.kind.tensors.index(i) for i in inputs]
-    traced = frontend.trace(FlatModule(request, run), tensors)
+    flat = FlatModule(request, run)
+    traced = frontend.trace(flat, tensors)
     model = frontend.convert(traced, [pattern[t] for t in places])
-    return Captured(model, "dynamo", pattern, size_guards, value_guards)
+    return Captured(model, "dynamo", flat.outputs, pattern, size_guards, value_guards)
 
 
 def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -201,13 +233,16 @@ def _where(node: torch.fx.Node) -> str:
 
 
 def _refusal(error: Any) -> CaptureError:
-    kind = str(getattr(error, "gb_type", None) or "")
-    text = kind or str(error).splitlines()[0]
+    # Most refusals carry the name of their kind; some have it as the first line of their text.
+    text = str(getattr(error, "gb_type", None) or "") or str(error).partition("\n")[0]
     at = _user_line(error)
     detail = f"{text}{f' at {at}' if at else ''}"
-    if kind.startswith(_VALUE_DEPENDENT) or "data-dependent" in str(error).lower():
+    if text.startswith(_VALUE_DEPENDENT) or "data-dependent" in str(error).lower():
         return CaptureError(reason("value-dependent", detail))
-    return CaptureError(reason("capture-failed", f"Dynamo: {detail}"), kind.startswith(_HARMLESS))
+    why = reason("capture-failed", f"Dynamo: {detail}")
+    if text.startswith(_SIZES):
+        return _SizesRefused(why)
+    return CaptureError(why, text.startswith(_HARMLESS))
 
 
 def _user_line(error: Any) -> str:

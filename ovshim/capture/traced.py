@@ -40,6 +40,7 @@ def capture(request: Request, refused: CaptureError) -> Captured:
         traced = frontend.trace(flat, tensors)
     except CaptureError as error:
         raise refused from error
+    outputs = flat.outputs
     first = _skeleton(traced.inlined_graph)
     generator = torch.Generator().manual_seed(0)
     if first != _skeleton(frontend.trace(flat, _redrawn(tensors, generator)).inlined_graph):
@@ -54,7 +55,7 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     model = frontend.convert(traced, shapes)
     by_leaf = dict(zip(inputs, shapes, strict=True))
     pattern: Pattern = tuple(by_leaf[request.kind.leaves[i].same_as] for i in request.kind.tensors)  # type: ignore[union-attr]
-    return Captured(model, "traced", pattern)
+    return Captured(model, "traced", outputs, pattern)
 
 
 def _redrawn(tensors: list[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

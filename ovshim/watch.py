@@ -1,0 +1,130 @@
+"""Value guards laid out for a check of a few microseconds.
+
+A path such as `module.config.layers[2].scale` is a chain of links, each an object and what is
+found in it under one name. If every link still leads to the very same object, so does the path,
+however the objects in between might be replaced. Links in plain dicts (attributes, globals, items)
+are read by one `itemgetter` per dict; the few others one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ovshim.guards import Step, ValueGuard, measure, walk
+
+__all__ = ["GuardFailedError", "Watch"]
+
+
+class GuardFailedError(Exception):
+    """A guard that does not hold at the moment when its watch begins."""
+
+
+class Watch:
+    """Checks value guards, and names in dicts whose values must stay the same objects.
+
+    Args:
+        guards: what a captured graph takes for granted.
+        roots: see `guards.roots_of`.
+        names: further dicts, with the names in them to be watched.
+
+    Attributes:
+        tensors: the tensors that the guards lead to.
+
+    Raises (when made):
+        GuardFailedError: a guard does not hold now.
+    """
+
+    def __init__(
+        self,
+        guards: Sequence[ValueGuard],
+        roots: Mapping[str, Any],
+        names: Iterable[tuple[dict[Any, Any], Sequence[Any]]] = (),
+    ) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._groups: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+        self._odd: list[tuple[Any, Step, Any, ValueGuard | None]] = []
+        self._measured: list[tuple[Any, str, str | int | None]] = []
+        for guard in guards:
+            if not guard.holds(roots):
+                raise GuardFailedError(str(guard))
+            self._add(guard, roots)
+        for held, keys in names:
+            self._group(held).update((key, held[key]) for key in keys)
+        self._reads = [_reading(held, known) for held, known in self._groups.values() if known]
+
+    def holds(self) -> bool:
+        """Whether every guard stands. Raises KeyError or BadGuardError where a name is gone."""
+        for held, read, ids in self._reads:
+            if list(map(id, read(held))) != ids:
+                return False
+        for base, step, found, guard in self._odd:
+            now = _take(base, step)
+            if now is not found and (guard is None or measure(now, "value") != guard.expected):
+                return False
+        return all(measure(found, test) == expected for found, test, expected in self._measured)
+
+    def _add(self, guard: ValueGuard, roots: Mapping[str, Any]) -> None:
+        found = walk(guard.root, guard.path, roots)
+        for base, step, at, last in _links(guard, roots):
+            if isinstance(base, nn.Module) and _in_tree(base, step):
+                continue  # the generation compares all of it
+            held = _plain_dict(base, step)
+            if held is not None:
+                self._group(held)[step[1]] = at
+            elif type(base) is not tuple:
+                value = guard if last and guard.test == "value" else None
+                self._odd.append((base, step, at, value))
+        if guard.test in ("length", "keys"):
+            self._measured.append((found, guard.test, guard.expected))
+        if isinstance(found, torch.Tensor):
+            self.tensors.append(found)
+
+    def _group(self, held: dict[Any, Any]) -> dict[Any, Any]:
+        return self._groups.setdefault(id(held), (held, {}))[1]
+
+
+def _links(guard: ValueGuard, roots: Mapping[str, Any]) -> Iterator[tuple[Any, Step, Any, bool]]:
+    """(object, step, what is there, whether it is the last step) along the guard's path. What leads
+    to the cell of a function's closure is code, and fixed: watched is what the cell holds."""
+    code = ("attr", "__closure__")
+    start = guard.path.index(code) + 2 if code in guard.path else 0
+    base = walk(guard.root, guard.path[:start], roots)
+    for n, step in enumerate(guard.path[start:], start):
+        found = _take(base, step)
+        yield base, step, found, n == len(guard.path) - 1
+        base = found
+
+
+def _take(base: Any, step: Step) -> Any:
+    return walk("base", (step,), {"base": base})
+
+
+def _in_tree(module: nn.Module, step: Step) -> bool:
+    name = step[1]
+    held = (module.__dict__, module._modules, module._parameters, module._buffers)
+    return step[0] == "attr" and any(name in names for names in held)
+
+
+def _plain_dict(base: Any, step: Step) -> dict[Any, Any] | None:
+    """The dict in which this link is a plain key; None for lists, properties, slots, cells."""
+    how, key = step
+    held = base if how == "item" else getattr(base, "__dict__", None)
+    if type(held) is not dict or key not in held:
+        return None
+    if how == "attr" and isinstance(getattr(type(base), str(key), None), property):
+        return None
+    return held
+
+
+def _reading(
+    held: dict[Any, Any], known: Mapping[Any, Any]
+) -> tuple[dict[Any, Any], Callable[[Any], tuple[Any, ...]], list[int]]:
+    keys = list(known)
+    read = itemgetter(*keys, keys[0])  # the first one twice: always a tuple
+    # The values are kept alive by their group: an id is not given to another object meanwhile.
+    return held, read, [id(known[key]) for key in (*keys, keys[0])]
