@@ -1,0 +1,109 @@
+"""Options of the benchmarks, what they share, and the tables at the end.
+
+pytest benchmarks -W default                all but inductor, which compiles for minutes
+pytest benchmarks -W default --quick        small models, few rounds: does it all work?
+pytest benchmarks -W default --write-docs   everything, into docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import machine
+import page
+import pytest
+import rows
+import workloads
+from board import Board
+from interleave import Effort
+
+_COLD = ("ResNet-50", "BERT-base/128")
+_COLD_SMALL = ("MLP 256-256-10",)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ovshim benchmarks")
+    group.addoption("--quick", action="store_true", help="small models and few rounds")
+    group.addoption("--inductor", action="store_true", help="torch.compile too, which takes long")
+    group.addoption(
+        "--write-docs",
+        action="store_true",
+        help="write docs/benchmarks.md; everything is run, inductor included",
+    )
+
+
+_BOARD = pytest.StashKey[Board]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    quick = config.getoption("--quick")
+    if quick and config.getoption("--write-docs"):
+        raise pytest.UsageError("--write-docs takes the full run: leave --quick out.")
+    config.stash[_BOARD] = Board(
+        small=quick,
+        effort=Effort(0.5, 3, 7, 1) if quick else Effort(20.0, 11, 101, 3),
+        starts=2 if quick else 7,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    small = config.getoption("--quick")
+    if "case" in metafunc.fixturenames:
+        inductor = config.getoption("--inductor") or config.getoption("--write-docs")
+        pairs = [(c, b) for c, b in workloads.cases(small) if inductor or b != "inductor"]
+        metafunc.parametrize(("case", "backend"), pairs, ids=[_id(*pair) for pair in pairs])
+    if "cold" in metafunc.fixturenames:
+        metafunc.parametrize("cold", _COLD_SMALL if small else _COLD)
+
+
+def _id(case: workloads.Case, backend: str) -> str:
+    """A name that -k and every terminal take."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{case.workload}-{case.batch}-{backend}".lower())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which backends each group needs: what was deselected is not built either."""
+    chosen = session.config.stash[_BOARD].chosen
+    for item in session.items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            params = item.callspec.params
+            case, backend = params.get("case"), params.get("backend")
+            if isinstance(case, workloads.Case) and isinstance(backend, str):
+                chosen.setdefault(case, []).append(backend)
+
+
+@pytest.fixture(scope="session")
+def board(pytestconfig: pytest.Config) -> Board:
+    return pytestconfig.stash[_BOARD]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    found = config.stash[_BOARD]
+    say = terminalreporter.write_line
+    if found.rows or found.cold:
+        terminalreporter.section("how many times as fast")
+        for name, value in machine.describe():
+            say(f"{name}: {value}")
+    if found.rows:
+        say("")
+        for line in rows.text(rows.HEAD, (row.cells() for row in found.rows)):
+            say(line)
+    if found.cold:
+        say("")
+        for line in rows.text(page.COLD_HEAD, found.cold):
+            say(line)
+    if not config.getoption("--write-docs"):
+        return
+    measured = {(case, backend) for case, chosen in found.chosen.items() for backend in chosen}
+    if set(workloads.cases(small=False)) - measured or len(found.cold) < 2 * len(_COLD):
+        say("docs/benchmarks.md was not written: this run is not whole.")
+        return
+    path = config.rootpath / "docs" / "benchmarks.md"
+    path.write_text(page.page(found.rows, found.cold, found.load), encoding="utf-8")
+    say(f"{path} was written.")

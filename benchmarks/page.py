@@ -1,0 +1,82 @@
+"""The page in the documentation, made from one run."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+from collections.abc import Sequence
+
+import machine
+from interleave import Ratio
+from rows import HEAD, LOSES, QUIET, Row, markdown
+
+__all__ = ["COLD_HEAD", "page"]
+
+COLD_HEAD = ("cold start", "way", "import", "ready", "first call", "total, s", "over raw, s")
+
+_TOP = f"""# Benchmarks
+
+Made by `nox -s bench -- --write-docs`; nobody edits it. `{LOSES}` marks each figure in which ovshim
+loses.
+
+All figures of a group were taken in one process, the backends in turns: each round times every
+backend once, in shuffled order. A ratio says how many times as fast as the reference a backend
+is: the ratio of the medians, and in brackets the quartiles of the ratios round by round. *Eager
+again* is eager measured a second time in the same rounds: what the machine makes of one and the
+same program. A group in which that lies outside {QUIET[0]} to {QUIET[1]} was measured again.
+Before anything is timed, outputs are compared with eager's (relative L2 error); a backend that is
+wrong is not timed. Everything runs in fp32, in `torch.inference_mode()`, and with torch's number of
+threads.
+
+*Raw OpenVINO* is what its best technique gives: the model reshaped to these very sizes, compiled
+from a file for latency (for one thread where that is faster), inputs bound once, outputs left in
+the request's own memory, where the next call overwrites them. ovshim takes any batch size and
+inputs from any memory, checks on each call that the module is what it was, and hands out outputs
+that belong to the caller.
+
+`ovshim` is the default, `prefer="faster"`: a race decides whether OpenVINO or eager serves.
+`prefer="openvino"` leaves out the race.
+"""
+
+_HOT = """
+## Overhead of a call
+
+`fast(x)` beside a bare `infer` of the very model that it runs.
+"""
+
+_COLD = """
+## Cold start
+
+Seconds in a new process that has loaded torch and the model, with everything cached: importing,
+getting ready (raw OpenVINO: `compile_model(path)`; ovshim: `accelerate`, which reads and checks the
+cache, hashes the weights, compiles and proves), and the first call. Medians; processes of both ways
+in turns.
+"""
+
+
+def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float | None) -> str:
+    """The whole page.
+
+    Args:
+        load: the machine's load average when the run began, where there is such a thing.
+    """
+    facts = [*machine.describe(), ("date", dt.date.today().isoformat())]
+    if load is not None:
+        facts.append(("load average before the run", f"{load:.1f}"))
+    facts.append(("eager against itself, whole run", _noise(found)))
+    lines = [_TOP, *markdown(("measured on", ""), facts), "", "## Seconds a call"]
+    for group, rows in itertools.groupby(found, key=lambda row: row.group):
+        cells = [row.cells()[1:] for row in rows]
+        if group.startswith("hot path"):
+            lines.append(_HOT)
+        else:
+            lines += ["", f"### {group}", ""]
+        lines += markdown(HEAD[1:], cells)
+    lines += [_COLD, *markdown(COLD_HEAD, cold)]
+    return "\n".join(lines) + "\n"
+
+
+def _noise(found: Sequence[Row]) -> str:
+    ratios: list[Ratio] = [r.eager for r in found if r.eager and r.remark.startswith("noise")]
+    low, high = min(r.median for r in ratios), max(r.median for r in ratios)
+    return f"{low:.2f} to {high:.2f}"
