@@ -17,6 +17,7 @@ from ovshim.example import FORMS, as_call
 from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
 from ovshim.report import Report
+from ovshim.shapes import check_names
 from ovshim.twin import make_twin
 
 __all__ = ["accelerate", "explain"]
@@ -146,6 +147,7 @@ def _check_module(module: Any, options: Options) -> None:
                 f"names of methods of {type(module).__qualname__}",
                 f"It has no method {name!r}.",
             )
+    check_names(options, getattr(module, options.methods[0]))
 
 
 class Maker:

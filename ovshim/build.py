@@ -64,6 +64,7 @@ def build(job: Job) -> Plan:
             plan = _build(job)
         except BuildStopped as stopped:
             plan = _eager_plan(job, stopped.reason)
+            plan.trouble = stopped.__cause__
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
             plan = _eager_plan(job, reason("build-failed", f"{type(error).__name__}: {error}"))
@@ -264,6 +265,9 @@ def _seen(job: Job) -> Look:
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if second.reason is not None:
         return second
+    kept = {id(held) for held in first.containers} & {id(held) for held in second.containers}
+    if any(id(held) in kept for held in first.containers if isinstance(held, (list, dict))):
+        raise BuildStopped(reason("aliases-input", "two calls gave the same list or dict"))
     if not proof.alike(first, second):
         raise BuildStopped(reason("nondeterministic"))
     return first

@@ -192,14 +192,15 @@ class Dispatcher:
         if why is None and not isinstance(kind, Reason):
             if self.module.training:
                 return self._tell(reason("training"))
-            why = self._planner.prepare(args, kwargs, kind, leaves).reason
+            plan = self._planner.prepare(args, kwargs, kind, leaves)
+            why = plan.reason
             if why is not None and why.code == "eager-refuses":
                 raise OptionError(
                     "example_input",
                     describe(kind, sizes_of(leaves)),
                     "what the module itself accepts",
                     f"{why.message} Correct the example.",
-                )
+                ) from plan.trouble
         if why is not None:
             self._tell(why)
         return None

@@ -45,7 +45,7 @@ class Generation:
         modules = list(module.modules())
         self._module = module
         self._dicts = [m.__dict__ for m in modules]
-        self._dict_copies = [dict(d) for d in self._dicts]
+        self._dict_copies = [_copy(d) for d in self._dicts]
         self._children = [m._modules for m in modules if m._modules]
         self._child_copies = [dict(d) for d in self._children]
         self._holders = [d for m in modules for d in (m._parameters, m._buffers)]
@@ -86,7 +86,8 @@ class Generation:
             if before is None:
                 return f"module {name or 'itself'} was added or replaced"
             for key in before.keys() | module.__dict__.keys():
-                if before.get(key) is not module.__dict__.get(key):
+                old, new = before.get(key), module.__dict__.get(key)
+                if old is not new and key != "__getstate__":
                     return f"attribute {name + '.' if name else ''}{key} changed"
         for name, tensor in chain(self._module.named_parameters(), self._module.named_buffers()):
             if not self._unchanged(tensor):
@@ -119,6 +120,12 @@ class Generation:
                 same_version = tensor._version == self._versions[i]
                 return same_version and tensor.data_ptr() == self._pointers[i]
         return False
+
+
+def _copy(held: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy to compare with. A BoundMethod's seal counts the references on itself: its stand-in,
+    which is equal to it, holds none."""
+    return {name: getattr(type(v), "_ovshim_stand_in", v) for name, v in held.items()}
 
 
 def _forward_of(cls: type) -> Any:

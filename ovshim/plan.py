@@ -69,6 +69,7 @@ class Plan:
         error: the largest relative L2 error found in the proof; None where nothing was proved.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
+        trouble: the exception behind the reason, where there was one.
         seconds: what each stage of the build took.
     """
 
@@ -91,6 +92,7 @@ class Plan:
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     pinned: frozenset[tuple[int, int]] = frozenset()
+    trouble: BaseException | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: Counter = dataclasses.field(default_factory=Counter)
 

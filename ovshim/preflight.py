@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from ovshim.reasons import Reason, reason
@@ -31,6 +32,7 @@ class Look:
 
     Attributes:
         leaves, structure: the flattened output.
+        containers: the lists, dicts and other mutable objects that hold the leaves.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
         seconds: how long the call took.
         reason: why this module cannot be served by a graph, or None.
@@ -38,6 +40,7 @@ class Look:
 
     leaves: list[Any]
     structure: Structure
+    containers: list[Any]
     given: list[int | None]
     seconds: float
     reason: Reason | None = None
@@ -67,6 +70,7 @@ def look(
         if restore:
             world.put_back()
     found.leaves, found.structure = flatten(output)
+    found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
     found.reason = found.reason or _unfit_output(module, found, inputs)
     return found
@@ -173,6 +177,20 @@ def _put_back_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) 
 
 def _index_of(leaf: Any, inputs: Sequence[torch.Tensor]) -> int | None:
     return next((i for i, given in enumerate(inputs) if given is leaf), None)
+
+
+def _containers(output: Any) -> list[Any]:
+    """The mutable containers within an output. One that comes back from a second call is not made
+    by the call: it belongs to somebody, and must stay what it is."""
+    met: list[Any] = []
+
+    def visit(node: Any) -> bool:
+        if not isinstance(node, (torch.Tensor, tuple, str, int, float, type(None))):
+            met.append(node)
+        return False
+
+    pytree.tree_flatten(output, is_leaf=visit)
+    return met
 
 
 def _unfit_output(module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]) -> Reason | None:

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from ovshim.errors import OptionError
 from ovshim.options import Options
 
-__all__ = ["Dims", "dynamic_dims"]
+__all__ = ["Dims", "check_names", "dynamic_dims"]
 
 # For each tensor of a call, the dimensions that may change.
 Dims = tuple[frozenset[int], ...]
@@ -45,9 +45,31 @@ def dynamic_dims(
             if tensor.dim() > 0:
                 named[id(tensor)].add(0)
     if options.dynamic_shapes is not None:
+        reading = _Reading(options.dynamic_shapes, named)
         for name, value, spec in _pairs(options.dynamic_shapes, call, args, kwargs):
-            _collect(name, value, spec, named, options.dynamic_shapes)
+            reading.collect(name, value, spec)
     return tuple(frozenset(named[id(tensor)]) for tensor in tensors)
+
+
+def check_names(options: Options, call: Callable[..., Any]) -> None:
+    """What can be said of `dynamic_shapes` before there is an example.
+
+    Raises:
+        OptionError: it names an argument that the method does not take.
+    """
+    if not isinstance(options.dynamic_shapes, Mapping):
+        return
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # no signature to ask
+        return
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    names = [parameter.name for parameter in parameters]
+    for name in options.dynamic_shapes:
+        if name not in names:
+            text = f"{name!r} is no argument of this method; its arguments: {', '.join(names)}."
+            raise _wrong(options.dynamic_shapes, text)
 
 
 def _wrong(given: Any, remedy: str) -> OptionError:
@@ -87,45 +109,75 @@ def _is_var_keyword(call: Callable[..., Any], name: str) -> bool:
     return parameter is not None and parameter.kind is inspect.Parameter.VAR_KEYWORD
 
 
-def _collect(name: str, value: Any, spec: Any, named: dict[int, set[int]], given: Any) -> None:
-    if spec is None:
-        return
-    if isinstance(value, torch.Tensor):
-        named[id(value)] |= _dims_of(name, value, spec, given)
-        return
-    if isinstance(value, Mapping) and isinstance(spec, Mapping):
-        for key, inner in spec.items():
-            if key not in value:
-                raise _wrong(given, f"{name} has no {key!r}; it has {', '.join(map(str, value))}.")
-            _collect(f"{name}[{key!r}]", value[key], inner, named, given)
-        return
-    inner_values = pytree.tree_leaves(value)
-    if isinstance(spec, (list, tuple)) and len(spec) == len(inner_values):
-        for i, (inner_value, inner) in enumerate(zip(inner_values, spec, strict=True)):
-            _collect(f"{name}[{i}]", inner_value, inner, named, given)
-        return
-    raise _wrong(given, f"{name} is a {type(value).__name__}; give one entry for each part of it.")
+class _Reading:
+    """Reads a specification against the tensors of a call."""
 
+    def __init__(self, given: Any, named: dict[int, set[int]]) -> None:
+        self.given = given
+        self.named = named
+        self.sizes: dict[str, tuple[int, str]] = {}
 
-def _dims_of(name: str, tensor: torch.Tensor, spec: Any, given: Any) -> set[int]:
-    if isinstance(spec, Mapping):
-        entries = list(spec.items())
-    elif isinstance(spec, (list, tuple)) and len(spec) == tensor.dim():
-        entries = list(enumerate(spec))
-    else:
-        raise _wrong(given, f"{name} has {tensor.dim()} dimensions; give {{dimension: name}}.")
-    dims = set()
-    for dim, how in entries:
-        if not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
-            raise _wrong(given, f"{name} has dimensions 0 to {tensor.dim() - 1}, not {dim!r}.")
-        if _is_open(how):
-            dims.add(dim % tensor.dim())
-    return dims
+    def collect(self, name: str, value: Any, spec: Any) -> None:
+        if spec is None:
+            return
+        if isinstance(value, torch.Tensor):
+            self.named[id(value)] |= self._dims_of(name, value, spec)
+            return
+        if isinstance(value, Mapping) and isinstance(spec, Mapping):
+            for key, inner in spec.items():
+                if key not in value:
+                    text = f"{name} has no {key!r}; it has {', '.join(map(str, value))}."
+                    raise _wrong(self.given, text)
+                self.collect(f"{name}[{key!r}]", value[key], inner)
+            return
+        parts = pytree.tree_leaves(value)
+        if isinstance(spec, (list, tuple)) and len(spec) == len(parts):
+            for i, (part, inner) in enumerate(zip(parts, spec, strict=True)):
+                self.collect(f"{name}[{i}]", part, inner)
+            return
+        text = f"{name} is a {type(value).__name__}; give one entry for each part of it."
+        raise _wrong(self.given, text)
 
+    def _dims_of(self, name: str, tensor: torch.Tensor, spec: Any) -> set[int]:
+        if isinstance(spec, Mapping):
+            entries = list(spec.items())
+        elif isinstance(spec, (list, tuple)) and len(spec) == tensor.dim():
+            entries = list(enumerate(spec))
+        else:
+            text = f"{name} has {tensor.dim()} dimensions; give {{dimension: name}}."
+            raise _wrong(self.given, text)
+        dims = set()
+        for dim, how in entries:
+            if not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
+                text = f"{name} has dimensions 0 to {tensor.dim() - 1}, not {dim!r}."
+                raise _wrong(self.given, text)
+            if self._is_open(f"{name}, dimension {dim}", tensor.shape[dim], how):
+                dims.add(dim % tensor.dim())
+        return dims
 
-def _is_open(how: Any) -> bool:
-    """A name, a `Dim` and the hints AUTO and DYNAMIC open a dimension; None, an int and STATIC do
-    not. Hints are told by their name: their enum is private to torch.export."""
-    if how is None or isinstance(how, int):
-        return False
-    return getattr(getattr(how, "type", None), "name", "") != "STATIC"
+    def _is_open(self, where: str, size: int, how: Any) -> bool:
+        """A name, a `Dim` and the hints AUTO and DYNAMIC open a dimension; None, its own size and
+        STATIC do not. Hints are told by their names: their enum is private to torch.export."""
+        if how is None or getattr(getattr(how, "type", None), "name", "") == "STATIC":
+            return False
+        if type(how) is int:
+            if how != size:
+                raise _wrong(self.given, f"{where} has size {size} in the example, not {how}.")
+            return False
+        if getattr(getattr(how, "type", None), "name", "") in ("AUTO", "DYNAMIC"):
+            return True
+        dim = type(how).__module__ == "torch.export.dynamic_shapes"
+        if not dim and not isinstance(how, str):
+            raise _wrong(self.given, f"{where} is given {how!r}; give a name or a Dim.")
+        least, most = getattr(how, "min", 0), getattr(how, "max", None)
+        # 2 is what a Dim says where no minimum was given: 0 and 1 are not forbidden by that.
+        too_small = isinstance(least, int) and size < least and least > 2
+        if dim and (too_small or (isinstance(most, int) and size > most)):
+            text = f"{where} has size {size} in the example, outside of {least} to {most}."
+            raise _wrong(self.given, text)
+        name = how if isinstance(how, str) else str(getattr(how, "__name__", how))
+        known, there = self.sizes.setdefault(name, (size, where))
+        if known != size:
+            text = f"{name!r} is {known} at {there} and {size} at {where} of the example."
+            raise _wrong(self.given, text)
+        return True

@@ -262,7 +262,8 @@ def test_the_length_of_a_bert_is_built_for_once() -> None:
     known = len(plans(fast))
     assert known <= 2
     eager = counts(fast)["eager"]
-    for length in (7, 3, 33, 16, 9, 12, 2, 1):
+    # Not 1: a mask of one column broadcasts, and Dynamo captures that case by itself.
+    for length in (7, 3, 33, 16, 9, 12, 2):
         settle(fast, module, input_ids=ids(2, length), within=2)
         check(fast, module, input_ids=ids(2, length))
     assert len(plans(fast)) == known

@@ -382,7 +382,8 @@ def test_an_object_of_the_modules_own_in_the_output_stays_it() -> None:
 
     module = make(Of, forward)
     module.settings = {"a": 1}
-    fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
+    with pytest.warns(ovshim.FallbackWarning, match="memory"):
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
     with torch.inference_mode():
         for _ in range(3):
             assert fast(torch.randn(3, 8))[1] is fast.settings

@@ -173,7 +173,7 @@ class Lease:
         """Ends the claim; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            _close(fd)
 
     def __enter__(self) -> Lease:
         return self
@@ -183,6 +183,13 @@ class Lease:
 
     def __del__(self) -> None:
         self.release()
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:  # it is closed all the same
+        _log.debug("closing: %s", error)
 
 
 def _same(fd: int, path: Path) -> bool:
@@ -217,4 +224,4 @@ def claim(marker: Path) -> Iterator[bool]:
             free = False
         yield free
     finally:
-        os.close(fd)
+        _close(fd)
