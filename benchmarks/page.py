@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import itertools
 from collections.abc import Sequence
 
 import machine
@@ -38,7 +37,11 @@ that belong to the caller.
 `prefer="openvino"` leaves out the race.
 """
 
-_HOT = """
+_CALLS = """
+## Calls
+"""
+
+_OVERHEAD = """
 ## Overhead of a call
 
 `fast(x)` beside a bare `infer` of the very model that it runs.
@@ -64,15 +67,10 @@ def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float | None
     if load is not None:
         facts.append(("load average before the run", f"{load:.1f}"))
     facts.append(("eager against itself, whole run", _noise(found)))
-    lines = [_TOP, *markdown(("measured on", ""), facts), "", "## Seconds a call"]
-    for group, rows in itertools.groupby(found, key=lambda row: row.group):
-        cells = [row.cells()[1:] for row in rows]
-        if group.startswith("hot path"):
-            lines.append(_HOT)
-        else:
-            lines += ["", f"### {group}", ""]
-        lines += markdown(HEAD[1:], cells)
-    lines += [_COLD, *markdown(COLD_HEAD, cold)]
+    calls = [row.cells() for row in found if not row.overhead]
+    overhead = [row.cells() for row in found if row.overhead]
+    lines = [_TOP, *markdown(("measured on", ""), facts), _CALLS, *markdown(HEAD, calls)]
+    lines += [_OVERHEAD, *markdown(HEAD, overhead), _COLD, *markdown(COLD_HEAD, cold)]
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ class Row:
         error: largest relative L2 error over the outputs, against eager.
         against: how many times as fast as eager, as raw OpenVINO.
         ours: whether it is ovshim: rows in which it loses are marked.
+        overhead: whether `raw` is a bare `infer` of the very same compiled model.
     """
 
     group: str
@@ -35,6 +36,7 @@ class Row:
     raw: Ratio | None = None
     remark: str = ""
     ours: bool = False
+    overhead: bool = False
 
     @property
     def seconds(self) -> float | None:
@@ -47,7 +49,7 @@ class Row:
             _duration(self.seconds),
             self._ratio(self.eager),
             self._ratio(self.raw),
-            "" if self.error is None else f"{self.error:.0e}",
+            "" if self.error is None else f"{self.error:.0e}" if self.error else "0",
             self.remark,
         )
 
@@ -72,13 +74,18 @@ def noise(ratio: Ratio) -> str:
     return "noise" if quiet else "noise: the machine was disturbed"
 
 
+def _grouped(lines: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The lines, the first column written only where it changes."""
+    grouped, last = [], ""
+    for first, *rest in lines:
+        grouped.append(["" if first == last else first, *rest])
+        last = first
+    return grouped
+
+
 def text(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """A table for the terminal, the first column written only where it changes."""
-    table = [list(head)]
-    last = None
-    for line in lines:
-        table.append(["" if line[0] == last else line[0], *line[1:]])
-        last = line[0]
+    """A table for the terminal."""
+    table = [list(head), *_grouped(lines)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -88,5 +95,5 @@ def text(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
     """The same for a page."""
-    rows = [head, ["---"] * len(head), *lines]
+    rows = [head, ["---"] * len(head), *_grouped(lines)]
     return ["| " + " | ".join(row) + " |" for row in rows]

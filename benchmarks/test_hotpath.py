@@ -59,6 +59,7 @@ def _row(name: str, samples: Mapping[str, Sequence[float]]) -> Row:
         raw=None if name == "bare" else compare(bare, mine),
         remark=noise(against_eager) if name == AGAIN else f"{over:+.1f} µs over bare",
         ours=name == "fast",
+        overhead=True,
     )
 
 
