@@ -944,13 +944,13 @@ print(killed_at_work)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_killed_at_a_random_moment(tmp_path: Path) -> None:
-    assert int(run(KILL, str(tmp_path), "100")) > 5  # most moments lie between two writes
+    assert int(run(KILL, str(tmp_path), "40")) > 2  # most moments lie between two writes
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_killed_at_two_thousand_random_moments(tmp_path: Path) -> None:
-    assert int(run(KILL, str(tmp_path), "2000")) > 100
+def test_killed_at_two_hundred_random_moments(tmp_path: Path) -> None:
+    assert int(run(KILL, str(tmp_path), "200")) > 10
 
 
 def _storm(root: str, seed: int, seconds: float) -> int:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import xxhash
 
+LONGEST_NAME = 64  # of a string that something may be looked up by; others are prose
+
 _EXTENDED = opmap["EXTENDED_ARG"]
 _GLOBAL = opmap["LOAD_GLOBAL"]
 _BY_NAME = frozenset(opmap[name] for name in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
@@ -39,8 +41,8 @@ _STATEMENT_ENDS = ("STORE_", "POP_", "JUMP", "RETURN", "RESUME", "FOR_ITER", "YI
 class Facts:
     """One code object, those nested in it included. The tuples are sorted.
 
-    `names` are all names and identifier-like strings in it: what an attribute look-up or a
-    `getattr` may ask for; `iterated` those among them whose value may be iterated over.
+    `names` are all names and short strings in it: what an attribute look-up, a `getattr` or a
+    dict may be asked for; `iterated` those among them whose value may be iterated over.
     """
 
     digest: bytes
@@ -70,7 +72,7 @@ def facts(code: types.CodeType) -> Facts:
 def _read(code: types.CodeType) -> Facts:
     nested = [facts(const) for const in code.co_consts if isinstance(const, types.CodeType)]
     strings = {text for const in code.co_consts for text in _strings(const)}
-    names = set(code.co_names) | {text for text in strings if text.isidentifier()}
+    names = set(code.co_names) | {text for text in strings if len(text) <= LONGEST_NAME}
     globals_, imports, operations = _scan(code)
     return Facts(
         digest=_digest(code, nested),

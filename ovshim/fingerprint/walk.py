@@ -45,10 +45,14 @@ def code(module: nn.Module, method: str) -> str:
 
     Raises `Unkeyable`.
     """
+    walk = _Walk(module, method)
     try:
-        return _Walk(module, method).digest()
-    except RecursionError as error:
-        raise Unkeyable("an attribute", "data nested too deeply") from error
+        return walk.digest()
+    except Unkeyable:
+        raise
+    except Exception as error:  # of any object's own making, or too deep, or changed meanwhile
+        what = f"something that cannot be read ({type(error).__name__}: {error})"
+        raise Unkeyable(walk.where, what) from error
 
 
 class _Walk(Reach):

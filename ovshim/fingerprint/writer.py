@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ovshim.fingerprint import weights
+from ovshim.fingerprint.bytecode import LONGEST_NAME
 from ovshim.fingerprint.errors import Unkeyable
 from ovshim.fingerprint.values import (
     atom,
@@ -130,7 +131,7 @@ class Writer(ABC):
         encoded = atom(value)
         if encoded is not None:
             self.out.append(encoded)
-            if type(value) is str and value.isidentifier():
+            if type(value) is str and len(value) <= LONGEST_NAME:
                 self.learn((value,))
             return
         kind = type(value)
