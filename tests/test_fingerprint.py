@@ -285,7 +285,7 @@ def test_another_process_gives_the_same_key(tmp_path: Path) -> None:
     (tmp_path / "model_under_test.py").write_text(MODEL)
     (tmp_path / "helpers_under_test.py").write_text(HELPERS)
     found = set()
-    for seed, how in (("1", "import"), ("2", "import"), ("3", "main"), ("4", "renamed")):
+    for seed, how in (("1", "import"), ("2", "main"), ("3", "renamed")):
         result = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(tmp_path), how],
             env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
