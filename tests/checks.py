@@ -165,11 +165,10 @@ def falls_back(*codes: str) -> Iterator[list[ovshim.FallbackWarning]]:
         warnings.simplefilter("always")
         warned: list[ovshim.FallbackWarning] = []
         yield warned
-    for entry in caught:
-        if isinstance(entry.message, ovshim.FallbackWarning):
-            warned.append(entry.message)
-    others = [entry for entry in caught if not isinstance(entry.message, ovshim.FallbackWarning)]
-    assert not others, [str(entry.message) for entry in others]
+    messages = [entry.message for entry in caught]
+    warned += [message for message in messages if isinstance(message, ovshim.FallbackWarning)]
+    others = [str(message) for message in messages if message not in warned]
+    assert not others, others
     assert [warning.reason.code for warning in warned] == list(codes), list(map(str, warned))
 
 

@@ -116,7 +116,10 @@ def test_variable_arguments() -> None:
     module = make(Greedy)
     example = (torch.randn(2, 8), torch.randn(2, 8))
     fast = ovshim.accelerate(
-        module, example, example_kwargs={"b": torch.randn(3), "a": torch.randn(3)}, prefer="openvino"
+        module,
+        example,
+        example_kwargs={"b": torch.randn(3), "a": torch.randn(3)},
+        prefer="openvino",
     )
     check(fast, module, torch.randn(2, 8), torch.randn(2, 8), a=torch.randn(3), b=torch.randn(3))
 
@@ -495,9 +498,7 @@ def test_in_place_twice() -> None:
 
 def test_other_methods_than_forward() -> None:
     module = make(Towers)
-    fast = ovshim.accelerate(
-        module, methods=["encode_image", "encode_text"], prefer="openvino"
-    )
+    fast = ovshim.accelerate(module, methods=["encode_image", "encode_text"], prefer="openvino")
     for method, args, kwargs in (
         ("encode_image", (torch.randn(2, 8),), {}),
         ("encode_text", (torch.randn(2, 6),), {"shift": 0.5}),
@@ -531,7 +532,9 @@ def test_the_example_is_of_the_first_method() -> None:
 
 def test_methods_and_copies() -> None:
     module = make(Towers)
-    fast = ovshim.accelerate(module, torch.randn(2, 8), methods=("encode_image",), prefer="openvino")
+    fast = ovshim.accelerate(
+        module, torch.randn(2, 8), methods=("encode_image",), prefer="openvino"
+    )
     x = torch.randn(2, 8)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         with torch.inference_mode():

@@ -423,9 +423,7 @@ def test_an_input_smaller_than_the_kernel_is_refused() -> None:
 )
 def test_shapes_said_beforehand_need_no_rebuild(spec: Any) -> None:
     module = make(Attention)
-    fast = ovshim.accelerate(
-        module, torch.randn(2, 5, 16), dynamic_shapes=spec, prefer="openvino"
-    )
+    fast = ovshim.accelerate(module, torch.randn(2, 5, 16), dynamic_shapes=spec, prefer="openvino")
     for batch, length in ((2, 5), (3, 9), (1, 2), (2, 16)):
         check(fast, module, torch.randn(batch, length, 16))
     assert len(plans(fast)) == 1

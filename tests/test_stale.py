@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, counts, eager_reasons, paths, quietly, same, served, settle
+from checks import check, counts, eager_reasons, paths, quietly, served, settle
 from modules import Attention, DigitsCnn, Mlp, Scaled, make, small_bert
 from torch import Tensor, nn
 

@@ -202,7 +202,9 @@ def test_a_constant_belongs_to_the_signature(one: Any, other: Any) -> None:
 
 
 def test_a_constant_may_choose_the_dtype() -> None:
-    module, fast = of(lambda self, x, dtype: self.linear(x).to(dtype), torch.randn(3, 8), torch.int32)
+    module, fast = of(
+        lambda self, x, dtype: self.linear(x).to(dtype), torch.randn(3, 8), torch.int32
+    )
     check(fast, module, torch.randn(3, 8), torch.int32)
     settle(fast, module, torch.randn(3, 8) * 4, torch.int64)
 
@@ -444,7 +446,7 @@ def test_the_same_tensor_twice_in_the_output_stays_it() -> None:
 
 
 def test_equal_but_separate_outputs_stay_separate() -> None:
-    module, fast = of(lambda self, x: (self.linear(x), self.linear(x), self.linear(x) * 1))
+    _, fast = of(lambda self, x: (self.linear(x), self.linear(x), self.linear(x) * 1))
     with served(fast, "openvino"), torch.no_grad():
         a, b, c = fast(torch.randn(3, 8))
     kept = c.clone()
