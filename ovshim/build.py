@@ -15,7 +15,7 @@ import logging
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture, distinct_tensors
 from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation, GuardFailedError
-from ovshim.guards import BadGuardError, ValueGuard, roots_of
+from ovshim.guards import BadGuardError, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
 from ovshim.matcher import Output, compile_builder, compile_matcher
@@ -99,9 +99,6 @@ def _refuse_at_sight(job: Job) -> None:
             raise BuildStopped(reason("untracked-weights", name))
     if job.options.precision is None and own_dtype(job.module) is torch.float64:
         raise BuildStopped(reason("double-precision"))
-    for name, module in job.module.named_modules():
-        if name and (module._forward_hooks or module._forward_pre_hooks):
-            raise BuildStopped(reason("inner-hooks", name))
 
 
 # --- a hit ------------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ def _from_cache(job: Job, family: str) -> Plan | None:
 
 def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     try:
-        generation = _generation(job, record.value_guards)
+        generation = _generation(job, record)
     except GuardFailedError as failed:
         log.debug("the entry %s is for something else: %s", entry.path, failed)
         return None
@@ -193,7 +190,9 @@ def _from_capture(job: Job, family: str | None) -> Plan:
     with job.stage("preflight"):
         seen = _seen(job)
     if seen.reason is not None:
-        raise BuildStopped(seen.reason)
+        trained = [name for name, inner in job.module.named_modules() if inner.training]
+        by_training = trained and seen.reason.code in ("random", "mutates-buffer")
+        raise BuildStopped(reason("training", trained[0]) if by_training else seen.reason)
     if not any(isinstance(seen.leaves[i], torch.Tensor) for i in _wanted(seen)):
         raise BuildStopped(reason("capture-failed", "no output is a tensor that is computed"))
     first: BuildStopped | None = None
@@ -223,7 +222,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         record = Record.of_capture(captured, seen.leaves, rung)
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
-        generation = _generation(job, record.value_guards)
+        generation = _generation(job, record)
         source, entry, keep = _publish(job, family, captured, record)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
@@ -320,8 +319,9 @@ def _publish(
 # --- what both roads end in -------------------------------------------------------------------
 
 
-def _generation(job: Job, guards: Sequence[ValueGuard] = ()) -> Generation:
-    return Generation(job.module, guards, roots_of(job.module, job.call))
+def _generation(job: Job, record: Record) -> Generation:
+    roots = roots_of(job.module, job.call)
+    return Generation(job.module, record.value_guards, roots, record.code)
 
 
 def _compile(job: Job, source: Path, record: Record) -> Engine:

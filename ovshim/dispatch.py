@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from ovshim import planner
 from ovshim.errors import FallbackError, FallbackWarning, OptionError
+from ovshim.generation import obstacle
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import Counter, Plan
 from ovshim.planner import Planner, building_here, known_kind, unfit
@@ -32,7 +33,7 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 
 # Eager plans look at the module's state only every so often: when what was in the way is gone
 # (a hook, an attribute), the next call makes a plan.
-_LOOK_AGAIN = 64
+_LOOK_AGAIN = 8
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "slower", "prefer-eager", "off", "compiling", "building"}
@@ -152,6 +153,9 @@ class Dispatcher:
 
     def _stale(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module is not what it was when the plan was made."""
+        why = obstacle(self.module)
+        if why is not None:  # for the time being; the plan may hold again
+            return self._in_eager(why, args, kwargs)
         assert plan.generation is not None
         why = reason("stale", plan.generation.change())
         self._planner.drop_stale()
@@ -164,7 +168,7 @@ class Dispatcher:
         if self._off or self.options.prefer == "eager":
             return self._in_eager(reason("off" if self._off else "prefer-eager"), args, kwargs)
         leaves, structure = flatten_call(args, kwargs)
-        why = unfit(leaves, self.module, _grad_enabled())
+        why = obstacle(self.module) or unfit(leaves, self.module, _grad_enabled())
         if why is not None:
             return self._in_eager(why, args, kwargs)
         kind = known_kind(leaves, structure)
@@ -183,15 +187,13 @@ class Dispatcher:
             FallbackError: `strict`, and eager would serve.
         """
         if self._off or self.options.prefer == "eager":
-            return None
+            return
         leaves, structure = flatten_call(args, kwargs)
-        why = unfit(leaves, self.module, grad=False)
+        why = obstacle(self.module) or unfit(leaves, self.module, grad=False)
         kind = known_kind(leaves, structure)
         if why is None and isinstance(kind, Reason):
             why = kind
         if why is None and not isinstance(kind, Reason):
-            if self.module.training:
-                return self._tell(reason("training"))
             plan = self._planner.prepare(args, kwargs, kind, leaves)
             why = plan.reason
             if why is not None and why.code == "eager-refuses":
@@ -203,7 +205,6 @@ class Dispatcher:
                 ) from plan.trouble
         if why is not None:
             self._tell(why)
-        return None
 
     # --- for handles and reports --------------------------------------------------------------
 

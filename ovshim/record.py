@@ -40,6 +40,7 @@ class Record:
 
     Attributes:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
+        code: qualified names of the functions that were captured; None: not known.
         pinned: (tensor, dimension) whose other sizes the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
             their dtypes.
@@ -54,6 +55,7 @@ class Record:
     route: str
     outputs: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
+    code: tuple[str, ...] | None = None
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
     error: float = 0.0
@@ -72,6 +74,7 @@ class Record:
             route=captured.route,
             outputs=captured.outputs,
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
+            code=captured.code,
             rung=rung,
         )
 
@@ -105,6 +108,7 @@ class Record:
             "size_guards": list(self.size_guards),
             "value_guards": to_json(self.value_guards),
             "route": self.route,
+            "code": None if self.code is None else list(self.code),
             "outputs": list(self.outputs),
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
@@ -146,6 +150,7 @@ class Record:
             size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
             value_guards=from_json(graph["value_guards"]),
             route=str(graph["route"]),
+            code=None if graph["code"] is None else tuple(map(str, graph["code"])),
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=Rung(str(name), str(sizes), tuple((str(k), str(v)) for k, v in properties)),

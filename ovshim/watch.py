@@ -8,6 +8,7 @@ are read by one `itemgetter` per dict; the few others one by one.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -30,10 +31,10 @@ class Watch:
     Args:
         guards: what a captured graph takes for granted.
         roots: see `guards.roots_of`.
-        names: further dicts, with the names in them to be watched.
+        names: further mappings, with the names in them to be watched.
 
     Attributes:
-        tensors: the tensors that the guards lead to.
+        tensors, functions: those that the guards lead to.
 
     Raises (when made):
         GuardFailedError: a guard does not hold now.
@@ -43,10 +44,11 @@ class Watch:
         self,
         guards: Sequence[ValueGuard],
         roots: Mapping[str, Any],
-        names: Iterable[tuple[dict[Any, Any], Sequence[Any]]] = (),
+        names: Iterable[tuple[Mapping[Any, Any], Sequence[Any]]] = (),
     ) -> None:
         self.tensors: list[torch.Tensor] = []
-        self._groups: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+        self.functions: list[types.FunctionType] = []
+        self._groups: dict[int, tuple[Mapping[Any, Any], dict[Any, Any]]] = {}
         self._odd: list[tuple[Any, Step, Any, ValueGuard | None]] = []
         self._measured: list[tuple[Any, str, str | int | None]] = []
         for guard in guards:
@@ -83,8 +85,10 @@ class Watch:
             self._measured.append((found, guard.test, guard.expected))
         if isinstance(found, torch.Tensor):
             self.tensors.append(found)
+        if isinstance(found, types.FunctionType):
+            self.functions.append(found)
 
-    def _group(self, held: dict[Any, Any]) -> dict[Any, Any]:
+    def _group(self, held: Mapping[Any, Any]) -> dict[Any, Any]:
         return self._groups.setdefault(id(held), (held, {}))[1]
 
 
@@ -122,8 +126,8 @@ def _plain_dict(base: Any, step: Step) -> dict[Any, Any] | None:
 
 
 def _reading(
-    held: dict[Any, Any], known: Mapping[Any, Any]
-) -> tuple[dict[Any, Any], Callable[[Any], tuple[Any, ...]], list[int]]:
+    held: Mapping[Any, Any], known: Mapping[Any, Any]
+) -> tuple[Mapping[Any, Any], Callable[[Any], tuple[Any, ...]], list[int]]:
     keys = list(known)
     read = itemgetter(*keys, keys[0])  # the first one twice: always a tuple
     # The values are kept alive by their group: an id is not given to another object meanwhile.

@@ -84,6 +84,7 @@ class Captured:
         model: takes the call's distinct tensors in order, gives the leaves `outputs` in order.
         pattern: the sizes it was captured for, None where they may change.
         size_guards, value_guards: see `ovshim.guards`.
+        code: qualified names of the functions that were captured; None: not known.
     """
 
     model: ov.Model
@@ -92,6 +93,7 @@ class Captured:
     pattern: Pattern
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
+    code: tuple[str, ...] | None = None
 
 
 def capture(request: Request) -> Captured:

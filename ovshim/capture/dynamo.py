@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,15 @@ from typing import Any
 
 import torch
 
-from ovshim.capture import Captured, CaptureError, FlatModule, Request, distinct_tensors, frontend
+from ovshim.capture import (
+    Captured,
+    CaptureError,
+    FlatModule,
+    Request,
+    distinct_tensors,
+    frontend,
+    rewrites,
+)
 from ovshim.capture.sizes import read_sizes
 from ovshim.capture.sources import Sources
 from ovshim.reasons import reason
@@ -95,7 +104,8 @@ def capture(request: Request) -> Captured:
     refused: _SizesRefused | None = None
     for dynamic in attempts:
         try:
-            return _capture(request.with_open(dynamic))
+            with _forgetting_tensors():
+                return _capture(request.with_open(dynamic))
         except _SizesRefused as error:
             log.debug("Dynamo refuses the sizes %s: %s", dynamic, error)
             refused = refused or error
@@ -127,7 +137,7 @@ def _capture(request: Request) -> Captured:
     try:
         return _finish(request, output, args, kwargs)
     finally:
-        _forget(request.call)
+        _forget_code(request.call)
 
 
 def _finish(
@@ -137,6 +147,7 @@ def _finish(
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     _refuse_escapes(graph)
+    rewrites.apply(graph)
     sources = Sources(request, args, kwargs, imports)
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)
@@ -151,7 +162,9 @@ def _finish(
     flat = FlatModule(request, run)
     traced = frontend.trace(flat, tensors)
     model = frontend.convert(traced, [pattern[t] for t in places])
-    return Captured(model, "dynamo", flat.outputs, pattern, size_guards, value_guards)
+    traced_code = output.graph_capture_output.traced_code
+    code = tuple(sorted({c.co_qualname for c in traced_code} | {_qualname(request.call)}))
+    return Captured(model, "dynamo", flat.outputs, pattern, size_guards, value_guards, code)
 
 
 def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -220,6 +233,10 @@ def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
             raise CaptureError(reason("mutates-input", str(node.target)))
 
 
+def _qualname(call: Callable[..., Any]) -> str:
+    return str(getattr(call, "__func__", call).__code__.co_qualname)
+
+
 def _placeholders(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
@@ -255,9 +272,31 @@ def _user_line(error: Any) -> str:
     )
 
 
-def _forget(call: Callable[..., Any]) -> None:
+def _forget_code(call: Callable[..., Any]) -> None:
     """Dynamo leaves the graph in the globals of the user's function, and with it every weight."""
     function = getattr(call, "__func__", call)
     names = [n for n in getattr(function, "__globals__", {}) if n.startswith("__compiled_fn_")]
     for name in names:
         del function.__globals__[name]
+
+
+@contextlib.contextmanager
+def _forgetting_tensors() -> Iterator[None]:
+    """Clear the tables of weak references to the user's tensors that Dynamo fills meanwhile.
+
+    They belong to fake modes that live on in cycles through C++, one for every restart of its
+    analysis; only the garbage collector's list leads to them. With them alive
+    `torch.utils.swap_tensors`, and so some ways of `.to()`, refuses the user's own parameters."""
+    from torch._subclasses.meta_utils import MetaTensorDescriber
+
+    def describers() -> dict[int, Any]:
+        return {id(o): o for o in gc.get_objects() if type(o) is MetaTensorDescriber}
+
+    before = describers()
+    try:
+        yield
+    finally:
+        for identity, describer in describers().items():
+            if identity not in before:
+                describer.lookup_tensor.clear()
+                describer.lookup_storage.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import types
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,8 +122,7 @@ class Sources:
         return tuple(found)
 
     def _worth_watching(self, path: tuple[str, tuple[Step, ...]], test: str) -> bool:
-        """Not attributes of modules of the tree (`generation` compares them all), and not what lies
-        within torch (its version is part of every key; nobody patches it between two calls)."""
+        """Not the attributes of modules of the tree (`generation` has them), and not Dynamo's own."""
         root, steps = path
         if not steps:
             return False
@@ -136,7 +134,7 @@ class Sources:
             passed = [walk(root, steps[:i], self.roots) for i in range(len(steps))]
         except BadGuardError:
             return False
-        if any(map(_is_torchs_code, passed)) or _is_torchs_layer(passed[-1]):
+        if _is_torchs_layer(passed[-1]) or root.startswith("import:torch._dynamo"):
             return False
         if isinstance(passed[-1], nn.Module) and test in ("value", "same"):
             return str(steps[-1][1]) not in passed[-1].__dict__
@@ -180,13 +178,6 @@ class Sources:
         if isinstance(base, tuple) and path[:1] == (("item", 0),) and base[0] is owner:
             return "module", path[1:]
         return ("closure", (("item", name), *path)) if name in self.closure_names else None
-
-
-def _is_torchs_code(held: Any) -> bool:
-    return isinstance(held, types.ModuleType) and held.__name__.split(".")[0] in (
-        "torch",
-        "builtins",
-    )
 
 
 def _is_torchs_layer(held: Any) -> bool:

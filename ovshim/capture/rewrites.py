@@ -1,0 +1,303 @@
+"""Exact replacements, on Dynamo's graph, of what would come out of OpenVINO wrong or not at all.
+
+Two sorts. While a graph is traced, sizes are 0-d tensors: functions of Python's on them (a square
+root, a smaller one of two) would bake the example's value in, and so would operators that take a
+plain number. Functions on *sizes* are therefore replaced by such as take tensors, and a size that
+no replacement carries through is fixed: it becomes a guard of the graph.
+
+Every replacement gives what eager gives, dtype included, for all inputs and all sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+__all__ = ["TABLE", "Rewrite", "apply"]
+
+log = logging.getLogger("ovshim")
+
+Number = int | float | torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One replacement.
+
+    Attributes:
+        targets: what is replaced: functions, and names of methods.
+        function: takes the node, whose arguments it may change, and gives the target to call
+            instead; None where this node is not concerned.
+        reason: what goes wrong without it.
+        until: the version of OpenVINO from which it may be dropped; None while there is none.
+    """
+
+    targets: tuple[Callable[..., Any] | str, ...]
+    function: Callable[[Node], Callable[..., Any] | None]
+    reason: str
+    until: str | None = None
+
+
+def apply(graph: GraphModule) -> None:
+    """Rewrite a graph of Dynamo's in place. To be called before its guards on sizes are read: what
+    must not change any more is among them afterwards."""
+    for module in graph.modules():
+        if isinstance(module, GraphModule):
+            for node in list(module.graph.nodes):
+                if node.op in ("call_function", "call_method"):
+                    _rewrite(node)
+            module.recompile()
+
+
+def _rewrite(node: Node) -> None:
+    if isinstance(_value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if node.target in _SIZES_RIGHT:
+            return
+        made = _made(SIZES, node)
+        if made is None:
+            _fix(node)
+    else:
+        _made(TABLE, node)
+        for given in node.all_input_nodes:
+            if not _takes(node, given):
+                _fix(given)
+
+
+def _made(table: tuple[Rewrite, ...], node: Node) -> Callable[..., Any] | None:
+    """Apply the entry of a table that is concerned; gives the new target."""
+    for entry in table:
+        if node.target in entry.targets:
+            function = entry.function(node)
+            if function is not None:
+                node.op, node.target = "call_function", function
+                return function
+    return None
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operators that do the same to a 0-d tensor, and stay right in OpenVINO.
+_SIZES_RIGHT = frozenset(
+    {
+        *(operator.add, operator.sub, operator.neg, operator.abs, operator.mod, operator.truediv),
+        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+        *(operator.getitem, "size", "numel", "dim"),
+    }
+)
+# What takes an integer that is a 0-d tensor while it is traced, and what takes such a float.
+_TAKE_FLOATS = _names(
+    "add sub mul truediv div pow iadd isub imul itruediv add_ sub_ mul_ div_ rsub eq ne lt le gt ge"
+    " full new_full full_like masked_fill masked_fill_ where clamp clamp_ clamp_min clamp_max fill_"
+    " lerp addcmul addcdiv leaky_relu elu arange scalar_tensor tensor fmod remainder floordiv mod"
+    " output"
+)
+_TAKE_INTEGERS = _TAKE_FLOATS | _names(
+    "getitem setitem zeros ones empty eye new_zeros new_ones new_empty view reshape expand repeat"
+    " repeat_interleave narrow unflatten unfold as_strided chunk topk pad interpolate broadcast_to"
+    " tile tril triu diagonal tril_indices triu_indices one_hot bincount isin select layer_norm"
+    " rms_norm"
+)
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value")
+
+
+def _takes(node: Node, given: Node) -> bool:
+    """Whether a size may go into this operator."""
+    value = _value(given)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if isinstance(value, torch.SymInt):
+        return name in _TAKE_INTEGERS or node.target in _OURS
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return name in _TAKE_FLOATS
+    return True
+
+
+def _fix(node: Node) -> None:
+    """Guard that a number that depends on sizes stays the one it is in the example.
+
+    A baked value could go unseen in the proof: `int(n * 0.01)` is 0 for many a size."""
+    value = _value(node)
+    log.debug("%s of %s is fixed", node.target, value)
+    if isinstance(value, torch.SymInt):
+        int(value)
+    elif isinstance(value, torch.SymFloat):
+        float(value)
+    elif isinstance(value, torch.SymBool):
+        bool(value)
+
+
+def smaller(a: Number, b: Number) -> Number:
+    """`min` of two sizes."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        tensor, number = (a, b) if isinstance(a, torch.Tensor) else (b, a)
+        return tensor.clamp(max=number)  # type: ignore[union-attr]
+    return min(a, b)
+
+
+def larger(a: Number, b: Number) -> Number:
+    """`max` of two sizes."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        tensor, number = (a, b) if isinstance(a, torch.Tensor) else (b, a)
+        return tensor.clamp(min=number)  # type: ignore[union-attr]
+    return max(a, b)
+
+
+def total(sizes: tuple[Number, ...]) -> Number:
+    """The sum of several sizes."""
+    return sum(sizes[1:], start=sizes[0])
+
+
+def as_float(size: Number) -> Number:
+    """`float` of a size. A 0-d tensor of the default dtype mixes with tensors as a number does."""
+    return size.to(torch.get_default_dtype()) if isinstance(size, torch.Tensor) else float(size)
+
+
+def _function(name: str) -> Callable[[Number], Number]:
+    """A function of `math`'s for sizes."""
+    of_numbers, of_tensors = getattr(math, name), getattr(torch, name)
+
+    def of_sizes(size: Number) -> Number:
+        is_tensor = isinstance(size, torch.Tensor)
+        return of_tensors(as_float(size)) if is_tensor else of_numbers(size)  # type: ignore[no-any-return]
+
+    return of_sizes
+
+
+def power(base: Number, exponent: Number) -> Number:
+    """`base ** exponent` where one is a size and the result a float."""
+    return as_float(base) ** exponent
+
+
+def square(size: Number) -> Number:
+    """`size ** 2`. OpenVINO would compute the power in float32: wrong from 4097 up."""
+    return size * size
+
+
+def floor_division(a: Number, b: Number) -> Number:
+    """`a // b` of integers. OpenVINO's rounds towards zero."""
+    if not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
+        return a // b
+    quotient = torch.div(a, b, rounding_mode="trunc")
+    return quotient - torch.remainder(a, b).ne(a - quotient * b).to(torch.int64)
+
+
+def ceiling_division(a: Number, b: Number) -> Number:
+    """`math.ceil(a / b)` of integers."""
+    return -floor_division(-a, b)
+
+
+def truncated_division(a: Number, b: Number) -> Number:
+    """`int(a / b)` of integers."""
+    if not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
+        return int(a / b)
+    return torch.div(a, b, rounding_mode="trunc")
+
+
+def rounded_division(a: Number, b: Number) -> Number:
+    """`round(a / b)` of integers, b > 0: halves go to the even one."""
+    below = floor_division(a, b)
+    twice = (a - below * b) * 2
+    up = (twice > b) | ((twice == b) & (below % 2 == 1))
+    return below + (up.to(torch.int64) if isinstance(up, torch.Tensor) else int(up))
+
+
+_OURS = frozenset({floor_division, ceiling_division, truncated_division, rounded_division})
+
+
+def _always(function: Callable[..., Any]) -> Callable[[Node], Callable[..., Any] | None]:
+    return lambda node: None if node.kwargs else function
+
+
+def _power(node: Node) -> Callable[..., Any] | None:
+    if isinstance(_value(node), torch.SymFloat):
+        return power
+    if node.args[1] == 2:
+        node.args = node.args[:1]
+        return square
+    return None
+
+
+def _product(node: Node) -> Callable[..., Any] | None:
+    """OpenVINO computes in int32: a size times a large number is not carried through."""
+    large = any(isinstance(x, int) and abs(x) >= 2**16 for x in node.args)
+    return None if large else operator.mul
+
+
+def _division(function: Callable[..., Any]) -> Callable[[Node], Callable[..., Any] | None]:
+    """Round a quotient in integers: in float32 it would be wrong from 2**24 up, and in bfloat16
+    from 257 up."""
+
+    def divided(node: Node) -> Callable[..., Any] | None:
+        parts = _quotient(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
+        if parts is None:
+            return None
+        node.args = parts
+        return function
+
+    return divided
+
+
+def _quotient(node: Any) -> tuple[Any, int] | None:
+    """What is divided by what in a node that is `size / number` or `size * number`, as integers;
+    None where that is not exact."""
+    if not isinstance(node, Node) or node.target not in (operator.truediv, operator.mul):
+        return None
+    size, number = node.args
+    if not isinstance(size, Node):
+        size, number = number, size
+        if node.target is operator.truediv:
+            return None
+    if not isinstance(_value(size), torch.SymInt) or not isinstance(number, (int, float)):
+        return None
+    if not (number > 0 and math.isfinite(number)):
+        return None
+    over, under = number.as_integer_ratio()
+    if node.target is operator.truediv:
+        over, under = under, over
+    if max(over, under) > 1024:
+        return None
+    if over != 1:
+        with node.graph.inserting_before(node):
+            product = node.graph.call_function(operator.mul, (size, over))
+        product.meta["example_value"] = _value(size) * over
+        size = product
+    return size, under
+
+
+SIZES = (
+    Rewrite((torch.sym_min,), _always(smaller), "asserts that it is not given a tensor"),
+    Rewrite((torch.sym_max,), _always(larger), "asserts that it is not given a tensor"),
+    Rewrite((torch.sym_sum,), _always(total), "is not defined for tensors"),
+    Rewrite((torch.sym_float,), _always(as_float), "bakes the example's size in"),
+    *(
+        Rewrite((getattr(torch, f"_sym_{name}"),), _always(_function(name)), "bakes the size in")
+        for name in sorted(_names("sqrt log2 sin cos tan asin acos atan sinh cosh tanh"))
+    ),
+    Rewrite((operator.pow,), _power, "OpenVINO computes powers of integers in float32"),
+    Rewrite((operator.mul,), _product, "OpenVINO computes in int32"),
+    Rewrite((operator.floordiv,), _always(floor_division), "OpenVINO rounds towards zero"),
+    Rewrite((math.floor,), _division(floor_division), "bakes the example's size in"),
+    Rewrite((math.ceil,), _division(ceiling_division), "bakes the example's size in"),
+    Rewrite((math.trunc, torch.sym_int), _division(truncated_division), "bakes the size in"),
+    Rewrite(("__round__",), _division(rounded_division), "bakes the example's size in"),
+)
+
+TABLE: tuple[Rewrite, ...] = ()
