@@ -196,7 +196,8 @@ def floor_division(a: Number, b: Number) -> Number:
     if not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
         return a // b
     quotient = torch.div(a, b, rounding_mode="trunc")
-    return quotient - torch.remainder(a, b).ne(a - quotient * b).to(torch.int64)
+    rest = a - quotient * b
+    return quotient - ((rest != 0) & ((rest < 0) != (b < 0))).to(torch.int64)
 
 
 def ceiling_division(a: Number, b: Number) -> Number:
