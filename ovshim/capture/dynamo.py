@@ -148,7 +148,6 @@ def _finish(
     imports = output.graph_capture_output.import_sources
     _refuse_escapes(graph)
     rewrites.apply(graph)
-    rewrites.apply(graph)
     sources = Sources(request, args, kwargs, imports)
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)

@@ -195,9 +195,7 @@ def floor_division(a: Number, b: Number) -> Number:
     """`a // b` of integers. OpenVINO's rounds towards zero."""
     if not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
         return a // b
-    quotient = torch.div(a, b, rounding_mode="trunc")
-    rest = a - quotient * b
-    return quotient - ((rest != 0) & ((rest < 0) != (b < 0))).to(torch.int64)
+    return torch.div(a - a % b, b, rounding_mode="trunc")
 
 
 def ceiling_division(a: Number, b: Number) -> Number:
