@@ -37,6 +37,7 @@ from ovshim.race import race
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record, Rung
 from ovshim.signature import Pattern, sizes_of
+from ovshim.values import compile_value_check
 
 __all__ = ["build"]
 
@@ -59,7 +60,8 @@ _LADDER = (
 def build(job: Job) -> Plan:
     """The plan for a job. Never raises but for KeyboardInterrupt and its like."""
     # Under inference mode every tensor made here would be one for ever, and without versions.
-    with torch.inference_mode(False), torch.set_grad_enabled(job.grad):
+    modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
+    with modes[0], modes[1], torch.autocast("cpu", enabled=False):
         try:
             plan = _build(job)
         except BuildStopped as stopped:
@@ -346,7 +348,8 @@ def _compile(job: Job, source: Path, record: Record) -> Engine:
     try:
         compiled = runtime.compile_model(source, options.device, settings)
         job.precision_run = runtime.precision_run(compiled)
-        return Engine(compiled, inputs, record.dtypes)
+        verdict = (torch.bool,) if record.checked else ()
+        return Engine(compiled, inputs, (*record.dtypes, *verdict))
     except (RuntimeError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         raise BuildStopped(reason("compile-failed", detail)) from error
@@ -371,7 +374,8 @@ def _served(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
             raise BuildStopped(reason("proof-failed", f"output {i} is not computed"))
         else:
             outputs.append(Output(value=leaf))
-    return Served(engine, inputs, compile_builder(seen.structure, outputs))
+    builder = compile_builder(seen.structure, outputs)
+    return Served(engine, inputs, builder, record.checked)
 
 
 def _eager_of(job: Job) -> Eager:
@@ -407,6 +411,7 @@ def _plan(
         kind=job.kind,
         pattern=record.pattern,
         match=compile_matcher(job.kind, record.pattern, [*record.size_guards, *open_]),
+        values_fit=compile_value_check(job.tensors),
         served=served,
         reason=None,
         generation=generation,
@@ -466,6 +471,7 @@ def _eager_plan(job: Job, why: Reason, entry: Entry | None = None) -> Plan:
         kind=job.kind,
         pattern=pattern,
         match=compile_matcher(job.kind, pattern),
+        values_fit=lambda tensors: True,
         served=None,
         reason=why,
         generation=generation,

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ovshim import planner
 from ovshim.errors import FallbackError, FallbackWarning, OptionError
 from ovshim.generation import obstacle
 from ovshim.options import Options, enabled_in_environment
-from ovshim.plan import Counter, Plan
+from ovshim.plan import Counter, OutOfRangeError, Plan
 from ovshim.planner import Planner, building_here, known_kind, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.signature import describe, flatten_call, sizes_of
@@ -36,13 +38,10 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 _LOOK_AGAIN = 8
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
-    {"training", "grad", "slower", "prefer-eager", "off", "compiling", "building"}
+    {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
-_SILENT = frozenset(
-    {"training", "slower", "prefer-eager", "off", "compiling", "building", "stale"}
-    | {"special-mode", "autocast"}
-)
+_SILENT = _FINE_WITH_STRICT - {"grad"} | {"stale", "special-values", "out-of-range"}
 
 
 class Dispatcher:
@@ -74,7 +73,7 @@ class Dispatcher:
             return self.original(*args, **kwargs)
         if (
             self.module.training
-            or _function_modes()
+            or (_function_modes() and not _only_cpu_devices())
             or _dispatch_modes()
             or _autocast_on()
             or _functorch() is not None
@@ -90,11 +89,17 @@ class Dispatcher:
             if served is None:
                 return self._by_eager_plan(plan, args, kwargs)
             if grad and _gradients_wanted(plan, tensors):
-                return self._in_eager(reason("grad"), args, kwargs)
+                by_input = any(tensor.requires_grad for tensor in tensors)
+                why = reason("input-grad" if by_input else "grad")
+                return self._in_eager(why, args, kwargs)
             if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
                 return self._stale(plan, args, kwargs)
+            if not plan.values_fit(tensors):
+                return self._in_eager(reason("special-values"), args, kwargs)
             try:
                 answer = served.answer(tensors)
+            except OutOfRangeError:
+                return self._in_eager(reason("out-of-range"), args, kwargs)
             except (RuntimeError, ValueError) as error:
                 return self._failed(plan, error, args, kwargs)
             plan.calls.add()
@@ -240,6 +245,14 @@ class Dispatcher:
             if plan.served is not None:
                 self._earlier_calls += plan.calls.value
                 plan.calls = Counter()
+
+
+def _only_cpu_devices() -> bool:
+    """Whether all function modes are `torch.device("cpu")` or `set_default_device` to it."""
+    return all(
+        type(mode) is DeviceContext and mode.device.type == "cpu"
+        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    )
 
 
 def _gradients_wanted(plan: Plan, tensors: Sequence[torch.Tensor]) -> bool:

@@ -13,12 +13,13 @@ from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.matcher import Builder, Matcher
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, describe, fits
+from ovshim.values import ValueCheck
 
 if TYPE_CHECKING:
     from ovshim.generation import Generation
     from ovshim.infer import Engine
 
-__all__ = ["Counter", "Plan", "Served"]
+__all__ = ["Counter", "OutOfRangeError", "Plan", "Served"]
 
 
 class Counter:
@@ -36,6 +37,10 @@ class Counter:
         return int(repr(self._count)[6:-1])
 
 
+class OutOfRangeError(Exception):
+    """An index of a call lies outside of its table: eager knows what to raise."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Served:
     """What serves a plan in OpenVINO.
@@ -44,17 +49,27 @@ class Served:
         engine: runs the distinct tensors of a call.
         inputs: which tensors of the call these are, by index; None for all, in order.
         builder: puts the computed tensors into the module's own containers.
+        checked: whether the last computed tensor says whether all indices were in range.
     """
 
     engine: Engine
     inputs: tuple[int, ...] | None
     builder: Builder
+    checked: bool = False
 
     def answer(self, given: Sequence[torch.Tensor]) -> Any:
-        """The module's output for these tensors of a call."""
-        if self.inputs is None:
-            return self.builder(self.engine.run(given), given)
-        return self.builder(self.engine.run([given[i] for i in self.inputs]), given)
+        """The module's output for these tensors of a call.
+
+        Raises:
+            OutOfRangeError: an index lies outside of its table.
+            EngineDead, ValueError: see `infer.Engine.run`.
+        """
+        inputs = self.inputs
+        taken = given if inputs is None else [given[i] for i in inputs]
+        computed = self.engine.run(taken)
+        if self.checked and not computed[-1]:
+            raise OutOfRangeError
+        return self.builder(computed, given)
 
 
 @dataclasses.dataclass
@@ -63,6 +78,7 @@ class Plan:
 
     Attributes:
         match: tells whether a call has this signature, and gives its tensors.
+        values_fit: tells whether the tensors' values are such as OpenVINO computes rightly.
         served: None where eager serves; `reason` says why.
         generation: the state of the module that the plan was made for.
         example: sizes of the call that it was made for.
@@ -76,6 +92,7 @@ class Plan:
     kind: Kind
     pattern: Pattern
     match: Matcher
+    values_fit: ValueCheck
     served: Served | None
     reason: Reason | None
     generation: Generation | None

@@ -220,7 +220,7 @@ def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None
         if not _is_plain(leaf):
             return reason("special-tensor", f"an input: {type(leaf).__qualname__} {leaf.dtype}")
         if grad and leaf.requires_grad:
-            return reason("grad")
+            return reason("input-grad")
     if grad and any(parameter.requires_grad for parameter in module.parameters()):
         return reason("grad")
     return None

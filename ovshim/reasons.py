@@ -100,6 +100,18 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Gradients are being recorded.",
             "Call the module under torch.inference_mode() or torch.no_grad().",
         ),
+        "input-grad": Sentence(
+            "An input requires grad.",
+            "Nothing needs doing where gradients are wanted; else call under torch.no_grad().",
+        ),
+        "special-values": Sentence(
+            "An input holds NaN or infinity, or integers beyond 32 bits.",
+            "Nothing needs doing: eager answers such calls; keep them rare to stay fast.",
+        ),
+        "out-of-range": Sentence(
+            "An index lies outside of its table.",
+            "Nothing needs doing: eager raises its usual error for it.",
+        ),
         "compiling": Sentence(
             "torch.compile, torch.export, torch.jit or torch.fx is running over the module.",
             "Nothing needs doing: they see the original module, and so does what they produce.",

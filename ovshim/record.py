@@ -40,6 +40,7 @@ class Record:
 
     Attributes:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
+        checked: whether the graph's last output says whether all indices were in range.
         code: qualified names of the functions that were captured; None: not known.
         pinned: (tensor, dimension) whose other sizes the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
@@ -55,6 +56,7 @@ class Record:
     route: str
     outputs: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
+    checked: bool = False
     code: tuple[str, ...] | None = None
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -74,6 +76,7 @@ class Record:
             route=captured.route,
             outputs=captured.outputs,
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
+            checked=captured.checked,
             code=captured.code,
             rung=rung,
         )
@@ -110,6 +113,7 @@ class Record:
             "route": self.route,
             "code": None if self.code is None else list(self.code),
             "outputs": list(self.outputs),
+            "checked": self.checked,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
         }
@@ -151,6 +155,7 @@ class Record:
             value_guards=from_json(graph["value_guards"]),
             route=str(graph["route"]),
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
+            checked=bool(graph["checked"]),
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=Rung(str(name), str(sizes), tuple((str(k), str(v)) for k, v in properties)),

@@ -111,7 +111,8 @@ def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Other values of the same distribution: never outside the range seen.
 
     Floats and masks (two values or fewer) are permuted; integers are drawn anew between the
-    smallest and the largest seen, so that an index stays within its table. A constant float tensor
+    smallest and the largest seen, so that an index stays within its table (but bytes over their
+    whole range). A constant float tensor
     says nothing of its distribution: it gets standard normal values added, unless it looks like a
     mask (all zeros or all ones stay possible as one: it is then left alone in every second draw).
     """
@@ -129,6 +130,10 @@ def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     low, high = int(flat.min()), int(flat.max())
     if high - low <= 1:
         return flat[order].reshape(tensor.shape)
+    if tensor.dtype in (torch.uint8, torch.int8):
+        # Pixels and the like use their whole range, and arithmetic on them wraps around.
+        info = torch.iinfo(tensor.dtype)
+        low, high = info.min, info.max
     drawn = torch.randint(low, high + 1, flat.shape, generator=generator)
     return drawn.to(tensor.dtype).reshape(tensor.shape)
 

@@ -15,7 +15,18 @@ import pytest
 # a module or a folder directly under ovshim/.
 FLOORS: dict[str, set[str]] = {
     "0": {"options", "errors", "reasons"},
-    "1": {"signature", "matcher", "example", "shapes", "guards", "watch", "fingerprint", "cache", "report"},
+    "1": {
+        "signature",
+        "matcher",
+        "example",
+        "shapes",
+        "guards",
+        "values",
+        "watch",
+        "fingerprint",
+        "cache",
+        "report",
+    },
     "2a": {"runtime"},
     "2b": {"preflight", "verify", "race", "generation"},
     "2c": {"infer", "capture", "precision"},

@@ -85,6 +85,7 @@ class Captured:
         pattern: the sizes it was captured for, None where they may change.
         size_guards, value_guards: see `ovshim.guards`.
         code: qualified names of the functions that were captured; None: not known.
+        checked: whether the model has one more output: whether all indices were in range.
     """
 
     model: ov.Model
@@ -94,6 +95,7 @@ class Captured:
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     code: tuple[str, ...] | None = None
+    checked: bool = False
 
 
 def capture(request: Request) -> Captured:
@@ -123,12 +125,18 @@ class FlatModule(nn.Module):
 
     Args:
         run: what is called, with the rebuilt arguments.
+        in_range: gives, after a run, the tensor that says whether all indices were in range.
 
     Attributes:
         outputs: after a call: those of the requested leaves that are computed.
     """
 
-    def __init__(self, request: Request, run: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        run: Callable[..., Any],
+        in_range: Callable[[], torch.Tensor | None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.module = nn.Module()
         for name, parameter in request.module.named_parameters(remove_duplicate=False):
@@ -136,6 +144,7 @@ class FlatModule(nn.Module):
         for name, buffer in request.module.named_buffers(remove_duplicate=False):
             _place(self.module, name).register_buffer(name.rpartition(".")[2], buffer)
         self._run = run
+        self._in_range = in_range
         self._request = request
         self.training = False
         self.outputs: tuple[int, ...] = ()
@@ -151,7 +160,8 @@ class FlatModule(nn.Module):
         results, _ = flatten(self._run(*args, **kwargs))
         # A number that depends on sizes is a tensor while it is traced; others are constants.
         self.outputs = tuple(i for i in request.outputs if isinstance(results[i], torch.Tensor))
-        return tuple(results[i] for i in self.outputs)
+        verdict = self._in_range()
+        return (*(results[i] for i in self.outputs), *([] if verdict is None else [verdict]))
 
 
 def _place(root: nn.Module, name: str) -> nn.Module:

@@ -30,6 +30,7 @@ from ovshim.capture import (
     frontend,
     rewrites,
 )
+from ovshim.capture.ranges import check_ranges
 from ovshim.capture.sizes import read_sizes
 from ovshim.capture.sources import Sources
 from ovshim.reasons import reason
@@ -154,17 +155,27 @@ def _finish(
     value_guards += sources.read_tensors(_placeholders(graph))
     # What Dynamo's bytecode refers to (classes of outputs among it) it finds in these globals.
     known = dict(output.graph_capture_output.f_globals)
-    replay = output.forward_callable(compiled_fn=graph, extra_globals=known)
+    checked = check_ranges(graph)
+    replay = output.forward_callable(compiled_fn=checked, extra_globals=known)
     run = functools.partial(replay, request.call.__self__)  # type: ignore[attr-defined]
     inputs = distinct_tensors(request.kind)
     tensors = [request.leaves[i] for i in inputs]
     places = [request.kind.tensors.index(i) for i in inputs]
-    flat = FlatModule(request, run)
+    flat = FlatModule(request, run, lambda: checked.in_range)
     traced = frontend.trace(flat, tensors)
     model = frontend.convert(traced, [pattern[t] for t in places])
     traced_code = output.graph_capture_output.traced_code
     code = tuple(sorted({c.co_qualname for c in traced_code} | {_qualname(request.call)}))
-    return Captured(model, "dynamo", flat.outputs, pattern, size_guards, value_guards, code)
+    return Captured(
+        model,
+        "dynamo",
+        flat.outputs,
+        pattern,
+        size_guards,
+        value_guards,
+        code,
+        checked=checked.in_range is not None,
+    )
 
 
 def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:

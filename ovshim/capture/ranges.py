@@ -1,0 +1,201 @@
+"""Indices within their tables: what eager refuses must not become a number.
+
+Eager raises for an id beyond the vocabulary; OpenVINO answers with zeros, or fails in a way that
+costs the compiled model. So every look-up in a captured graph is given a check of its own: the
+index is clamped to the table, and one more output of the graph says whether any had to be. Where
+one had, the call goes to eager, which raises the user's usual error.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+__all__ = ["Checked", "check_ranges"]
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Checked:
+    """Runs a graph whose last output says whether its indices were in range.
+
+    Dynamo's bytecode takes the other outputs by their places and must not see this one.
+
+    Attributes:
+        in_range: that output of the last run, a boolean tensor; None where nothing is checked.
+    """
+
+    def __init__(self, graph: fx.GraphModule, checked: bool) -> None:
+        self._graph = graph
+        self._checked = checked
+        self.in_range: torch.Tensor | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        outputs = self._graph(*args)
+        if self._checked:
+            self.in_range = outputs[-1]
+            return outputs[:-1]
+        return outputs
+
+
+def check_ranges(module: fx.GraphModule) -> Checked:
+    """Put a check before every look-up of `module`, in place."""
+    graph = module.graph
+    verdicts = []
+    for node in list(graph.nodes):
+        for argument, index, table, dim, negative in _look_ups(node):
+            size = _size(table, dim)
+            if size is None:
+                continue
+            with graph.inserting_before(node):
+                limits = (index, table, dim, size, negative)
+                verdicts.append(graph.call_function(_in_range, limits))
+                argument(graph.call_function(_clamped, limits))
+    if verdicts:
+        output = next(node for node in graph.nodes if node.op == "output")
+        with graph.inserting_before(output):
+            verdict = graph.call_function(_all, tuple(verdicts))
+        output.args = ((*output.args[0], verdict),)
+        module.recompile()
+    return Checked(module, bool(verdicts))
+
+
+def _limits(table: torch.Tensor, dim: int, size: int, negative: bool) -> tuple[Any, Any]:
+    # A size that may change is read from the table, where the tracer sees it.
+    count = table.shape[dim] if size < 0 else size
+    return (-count if negative else 0), count - 1
+
+
+def _in_range(
+    index: torch.Tensor, table: torch.Tensor, dim: int, size: int, negative: bool
+) -> torch.Tensor:
+    low, high = _limits(table, dim, size, negative)
+    fits: torch.Tensor = ((index >= low) & (index <= high)).all()
+    return fits
+
+
+def _clamped(
+    index: torch.Tensor, table: torch.Tensor, dim: int, size: int, negative: bool
+) -> torch.Tensor:
+    low, high = _limits(table, dim, size, negative)
+    lowest = torch.as_tensor(low, dtype=index.dtype)
+    return torch.maximum(torch.minimum(index, torch.as_tensor(high, dtype=index.dtype)), lowest)
+
+
+def _all(*verdicts: torch.Tensor) -> torch.Tensor:
+    return torch.stack(verdicts).all()
+
+
+def _size(table: fx.Node, dim: int) -> int | None:
+    """The size of the table there; -1 where it may change, None where the table is not known."""
+    fake = table.meta.get("example_value")
+    if not isinstance(fake, torch.Tensor) or not -fake.dim() <= dim < fake.dim():
+        return None
+    size = fake.shape[dim]
+    return size if isinstance(size, int) else -1
+
+
+_LookUp = tuple[Callable[[fx.Node], None], fx.Node, fx.Node, int, bool]
+
+
+def _look_ups(node: fx.Node) -> list[_LookUp]:
+    """(sets the index, index, table, dimension, whether negative indices count from the end)"""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if node.target is operator.getitem:
+        return _subscripts(node)
+    places = _PLACES.get(node.target) if node.op == "call_function" else _METHODS.get(node.target)
+    if places is None:  # of most nodes
+        return []
+    index, table, dim = (_argument(node, *place) for place in places)
+    if not _is_integers(index) or not isinstance(table, fx.Node) or not isinstance(dim, int):
+        return []
+    return [(lambda new: _set_argument(node, *places[0], new), index, table, dim, False)]
+
+
+def _subscripts(node: fx.Node) -> list[_LookUp]:
+    """Integer tensors among the subscripts of a tensor."""
+    table, key = node.args
+    if not isinstance(table, fx.Node) or table.meta.get("example_value") is None:
+        return []
+    fake = table.meta["example_value"]
+    keys = key if isinstance(key, tuple) else (key,)
+    if not isinstance(fake, torch.Tensor):
+        return []
+    found: list[_LookUp] = []
+    dim = 0
+    for n, item in enumerate(keys):
+        if item is Ellipsis:
+            taken = sum(_dims_taken(other) for other in keys[n + 1 :])
+            dim = fake.dim() - taken
+            continue
+        if _is_integers(item):
+
+            def put(new: fx.Node, n: int = n) -> None:
+                held = node.args[1]
+                whole = held if isinstance(held, tuple) else (held,)
+                changed = (*whole[:n], new, *whole[n + 1 :])
+                node.args = (table, changed if isinstance(held, tuple) else changed[0])
+
+            found.append((put, item, table, dim, True))
+        dim += _dims_taken(item)
+    return found
+
+
+def _dims_taken(item: Any) -> int:
+    """How many dimensions of the table one subscript speaks of."""
+    if item is None or item is Ellipsis:
+        return 0
+    fake = item.meta.get("example_value") if isinstance(item, fx.Node) else None
+    if isinstance(fake, torch.Tensor) and fake.dtype is torch.bool:
+        return fake.dim()
+    return 1
+
+
+def _is_integers(value: Any) -> bool:
+    fake = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    return isinstance(fake, torch.Tensor) and fake.dtype in _INTEGERS
+
+
+_Place = tuple[int | None, str, Any]
+
+
+def _argument(node: fx.Node, position: int | None, name: str, default: Any) -> Any:
+    if position is not None and position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _set_argument(
+    node: fx.Node, position: int | None, name: str, default: Any, new: fx.Node
+) -> None:
+    if position is not None and position < len(node.args):
+        node.args = (*node.args[:position], new, *node.args[position + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, name: new}
+
+
+def _at(position: int, name: str) -> _Place:
+    return position, name, None
+
+
+_TABLE_FIRST = ((2, "index", None), (0, "input", None), (1, "dim", None))
+# Where index, table and dimension stand among the arguments.
+_PLACES: dict[Any, tuple[_Place, _Place, _Place]] = {
+    F.embedding: (_at(0, "input"), _at(1, "weight"), (None, "", 0)),
+    torch.embedding: (_at(1, "indices"), _at(0, "weight"), (None, "", 0)),
+    F.embedding_bag: (_at(0, "input"), _at(1, "weight"), (None, "", 0)),
+    torch.gather: _TABLE_FIRST,
+    torch.index_select: _TABLE_FIRST,
+    torch.scatter: _TABLE_FIRST,
+    torch.scatter_add: _TABLE_FIRST,
+    torch.index_add: _TABLE_FIRST,
+}
+_METHODS: dict[Any, tuple[_Place, _Place, _Place]] = dict.fromkeys(
+    ("gather", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_"), _TABLE_FIRST
+)
