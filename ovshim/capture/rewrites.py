@@ -19,6 +19,13 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    statically_known_true,
+)
+
+from ovshim.capture import CaptureError
+from ovshim.reasons import reason
 
 __all__ = ["TABLE", "Rewrite", "apply"]
 
@@ -57,7 +64,9 @@ def apply(graph: GraphModule) -> None:
 
 
 def _rewrite(node: Node) -> None:
-    if isinstance(_value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if node.target is torch.ops.aten._assert_scalar.default:
+        _assert(node)
+    elif isinstance(_value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
         if node.target in _SIZES_RIGHT:
             return
         made = _made(SIZES, node)
@@ -129,15 +138,31 @@ def _takes(node: Node, given: Node) -> bool:
 def _fix(node: Node) -> None:
     """Guard that a number that depends on sizes stays the one it is in the example.
 
-    A baked value could go unseen in the proof: `int(n * 0.01)` is 0 for many a size."""
+    A baked value could go unseen in the proof: `int(n * 0.01)` is 0 for many a size.
+
+    Raises:
+        CaptureError: it depends on values, not on sizes of inputs: of that there is no guard.
+    """
     value = _value(node)
     log.debug("%s of %s is fixed", node.target, value)
-    if isinstance(value, torch.SymInt):
-        int(value)
-    elif isinstance(value, torch.SymFloat):
-        float(value)
-    elif isinstance(value, torch.SymBool):
-        bool(value)
+    try:
+        if isinstance(value, torch.SymInt):
+            int(value)
+        elif isinstance(value, torch.SymFloat):
+            float(value)
+        elif isinstance(value, torch.SymBool):
+            bool(value)
+    except GuardOnDataDependentSymNode as error:
+        raise CaptureError(reason("value-dependent", f"{node.target} of {value}")) from error
+
+
+def _assert(node: Node) -> None:
+    """Drop an assertion of Dynamo's: what cannot fail as it is, what depends on sizes by a guard.
+    While a graph is traced it would compare tensors."""
+    condition = node.args[0]
+    if isinstance(condition, Node) and not statically_known_true(_value(condition)):
+        _fix(condition)
+    node.graph.erase_node(node)
 
 
 def smaller(a: Number, b: Number) -> Number:
@@ -282,6 +307,7 @@ def _quotient(node: Any) -> tuple[Any, int] | None:
 
 
 SIZES = (
+    Rewrite((torch.ops.aten.sym_size.int,), _always(torch.Tensor.size), "is a number in a trace"),
     Rewrite((torch.sym_min,), _always(smaller), "asserts that it is not given a tensor"),
     Rewrite((torch.sym_max,), _always(larger), "asserts that it is not given a tensor"),
     Rewrite((torch.sym_sum,), _always(total), "is not defined for tensors"),
