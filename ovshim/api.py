@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Unpack, overload
 
@@ -12,7 +13,7 @@ from torch import nn
 from ovshim import runtime
 from ovshim.bound import install, installed
 from ovshim.dispatch import Dispatcher
-from ovshim.errors import OptionError
+from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
 from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
@@ -127,7 +128,10 @@ def explain(
     chosen = dataclasses.replace(
         resolve(None, dict(fields)), inplace=False, cache_dir=False, strict=False
     )
-    fast = accelerate(module, example_input, example_kwargs=example_kwargs, options=chosen)
+    with warnings.catch_warnings():
+        # Nothing runs in eager yet: the report itself is what there is to say.
+        warnings.simplefilter("ignore", FallbackWarning)
+        fast = accelerate(module, example_input, example_kwargs=example_kwargs, options=chosen)
     return fast.ovshim.report()  # type: ignore[no-any-return, operator, union-attr]
 
 

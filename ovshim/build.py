@@ -17,7 +17,6 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,20 +30,18 @@ from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
 from ovshim.matcher import Output, compile_builder, compile_matcher
 from ovshim.plan import Plan, Served
-from ovshim.preflight import Look, look
+from ovshim.preflight import Look
 from ovshim.proof import Eager, ProofFailedError
-from ovshim.race import race
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record, Rung
 from ovshim.signature import Pattern, sizes_of
+from ovshim.trial import seen_twice, settled, trial
 from ovshim.values import compile_value_check
+from ovshim.verdict import decide
 
 __all__ = ["build"]
 
 log = logging.getLogger("ovshim")
-
-# A race may take a quarter of what is left of the build's time, and never longer than this.
-_RACE_SECONDS = 0.5
 
 # Tried in this order while compiling or proving fails. Each has cured a miscompiled graph: a mask
 # expanded into attention on dynamic shapes and a decoder's prefill (snippets off), a length equal
@@ -99,7 +96,8 @@ def _refuse_at_sight(job: Job) -> None:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():
             raise BuildStopped(reason("untracked-weights", name))
-    if job.options.precision is None and own_dtype(job.module) is torch.float64:
+    doubles = [own_dtype(job.module), *(tensor.dtype for tensor in job.tensors)]
+    if job.options.precision is None and torch.float64 in doubles:
         raise BuildStopped(reason("double-precision"))
 
 
@@ -176,7 +174,10 @@ def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, flo
     small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
     tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
     try:
-        seen = look(job.module, lambda: job.call_with(small), tensors, restore=True)
+        seen = trial(job, small)
+        if seen.reason is not None and seen.reason.code == "mutates-attribute":
+            seen = settled(job) or seen
+            seen = seen if seen.reason is not None else trial(job, small)
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if seen.reason is not None:
@@ -190,11 +191,14 @@ def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, flo
 
 def _from_capture(job: Job, family: str | None) -> Plan:
     with job.stage("preflight"):
-        seen = _seen(job)
+        seen = seen_twice(job)
     if seen.reason is not None:
         trained = [name for name, inner in job.module.named_modules() if inner.training]
         by_training = trained and seen.reason.code in ("random", "mutates-buffer")
         raise BuildStopped(reason("training", trained[0]) if by_training else seen.reason)
+    dtypes = [leaf.dtype for leaf in seen.leaves if isinstance(leaf, torch.Tensor)]
+    if job.options.precision is None and torch.float64 in dtypes:
+        raise BuildStopped(reason("double-precision"))
     if not any(isinstance(seen.leaves[i], torch.Tensor) for i in _wanted(seen)):
         raise BuildStopped(reason("capture-failed", "no output is a tensor that is computed"))
     first: BuildStopped | None = None
@@ -239,7 +243,9 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         if entry is not None:
             job.store.discard(entry)
         raise
-    record = record.proved(found.error, found.sizes, found.pinned, sizes_of(job.leaves))
+    record = record.proved(
+        found.error, found.sizes, found.pinned, found.limits, sizes_of(job.leaves)
+    )
     if entry is not None:
         entry = job.store.amend(entry, "proof", record.proof(job.precision))
     return _plan(job, served, record, generation, "off" if entry is None else "miss", entry)
@@ -255,29 +261,6 @@ def _captured(job: Job, rung: Rung, outputs: tuple[int, ...]) -> Captured:
         return capture(Request(job.module, job.call, job.kind, job.copies(), dims, outputs))
     except CaptureError as refused:
         raise BuildStopped(refused.reason) from refused
-
-
-def _seen(job: Job) -> Look:
-    """What eager does on the example, and that it does so twice."""
-    try:
-        first = job.look or _trial(job)
-        second = first if first.reason is not None else _trial(job)
-    except Exception as error:  # whatever the user's module raises
-        raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
-    if second.reason is not None:
-        return second
-    kept = {id(held) for held in first.containers} & {id(held) for held in second.containers}
-    if any(id(held) in kept for held in first.containers if isinstance(held, (list, dict))):
-        raise BuildStopped(reason("aliases-input", "two calls gave the same list or dict"))
-    if not proof.alike(first, second):
-        raise BuildStopped(reason("nondeterministic"))
-    return first
-
-
-def _trial(job: Job) -> Look:
-    leaves = job.copies()
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return look(job.module, lambda: job.call_with(leaves), tensors, restore=True)
 
 
 def _wanted(seen: Look) -> tuple[int, ...]:
@@ -411,7 +394,7 @@ def _plan(
         kind=job.kind,
         pattern=record.pattern,
         match=compile_matcher(job.kind, record.pattern, [*record.size_guards, *open_]),
-        values_fit=compile_value_check(job.tensors),
+        values_fit=compile_value_check(job.tensors, record.limits),
         served=served,
         reason=None,
         generation=generation,
@@ -429,35 +412,8 @@ def _plan(
         seconds=job.seconds,
     )
     if job.options.prefer == "faster":
-        _race(job, plan, record, entry)
+        decide(job, plan, record, entry)
     return plan
-
-
-def _race(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
-    """Let the plan run against eager, or read what an earlier race on such a machine found."""
-    where = f"{runtime.processor()} threads={torch.get_num_threads()} sizes={sizes_of(job.leaves)}"
-    known = record.race.get(where)
-    if isinstance(known, list) and len(known) == 2 and all(isinstance(m, float) for m in known):
-        plan.medians = (known[0], known[1])
-    else:
-        args, kwargs = job.arguments()
-
-        def candidate() -> Any:
-            tensors = plan.match(args, kwargs)
-            if tensors is not None and plan.generation and plan.served and plan.generation.holds():
-                return plan.served.answer(tensors)
-            return None
-
-        with job.stage("race"):
-            budget = max(0.0, min(_RACE_SECONDS, job.seconds_left() / 4))
-            plan.medians = race(lambda: job.call(*args, **kwargs), candidate, budget)
-        if entry is not None:
-            job.store.amend(entry, "race", {**record.race, where: list(plan.medians)})
-    eager, ours = plan.medians
-    plan.speedup = eager / ours
-    if plan.speedup < 1.0:
-        plan.served = None
-        plan.reason = reason("slower", f"{eager * 1e3:.3g} ms against {ours * 1e3:.3g} ms")
 
 
 def _eager_plan(job: Job, why: Reason, entry: Entry | None = None) -> Plan:

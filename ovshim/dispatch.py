@@ -39,9 +39,10 @@ _LOOK_AGAIN = 8
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
+    | {"stale", "special-values", "out-of-range"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
-_SILENT = _FINE_WITH_STRICT - {"grad"} | {"stale", "special-values", "out-of-range"}
+_SILENT = _FINE_WITH_STRICT - {"grad"}
 
 
 class Dispatcher:
@@ -201,7 +202,7 @@ class Dispatcher:
         if why is None and not isinstance(kind, Reason):
             plan = self._planner.prepare(args, kwargs, kind, leaves)
             why = plan.reason
-            if why is not None and why.code == "eager-refuses":
+            if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(
                     "example_input",
                     describe(kind, sizes_of(leaves)),
@@ -210,6 +211,16 @@ class Dispatcher:
                 ) from plan.trouble
         if why is not None:
             self._tell(why)
+
+    def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the module raises on the example by itself, with nobody looking on."""
+        try:
+            with torch.no_grad():
+                self.original(*args, **kwargs)
+        except Exception as error:  # whatever the user's module raises
+            log.debug("the module refuses its example: %s", error)
+            return True
+        return False
 
     # --- for handles and reports --------------------------------------------------------------
 

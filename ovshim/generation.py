@@ -57,9 +57,11 @@ class Generation:
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._dict_copies = [_copy(d) for d in self._dicts]
-        self._children = [m._modules for m in self._modules if m._modules]
+        self._children = [m._modules for m in self._modules if m._modules and _is_plain(m)]
         self._child_copies = [dict(d) for d in self._children]
-        self._holders = [d for m in self._modules for d in (m._parameters, m._buffers)]
+        held = [d for m in self._modules if _is_plain(m) for d in (m._parameters, m._buffers)]
+        self._holders = [d for d in held if d]
+        self._empty = tuple(d for d in held if not d)
         self._hooks = tuple(_inner_hooks(module, self._modules))
         self._watch = Watch(guards, roots or {}, _plain_numbers(self._modules))
         methods = list(_methods(self._types, code))
@@ -79,6 +81,7 @@ class Generation:
                 self._dicts == self._dict_copies
                 and self._children == self._child_copies
                 and list(map(id, chain.from_iterable(map(_values, self._holders)))) == self._ids
+                and not any(self._empty)
                 and list(map(_version, self._tensors)) == self._versions
                 and list(map(_data_ptr, self._tensors)) == self._pointers
                 and not any(self._hooks)
@@ -117,9 +120,10 @@ class Generation:
 
     def _watch_tensors(self) -> None:
         self._ids = list(map(id, chain.from_iterable(map(_values, self._holders))))
-        held = chain.from_iterable(map(_values, self._holders))
+        held: Iterable[Any] = chain.from_iterable(map(_values, self._holders))
+        own = chain(self._module.parameters(), self._module.buffers())  # of scripted modules too
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
-        found = {id(t): t for t in chain(held, plain, self._watch.tensors) if t is not None}
+        found = {id(t): t for t in chain(held, own, plain, self._watch.tensors) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
         for tensor in self._tensors:
             if tensor.is_inference():
@@ -161,6 +165,11 @@ def _copy(held: Mapping[str, Any]) -> dict[str, Any]:
     """A copy to compare with. A BoundMethod's seal counts the references on itself: its stand-in,
     which is equal to it, holds none."""
     return {name: getattr(type(v), "_ovshim_stand_in", v) for name, v in held.items()}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Not a scripted module: those show their tensors and children through wrappers, not dicts."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _inner_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> Iterable[Any]:

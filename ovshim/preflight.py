@@ -35,6 +35,7 @@ class Look:
         containers: the lists, dicts and other mutable objects that hold the leaves.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
         seconds: how long the call took.
+        undo: puts attributes back to what they were before the call.
         reason: why this module cannot be served by a graph, or None.
     """
 
@@ -44,6 +45,7 @@ class Look:
     given: list[int | None]
     seconds: float
     reason: Reason | None = None
+    undo: Callable[[], None]
 
 
 def look(
@@ -52,15 +54,16 @@ def look(
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
     Args:
-        restore: put buffers, attributes and generators back to what they were, because this is a
-            trial and not a call of the user's. Random generators are put back in any case where
-            it is; a call of the user's own keeps every effect it has.
+        restore: put buffers and generators back to what they were, because this is a trial and not
+            a call of the user's, which keeps every effect it has. Attributes are the caller's
+            business (`Look.undo`).
 
     Raises:
         whatever the module raises.
     """
     world = _World(module, inputs, restore)
     found = Look()
+    found.undo = world.put_back_attributes
     started = time.perf_counter()
     try:
         output = call()
@@ -116,6 +119,8 @@ class _World:
             for buffer, copy in self.copies:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
+
+    def put_back_attributes(self) -> None:
         for _, module, before in self.attributes:
             if _changed(before, _snapshot(module)):
                 _put_back_attributes(module, before)

@@ -11,13 +11,14 @@ import copy
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ovshim.guards import sizes_hold
+from ovshim.plan import OutOfRangeError, Served
 from ovshim.signature import (
     Kind,
     Pattern,
@@ -27,10 +28,10 @@ from ovshim.signature import (
     sizes_of,
     unflatten_call,
 )
+from ovshim.values import WIDEST
 from ovshim.verify import Mismatch, compare, compare_flat, redraw, relative_errors, resize
 
 if TYPE_CHECKING:
-    from ovshim.plan import Served
     from ovshim.preflight import Look
 
 __all__ = [
@@ -65,11 +66,14 @@ class Proof:
         error: the largest relative L2 error of all outputs of all runs.
         sizes: the smallest sizes among those proved, for the short proof of a cache hit.
         pinned: (tensor, dimension) that must keep the example's size.
+        limits: the smallest and the largest integer that a tensor may hold, by the tensor's index,
+            where the candidate is wrong beyond those of the example.
     """
 
     error: float
     sizes: Sizes
     pinned: frozenset[tuple[int, int]]
+    limits: Mapping[int, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +178,7 @@ def prove(
             else:
                 answer, values = _redrawn(eager, tensors, generator)
             worst = max(worst, eager.judge(answer, served.answer(values)))
-        except Mismatch as mismatch:
+        except (Mismatch, OutOfRangeError) as mismatch:
             what = "the example" if draw == 0 else "other values"
             raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
     smallest = sizes_of(tensors)
@@ -187,7 +191,37 @@ def prove(
         else:
             worst = max(worst, error)
             smallest = min(smallest, sizes, key=_amount)
-    return Proof(worst, smallest, frozenset(pinned))
+    check_time()
+    limits = _integer_limits(eager, served, tensors, generator)
+    return Proof(worst, smallest, frozenset(pinned), limits)
+
+
+def _integer_limits(
+    eager: Eager, served: Served, tensors: Sequence[torch.Tensor], generator: torch.Generator
+) -> dict[int, tuple[int, int]]:
+    """Which integer tensors must keep to the range that the example shows.
+
+    Each is asked all over the range that a plan lets in. If eager refuses that, it is an index, and
+    the graph checks it itself (but a traced graph does not: then the example's range it is)."""
+    limits = {}
+    for t, tensor in enumerate(tensors):
+        wide = tensor.dtype in (torch.int32, torch.int64) and tensor.numel() > 0
+        if not wide or any(tensor is earlier for earlier in tensors[:t]):
+            continue
+        low, high = WIDEST
+        drawn = torch.randint(low, high, tensor.shape, generator=generator).to(tensor.dtype)
+        values = [drawn if value is tensor else value for value in tensors]
+        answer = _answer_or_none(eager, values)
+        if answer is None and served.checked:
+            continue
+        try:
+            if answer is not None:
+                eager.judge(answer, served.answer(values))
+                continue
+        except (Mismatch, OutOfRangeError) as error:
+            log.debug("integers of tensor %d keep to the example's range: %s", t, error)
+        limits[t] = (int(tensor.min()), int(tensor.max()))
+    return limits
 
 
 def prove_small(eager: Eager, served: Served, tensors: Sequence[torch.Tensor], seen: Look) -> float:
@@ -199,7 +233,7 @@ def prove_small(eager: Eager, served: Served, tensors: Sequence[torch.Tensor], s
     answer = Answer(seen.leaves, seen.structure, eager.exact(tensors))
     try:
         return eager.judge(answer, served.answer(tensors))
-    except Mismatch as mismatch:
+    except (Mismatch, OutOfRangeError) as mismatch:
         raise ProofFailedError(f"on a small input: {mismatch}") from mismatch
 
 
@@ -279,7 +313,7 @@ def _prove_group(
         answer, other = _redrawn(eager, other, generator)
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
-        except (Mismatch, RuntimeError) as error:
+        except (Mismatch, OutOfRangeError, RuntimeError) as error:
             log.debug("size %d at %s is not served: %s", size, group, error)
             return None, ()
     return None, ()

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["race"]
+__all__ = ["Finish", "race"]
 
 # A sample lasts at least this long, so that the clock and one interruption do not decide it.
 _SAMPLE_SECONDS = 200e-6
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 41
 
 
-def race(
-    eager: Callable[[], Any], candidate: Callable[[], Any], budget: float
-) -> tuple[float, float]:
-    """Medians of both, in seconds a call.
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """How a race came out.
+
+    Attributes:
+        eager, candidate: medians, in seconds a call.
+        low, high: quartiles of the rounds' ratios eager / candidate. Both above 1 or both below:
+            the race is decided. Otherwise something disturbed it, or there is nothing to choose.
+    """
+
+    eager: float
+    candidate: float
+    low: float
+    high: float
+
+    @property
+    def decided(self) -> bool:
+        return self.low > 1.0 or self.high < 1.0
+
+    @property
+    def lost(self) -> bool:
+        """Whether eager is the faster one beyond doubt: on a busy machine a single bad minute must
+        not keep a plan from serving for good."""
+        return self.high < 1.0
+
+
+def race(eager: Callable[[], Any], candidate: Callable[[], Any], budget: float) -> Finish:
+    """Let both run.
 
     Rounds alternate between the two, and so does who goes first: what slows the machine down for a
     while slows both. Their number adapts to the calls' own time.
@@ -38,7 +63,9 @@ def race(
             break
         for which in (0, 1) if n % 2 else (1, 0):
             samples[which].append(_time(ways[which], repeats[which]))
-    return statistics.median(samples[0]), statistics.median(samples[1])
+    ratios = [mine / other for mine, other in zip(*samples, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Finish(statistics.median(samples[0]), statistics.median(samples[1]), low, high)
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:

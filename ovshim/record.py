@@ -45,6 +45,7 @@ class Record:
         pinned: (tensor, dimension) whose other sizes the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
             their dtypes.
+        limits: the smallest and the largest integer that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         verdict: why eager serves in its place, where that was found for good.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
@@ -60,6 +61,7 @@ class Record:
     code: tuple[str, ...] | None = None
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
+    limits: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     error: float = 0.0
     sizes: tuple[tuple[int, ...], ...] = ()
     verdict: Reason | None = None
@@ -86,6 +88,7 @@ class Record:
         error: float,
         sizes: tuple[tuple[int, ...], ...],
         pinned: frozenset[tuple[int, int]],
+        limits: Mapping[int, tuple[int, int]],
         example: Sequence[Sequence[int]],
     ) -> Record:
         """The record with what a proof at the sizes of `example` has found."""
@@ -93,7 +96,9 @@ class Record:
             tuple(example[t][d] if (t, d) in pinned else n for d, n in enumerate(dims))
             for t, dims in enumerate(self.pattern)
         )
-        return dataclasses.replace(self, pattern=pattern, error=error, sizes=sizes, pinned=pinned)
+        return dataclasses.replace(
+            self, pattern=pattern, error=error, sizes=sizes, pinned=pinned, limits=limits
+        )
 
     def fits(self, sizes: Sequence[Sequence[int]]) -> bool:
         """Whether a call of these sizes may be served."""
@@ -130,6 +135,7 @@ class Record:
             "sizes": [list(dims) for dims in self.sizes],
             "pattern": [list(dims) for dims in self.pattern],
             "pinned": sorted(map(list, self.pinned)),
+            "limits": {str(t): list(limit) for t, limit in self.limits.items()},
             "precision": precision,
         }
 
@@ -160,6 +166,7 @@ class Record:
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=Rung(str(name), str(sizes), tuple((str(k), str(v)) for k, v in properties)),
             pinned=frozenset((int(t), int(d)) for t, d in proof.get("pinned", ())),
+            limits={int(t): (int(a), int(b)) for t, (a, b) in proof.get("limits", {}).items()},
             error=float(proof.get("error", 0.0)),
             sizes=tuple(tuple(map(int, dims)) for dims in proof.get("sizes", ())),
             verdict=None if verdict is None else _reason(verdict),

@@ -1,67 +1,71 @@
 """Values of inputs with which a graph is not to be trusted.
 
-OpenVINO's kernels lose NaNs on the way (a ReLU of NaN is 0), and hold 64-bit integers in 32 bits.
-A call with such an input goes to eager. The check costs about a microsecond an input.
+OpenVINO's kernels lose NaNs on the way (a ReLU of NaN is 0), overflow where eager does not, and
+hold 64-bit integers in 32 bits. A call with such an input goes to eager. The check costs about a
+microsecond an input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["ValueCheck", "compile_value_check"]
+__all__ = ["WIDEST", "ValueCheck", "compile_value_check"]
 
 ValueCheck = Callable[[Sequence[torch.Tensor]], bool]
+Limits = Mapping[int, tuple[int, int]]
 
-_DIRECT = (torch.float32, torch.float64)
-_LIMIT = 2**31
+# Of 64-bit integers OpenVINO's CPU plugin keeps the lower half.
+WIDEST = (-(2**31), 2**31 - 1)
 
 
-def compile_value_check(tensors: Sequence[torch.Tensor]) -> ValueCheck:
+def compile_value_check(tensors: Sequence[torch.Tensor], limits: Limits) -> ValueCheck:
     """A function that tells whether the tensors of a call may go to OpenVINO.
 
     Args:
         tensors: those of the example. An input that holds infinities there (a mask) may hold them
             in every call, for the proof has seen them; a NaN may never.
+        limits: the smallest and the largest integer that each of these tensors may hold, by index,
+            where the proof has found that it may not hold all.
     """
-    lines = []
+    tests = []
     for i, tensor in enumerate(tensors):
-        if tensor.dtype in (torch.int64, torch.uint32, torch.uint64):
-            lines.append(f"small_integers(tensors[{i}])")
+        if tensor.dtype is torch.int64 or i in limits:
+            low, high = limits.get(i, WIDEST)
+            tests.append(f"within(tensors[{i}], {low}, {high})")
         elif tensor.dtype.is_floating_point:
             infinite = tensor.numel() > 0 and bool(torch.isinf(tensor).any())
-            lines.append(f"{'no_nan' if infinite else 'finite'}(tensors[{i}])")
-    scope: dict[str, Any] = {
-        "small_integers": _small_integers,
-        "no_nan": _no_nan,
-        "finite": _finite,
-    }
-    return eval(f"lambda tensors: {' and '.join(lines) or True}", scope)  # type: ignore[no-any-return]
+            tests.append(f"{'no_nan' if infinite else 'moderate'}(tensors[{i}])")
+    scope: dict[str, Any] = {"within": _within, "no_nan": _no_nan, "moderate": _moderate}
+    return eval(f"lambda tensors: {' and '.join(tests) or True}", scope)  # type: ignore[no-any-return]
 
 
-def _finite(x: torch.Tensor) -> bool:
-    # A sum of squares is finite only if all are: one pass, a sixth of what isfinite().all() takes.
-    # It overflows at values that are finite still, which is then looked at.
-    if x.dtype in _DIRECT and x.is_contiguous():
+def _square(x: torch.Tensor) -> float:
+    """The sum of squares: NaN if there is one in `x`, infinite if there is an infinity, or a value
+    near 1e19 and beyond, whose square overflows. isfinite().all() takes six times as long."""
+    if x.is_contiguous():
         flat = x.detach().view(-1)
-        if torch.dot(flat, flat).item() < math.inf:
-            return True
-    return bool(torch.isfinite(x).all())
+        return float(torch.dot(flat, flat).item())
+    return float(torch.linalg.vector_norm(x.detach()).item()) ** 2
+
+
+def _moderate(x: torch.Tensor) -> bool:
+    if x.dtype in (torch.float16, torch.bfloat16):  # their squares overflow at 256 already
+        return bool(torch.isfinite(x).all())
+    return _square(x) < math.inf
 
 
 def _no_nan(x: torch.Tensor) -> bool:
-    if x.dtype in _DIRECT and x.is_contiguous():
-        flat = x.detach().view(-1)
-        square = torch.dot(flat, flat).item()
-        return square == square
-    return not bool(torch.isnan(x).any())
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return not bool(torch.isnan(x).any())
+    return not math.isnan(_square(x))
 
 
-def _small_integers(x: torch.Tensor) -> bool:
+def _within(x: torch.Tensor, low: int, high: int) -> bool:
     if x.numel() == 0:
         return True
-    low, high = torch.aminmax(x)
-    return low.item() >= -_LIMIT and high.item() < _LIMIT
+    least, most = torch.aminmax(x)
+    return low <= least.item() and most.item() <= high

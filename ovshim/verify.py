@@ -112,7 +112,7 @@ def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Floats and masks (two values or fewer) are permuted; integers are drawn anew between the
     smallest and the largest seen, so that an index stays within its table (but bytes over their
-    whole range). A constant float tensor
+    whole range). A single integer, which shows no range, becomes the next. A constant float tensor
     says nothing of its distribution: it gets standard normal values added, unless it looks like a
     mask (all zeros or all ones stay possible as one: it is then left alone in every second draw).
     """
@@ -128,6 +128,8 @@ def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if tensor.dtype is torch.bool:
         return flat[order].reshape(tensor.shape)
     low, high = int(flat.min()), int(flat.max())
+    if low == high and tensor.dim() == 0:
+        return torch.tensor(low + 1, dtype=tensor.dtype)
     if high - low <= 1:
         return flat[order].reshape(tensor.shape)
     if tensor.dtype in (torch.uint8, torch.int8):

@@ -138,11 +138,9 @@ class FlatModule(nn.Module):
         in_range: Callable[[], torch.Tensor | None] = lambda: None,
     ) -> None:
         super().__init__()
-        self.module = nn.Module()
-        for name, parameter in request.module.named_parameters(remove_duplicate=False):
-            _place(self.module, name).register_parameter(name.rpartition(".")[2], parameter)
-        for name, buffer in request.module.named_buffers(remove_duplicate=False):
-            _place(self.module, name).register_buffer(name.rpartition(".")[2], buffer)
+        scripted = any(isinstance(m, torch.jit.ScriptModule) for m in request.module.modules())
+        # The tensors of a scripted module are known through it alone.
+        self.module = request.module if scripted else _weights_of(request.module)
         self._run = run
         self._in_range = in_range
         self._request = request
@@ -162,6 +160,16 @@ class FlatModule(nn.Module):
         self.outputs = tuple(i for i in request.outputs if isinstance(results[i], torch.Tensor))
         verdict = self._in_range()
         return (*(results[i] for i in self.outputs), *([] if verdict is None else [verdict]))
+
+
+def _weights_of(module: nn.Module) -> nn.Module:
+    """A tree of empty modules that holds a module's tensors under their own names."""
+    root = nn.Module()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        _place(root, name).register_parameter(name.rpartition(".")[2], parameter)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        _place(root, name).register_buffer(name.rpartition(".")[2], buffer)
+    return root
 
 
 def _place(root: nn.Module, name: str) -> nn.Module:

@@ -66,11 +66,9 @@ _HARMLESS = (
     "Weird method call on TorchScript object",
     "logging.Logger method not supported",
     "attempted to reorder a debugging function",
-    "Failed to trace builtin operator",
     "Attempted to call function marked as skipped",
     "Attempted to inline function marked as skipped",
     "can't handle functions not implemented in python",
-    "Unsupported function call",
     "Skip calling `torch.compiler.disable()`d function",
     "Skip inlining `torch.compiler.disable()`d function",
     "Unsupported context manager",
@@ -149,6 +147,10 @@ def _finish(
     imports = output.graph_capture_output.import_sources
     _refuse_escapes(graph)
     rewrites.apply(graph)
+    if common.shape_env.deferred_runtime_asserts:
+        # A number taken out of a tensor was used as if it were known: torch.compile would check it
+        # while the graph runs.
+        raise CaptureError(reason("value-dependent", "a value is read out of a tensor"))
     sources = Sources(request, args, kwargs, imports)
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)
@@ -236,7 +238,8 @@ def _refuse_effects(effects: list[str]) -> None:
 def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
     """Values that leave the graph for Python, and tensors given from outside that it writes to."""
     for node in graph.graph.nodes:
-        if node.op == "call_method" and node.target in _ESCAPES:
+        name = str(getattr(node.target, "__name__", node.target))
+        if (node.op == "call_method" and node.target in _ESCAPES) or "_assert" in name:
             raise CaptureError(reason("value-dependent", _where(node)))
     for node in _placeholders(graph):
         fake = node.meta.get("example_value")

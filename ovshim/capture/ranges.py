@@ -96,7 +96,7 @@ def _size(table: fx.Node, dim: int) -> int | None:
     fake = table.meta.get("example_value")
     if not isinstance(fake, torch.Tensor) or not -fake.dim() <= dim < fake.dim():
         return None
-    size = fake.shape[dim]
+    size: Any = fake.shape[dim]
     return size if isinstance(size, int) else -1
 
 
@@ -109,13 +109,14 @@ def _look_ups(node: fx.Node) -> list[_LookUp]:
         return []
     if node.target is operator.getitem:
         return _subscripts(node)
-    places = _PLACES.get(node.target) if node.op == "call_function" else _METHODS.get(node.target)
-    if places is None:  # of most nodes
+    known: dict[Any, Any] = _PLACES if node.op == "call_function" else _METHODS
+    if node.target not in known:
         return []
+    places = known[node.target]
     index, table, dim = (_argument(node, *place) for place in places)
     if not _is_integers(index) or not isinstance(table, fx.Node) or not isinstance(dim, int):
         return []
-    return [(lambda new: _set_argument(node, *places[0], new), index, table, dim, False)]
+    return [(lambda new: _set_argument(node, places[0], new), index, table, dim, False)]
 
 
 def _subscripts(node: fx.Node) -> list[_LookUp]:
@@ -171,9 +172,8 @@ def _argument(node: fx.Node, position: int | None, name: str, default: Any) -> A
     return node.kwargs.get(name, default)
 
 
-def _set_argument(
-    node: fx.Node, position: int | None, name: str, default: Any, new: fx.Node
-) -> None:
+def _set_argument(node: fx.Node, place: _Place, new: fx.Node) -> None:
+    position, name, _ = place
     if position is not None and position < len(node.args):
         node.args = (*node.args[:position], new, *node.args[position + 1 :])
     else:

@@ -122,7 +122,7 @@ class Sources:
         return tuple(found)
 
     def _worth_watching(self, path: tuple[str, tuple[Step, ...]], test: str) -> bool:
-        """Not the attributes of modules of the tree (`generation` has them), and not Dynamo's own."""
+        """Not attributes of modules of the tree: `generation` has them. Nor what is Dynamo's."""
         root, steps = path
         if not steps:
             return False

@@ -157,8 +157,8 @@ def _row(net: nn.Module, fast: nn.Module, held: Glyphs, batch: int) -> Row:
         disagreements += int((answer.argmax(1) != expected.argmax(1)).sum())
         error = max(error, float((answer - expected).norm() / expected.norm()))
     whole = held.images[:batch]
-    seconds_eager, seconds = race(lambda: net(whole), lambda: fast(whole), _SECONDS_PER_BATCH_SIZE)
-    return Row(batch, right_eager, right, disagreements, error, seconds_eager, seconds)
+    finish = race(lambda: net(whole), lambda: fast(whole), _SECONDS_PER_BATCH_SIZE)
+    return Row(batch, right_eager, right, disagreements, error, finish.eager, finish.candidate)
 
 
 def _print_rows(rows: list[Row], count: int, report: Report) -> None:

@@ -1,0 +1,55 @@
+"""Calls of our own to the user's module, after which it is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ovshim.job import BuildStopped, Job
+from ovshim.preflight import Look, look
+from ovshim.proof import alike
+from ovshim.reasons import reason
+
+__all__ = ["seen_twice", "settled", "trial"]
+
+
+def seen_twice(job: Job) -> Look:
+    """What eager does on the example, and that it does so twice."""
+    try:
+        first = job.look or trial(job)
+        if first.reason is not None and first.reason.code == "mutates-attribute":
+            first = settled(job) or first
+        second = first if first.reason is not None else trial(job)
+    except Exception as error:  # whatever the user's module raises
+        raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
+    if second.reason is not None:
+        return second
+    kept = {id(held) for held in first.containers} & {id(held) for held in second.containers}
+    if any(id(held) in kept for held in first.containers if isinstance(held, (list, dict))):
+        raise BuildStopped(reason("aliases-input", "two calls gave the same list or dict"))
+    if not alike(first, second):
+        raise BuildStopped(reason("nondeterministic"))
+    return first
+
+
+def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> Look:
+    """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
+    given = job.copies() if leaves is None else leaves
+    tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+    seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)
+    if not keep:
+        seen.undo()
+    return seen
+
+
+def settled(job: Job) -> Look | None:
+    """A call after attributes have settled; None where they never do. A module may keep what it
+    makes at its first call (a table, a flag that hooks are installed): that is no side effect."""
+    first = trial(job, keep=True)
+    second = trial(job)
+    if second.reason is None:
+        return second
+    first.undo()
+    return None
