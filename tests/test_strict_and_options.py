@@ -188,7 +188,9 @@ def test_an_unknown_option_tells_its_neighbour() -> None:
 
 
 @pytest.mark.parametrize(
-    "thing", [Mlp, lambda x: x, "Mlp", 3, torch.randn(3), [nn.Linear(2, 2)]], ids=str
+    "thing",
+    [Mlp, lambda x: x, "Mlp", 3, torch.randn(3), [nn.Linear(2, 2)]],
+    ids=["class", "function", "text", "number", "tensor", "list"],
 )
 def test_something_that_is_no_module(thing: Any) -> None:
     with pytest.raises(ovshim.OptionError) as told:
