@@ -199,7 +199,7 @@ def test_something_that_is_no_module(thing: Any) -> None:
     assert "nn.Module" in told.value.allowed
 
 
-@pytest.mark.parametrize("example", [[torch.randn(3, 8)], 3, "x", torch.nn.Linear], ids=str)
+@pytest.mark.parametrize("example", [[torch.randn(3, 8)], 3, "x", torch.nn.Linear])
 def test_an_example_of_no_known_form(example: Any) -> None:
     with pytest.raises(ovshim.OptionError) as told:
         ovshim.accelerate(make(Mlp), example)
@@ -241,7 +241,6 @@ def test_options_as_a_whole_and_by_name() -> None:
         {"progress": True},
         {"dynamic_batch": False},
     ],
-    ids=str,
 )
 def test_options_of_openvino_are_served(options: dict[str, Any]) -> None:
     module = make(Mlp)
