@@ -12,8 +12,11 @@ Where the microseconds go, and what was decided for it:
   A wrapped array that is too small makes `infer` raise, which costs the compiled model.
 """
 
+import ctypes
 import logging
+import os
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,6 +117,22 @@ class _Slot:
         self.capacity: dict[int, int] = {}
 
 
+# Destroying what a forked child has inherited of OpenVINO hangs, at the interpreter's end at the
+# latest: in the child every engine gets a reference that nobody will ever give back.
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _leak_after_fork() -> None:
+    for engine in list(_engines):
+        for inherited in (engine, engine._compiled, engine._pool, *engine._pool):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        engine._pool = []  # its requests may have been running in a thread that is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leak_after_fork)
+
+
 class Engine:
     """Runs a compiled model.
 
@@ -162,6 +181,7 @@ class Engine:
         ]
         self._bindable = self._own_outputs()
         self._pool: list[_Slot] = []
+        _engines.add(self)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.

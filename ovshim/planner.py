@@ -104,7 +104,7 @@ class Planner:
             why = self._put_off(family)
             if why is not None:
                 return self.original(*args, **kwargs), why
-            job = self._job(family, args, kwargs, kind, leaves)
+            job = self._job(family, args, kwargs, kind, leaves, lenient=True)
             with _Building():
                 output, job.look = self._watched(args, kwargs, leaves)
                 plan = self._make(family, job)
@@ -170,10 +170,11 @@ class Planner:
         kwargs: dict[str, Any],
         kind: Kind,
         leaves: Sequence[Any],
+        lenient: bool = False,
     ) -> Job:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         call = self.original.resolve()
-        dims = dynamic_dims(self.options, call, args, kwargs, tensors)
+        dims = dynamic_dims(self.options, call, args, kwargs, tensors, lenient)
         with torch.inference_mode(False):
             copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
         job = Job(

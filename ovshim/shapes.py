@@ -29,12 +29,15 @@ def dynamic_dims(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     tensors: Sequence[torch.Tensor],
+    lenient: bool = False,
 ) -> Dims:
     """The dimensions of each tensor of a call that the options declare open.
 
     Args:
         call: the module's method, for the names of its arguments.
         tensors: the tensors of the call, in the order of `signature.flatten_call`.
+        lenient: pass over what does not fit: it was right for the example, and this is some other
+            call, which may well lack an argument.
 
     Raises:
         OptionError: `dynamic_shapes` names no argument or no dimension of this call.
@@ -45,9 +48,13 @@ def dynamic_dims(
             if tensor.dim() > 0:
                 named[id(tensor)].add(0)
     if options.dynamic_shapes is not None:
-        reading = _Reading(options.dynamic_shapes, named)
-        for name, value, spec in _pairs(options.dynamic_shapes, call, args, kwargs):
-            reading.collect(name, value, spec)
+        try:
+            reading = _Reading(options.dynamic_shapes, named)
+            for name, value, spec in _pairs(options.dynamic_shapes, call, args, kwargs):
+                reading.collect(name, value, spec)
+        except OptionError:
+            if not lenient:
+                raise
     return tuple(frozenset(named[id(tensor)]) for tensor in tensors)
 
 

@@ -48,10 +48,7 @@ def check_ranges(module: fx.GraphModule) -> Checked:
     graph = module.graph
     verdicts = []
     for node in list(graph.nodes):
-        for argument, index, table, dim, negative in _look_ups(node):
-            size = _size(table, dim)
-            if size is None:
-                continue
+        for argument, index, table, dim, size, negative in _look_ups(node):
             with graph.inserting_before(node):
                 limits = (index, table, dim, size, negative)
                 verdicts.append(graph.call_function(_in_range, limits))
@@ -100,15 +97,21 @@ def _size(table: fx.Node, dim: int) -> int | None:
     return size if isinstance(size, int) else -1
 
 
-_LookUp = tuple[Callable[[fx.Node], None], fx.Node, fx.Node, int, bool]
+_LookUp = tuple[Callable[[fx.Node], None], fx.Node, fx.Node, int, int, bool]
 
 
 def _look_ups(node: fx.Node) -> list[_LookUp]:
-    """(sets the index, index, table, dimension, whether negative indices count from the end)"""
+    """(sets the index, index, table, dimension, its size, whether negative ones count from the end)"""
     if node.op not in ("call_function", "call_method"):
         return []
     if node.target is operator.getitem:
         return _subscripts(node)
+    if node.target is F.one_hot:
+        place = _at(0, "tensor")
+        index, classes = _argument(node, *place), _argument(node, 1, "num_classes", -1)
+        if not _is_integers(index) or not isinstance(classes, int) or classes < 1:
+            return []
+        return [(lambda new: _set_argument(node, place, new), index, index, 0, classes, False)]
     known: dict[Any, Any] = _PLACES if node.op == "call_function" else _METHODS
     if node.target not in known:
         return []
@@ -116,7 +119,10 @@ def _look_ups(node: fx.Node) -> list[_LookUp]:
     index, table, dim = (_argument(node, *place) for place in places)
     if not _is_integers(index) or not isinstance(table, fx.Node) or not isinstance(dim, int):
         return []
-    return [(lambda new: _set_argument(node, places[0], new), index, table, dim, False)]
+    size = _size(table, dim)
+    if size is None:
+        return []
+    return [(lambda new: _set_argument(node, places[0], new), index, table, dim, size, False)]
 
 
 def _subscripts(node: fx.Node) -> list[_LookUp]:
@@ -143,7 +149,9 @@ def _subscripts(node: fx.Node) -> list[_LookUp]:
                 changed = (*whole[:n], new, *whole[n + 1 :])
                 node.args = (table, changed if isinstance(held, tuple) else changed[0])
 
-            found.append((put, item, table, dim, True))
+            size = _size(table, dim)
+            if size is not None:
+                found.append((put, item, table, dim, size, True))
         dim += _dims_taken(item)
     return found
 
