@@ -74,7 +74,7 @@ def measure(found: Any, test: str) -> str | int | None:
     if test == "length":
         return len(found)
     if test == "keys":
-        return repr(list(found.keys()))
+        return repr(sorted(map(repr, found)) if isinstance(found, set) else list(found))
     return f"{type(found).__qualname__}:{found!r}" if test == "value" else None
 
 

@@ -123,7 +123,8 @@ class _Writer:
         return [
             f"    a{t} = {place}",
             f"    if type(a{t}) is not Tensor or a{t}.dtype is not d{t}"
-            f" or not a{t}.is_cpu or a{t}.layout is not strided: return None",
+            f" or not a{t}.is_cpu or a{t}.layout is not strided"
+            f" or a{t}.is_contiguous() is not {leaf.contiguous}: return None",
             f"    s{t} = a{t}.shape",
             f"    if {' or '.join([f'len(s{t}) != {leaf.rank}', *dims])}: return None",
         ]

@@ -22,8 +22,8 @@ from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
 __all__ = ["Look", "look"]
 
-# Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes
-# (no module met so far) they are not: a second copy of a model's size is not ours to take.
+# Buffers, and parameters, are copied before a trial call, so that they can be put back. Beyond this
+# many bytes of either they are not: a second copy of a large model is not ours to take.
 _RESTORABLE_BYTES = 64 << 20
 
 
@@ -91,9 +91,11 @@ class _World:
         ]
         self.attributes = [(name, m, _snapshot(m)) for name, m in module.named_modules()]
         self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        buffers = list(module.buffers()) if copies else []
-        size = sum(b.numel() * b.element_size() for b in buffers)
-        self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for held in (list(module.buffers()), list(module.parameters())) if copies else ():
+            size = sum(t.numel() * t.element_size() for t in held)
+            if size <= _RESTORABLE_BYTES:
+                self.copies += [(t, t.detach().clone()) for t in held]
 
     def difference(self) -> Reason | None:
         for i, (tensor, version) in enumerate(self.inputs):
@@ -209,6 +211,11 @@ def _unfit_output(module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]
         if unfit or not tensor.is_cpu or tensor.is_quantized or tensor.is_complex():
             what = f"a {type(tensor).__qualname__} of {tensor.dtype} on {tensor.device}"
             return reason("special-tensor", f"the output holds {what}")
+    shared: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        other = shared.setdefault(_storage(tensor), tensor)
+        if other is not tensor and _storage(tensor):
+            return reason("aliases-input", "two outputs are views of one tensor")
     owned = {_storage(t) for t in [*inputs, *module.parameters(), *module.buffers()]}
     for leaf, given in zip(found.leaves, found.given, strict=True):
         if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:

@@ -138,11 +138,13 @@ def unflatten_call(
 
 @dataclasses.dataclass(frozen=True)
 class TensorLeaf:
-    """A tensor of a call: its dtype, its rank, and the first leaf that is the very same object
-    (its own index where there is none: `attention(x, x, x)` is another kind than three tensors)."""
+    """A tensor of a call: its dtype, its rank, whether it is contiguous (a view of one that is not
+    may be refused by eager), and the first leaf that is the very same object (its own index where
+    there is none: `attention(x, x, x)` is another kind than three tensors)."""
 
     dtype: torch.dtype
     rank: int
+    contiguous: bool
     same_as: int
 
 
@@ -170,7 +172,8 @@ class Kind:
 
     def __str__(self) -> str:
         leaves = ", ".join(
-            f"{_name(leaf.dtype)}r{leaf.rank}" + ("" if leaf.same_as == i else f"={leaf.same_as}")
+            f"{_name(leaf.dtype)}r{leaf.rank}{'' if leaf.contiguous else ' strided'}"
+            + ("" if leaf.same_as == i else f"={leaf.same_as}")
             if isinstance(leaf, TensorLeaf)
             else f"{leaf.type.__qualname__}:{leaf.text}"
             for i, leaf in enumerate(self.leaves)
@@ -188,7 +191,9 @@ def kind_of(leaves: Sequence[Any], structure: Structure) -> Kind:
     found: list[TensorLeaf | Const] = []
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            found.append(TensorLeaf(leaf.dtype, leaf.dim(), first.setdefault(id(leaf), i)))
+            dense = leaf.layout is not torch.strided or leaf.is_contiguous()
+            same_as = first.setdefault(id(leaf), i)
+            found.append(TensorLeaf(leaf.dtype, leaf.dim(), dense, same_as))
         elif isinstance(leaf, _CONSTANTS):
             found.append(Const(type(leaf), repr(leaf), leaf))
         else:
@@ -209,7 +214,8 @@ def describe(kind: Kind, pattern: Pattern) -> str:
     for name, leaf in zip(names, kind.leaves, strict=True):
         if isinstance(leaf, TensorLeaf):
             dims = ", ".join("?" if n is None else str(n) for n in next(sizes))
-            words.append(f"{name}: {_name(leaf.dtype)}[{dims}]")
+            strided = "" if leaf.contiguous else " strided"
+            words.append(f"{name}: {_name(leaf.dtype)}[{dims}]{strided}")
         else:
             words.append(f"{name}={leaf.text}")
     return ", ".join(words)
@@ -223,8 +229,11 @@ def _leaf_names(structure: Structure) -> list[str]:
     count = structure.spec.num_leaves + sum(
         len(_leaf_names(sub)) - 1 for _, _, _, sub in structure.nested
     )
-    marks = unflatten(list(range(count)), structure)
     names = [str(i) for i in range(count)]
+    try:
+        marks = unflatten(list(range(count)), structure)
+    except (AttributeError, TypeError, ValueError):  # a class that takes nothing but tensors
+        return names
     for path, mark in pytree.tree_flatten_with_path(marks)[0]:
         text = pytree.keystr(path[1:]) if len(path) > 1 else str(mark)
         text = text.replace("['", ".").replace("']", "").removeprefix(".")

@@ -94,9 +94,14 @@ class Watch:
 
 def _links(guard: ValueGuard, roots: Mapping[str, Any]) -> Iterator[tuple[Any, Step, Any, bool]]:
     """(object, step, what is there, whether it is the last step) along the guard's path. What leads
-    to the cell of a function's closure is code, and fixed: watched is what the cell holds."""
-    code = ("attr", "__closure__")
-    start = guard.path.index(code) + 2 if code in guard.path else 0
+    into a class or to the cell of a function's closure is code, which the generation compares:
+    watched is what the class or the cell holds."""
+    start = 0
+    for n, step in enumerate(guard.path):
+        if step == ("attr", "__closure__"):
+            start = n + 2
+        elif step == ("attr", "__dict__"):
+            start = n + 1
     base = walk(guard.root, guard.path[:start], roots)
     for n, step in enumerate(guard.path[start:], start):
         found = _take(base, step)
@@ -114,15 +119,16 @@ def _in_tree(module: nn.Module, step: Step) -> bool:
     return step[0] == "attr" and any(name in names for names in held)
 
 
-def _plain_dict(base: Any, step: Step) -> dict[Any, Any] | None:
+def _plain_dict(base: Any, step: Step) -> Mapping[Any, Any] | None:
     """The dict in which this link is a plain key; None for lists, properties, slots, cells."""
     how, key = step
-    held = base if how == "item" else getattr(base, "__dict__", None)
-    if type(held) is not dict or key not in held:
+    held: Any = base if how == "item" else getattr(base, "__dict__", None)
+    if type(held) not in (dict, types.MappingProxyType) or key not in held:
         return None
     if how == "attr" and isinstance(getattr(type(base), str(key), None), property):
         return None
-    return held
+    found: Mapping[Any, Any] = held
+    return found
 
 
 def _reading(

@@ -82,6 +82,8 @@ _SIZES = (
     "TypeError when making fake tensor call",
     "Assertion failed on symbolic shapes",
 )
+# Converted without a word, and wrong: the lengths of packed sequences are those of the example.
+_WRONG_IN_OPENVINO = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
 _ESCAPES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__"})
 
 
@@ -241,6 +243,8 @@ def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
         name = str(getattr(node.target, "__name__", node.target))
         if (node.op == "call_method" and node.target in _ESCAPES) or "_assert" in name:
             raise CaptureError(reason("value-dependent", _where(node)))
+        if name in _WRONG_IN_OPENVINO:
+            raise CaptureError(reason("unsupported-op", _where(node)))
     for node in _placeholders(graph):
         fake = node.meta.get("example_value")
         if isinstance(fake, torch.Tensor) and fake._version > 0:

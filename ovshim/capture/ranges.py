@@ -101,7 +101,7 @@ _LookUp = tuple[Callable[[fx.Node], None], fx.Node, fx.Node, int, int, bool]
 
 
 def _look_ups(node: fx.Node) -> list[_LookUp]:
-    """(sets the index, index, table, dimension, its size, whether negative ones count from the end)"""
+    """(sets the index, index, table, dimension, its size, whether negatives count from the end)"""
     if node.op not in ("call_function", "call_method"):
         return []
     if node.target is operator.getitem:

@@ -25,6 +25,11 @@ _VALUES = frozenset({"EQUALS_MATCH", "CONSTANT_MATCH"})
 _IDENTITIES = frozenset(
     {"ID_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "MODULE_MATCH"}
 )
+# A key was looked for, and found or not: then none may come or go.
+_KEYS = frozenset(
+    {"DICT_KEYS_MATCH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"}
+)
+_CODE = ("__code__", "__defaults__", "__kwdefaults__")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device)
 
 
@@ -118,6 +123,8 @@ class Sources:
                 continue
             if test == "value" and not isinstance(value, _PLAIN):
                 test = "same"
+            if test == "keys" and not isinstance(value, (dict, set, frozenset)):
+                continue
             found[ValueGuard(path[0], path[1], test, measure(value, test))] = None
         return tuple(found)
 
@@ -127,9 +134,10 @@ class Sources:
         if not steps:
             return False
         names = [str(key) for how, key in steps if how == "attr"]
-        code = any(name.startswith("__") for name in names)
-        if code and ("__closure__" not in names or "__defaults__" in names):
-            return False  # the fingerprint's business, but for what a closure's cell holds
+        if any(name in _CODE for name in names):
+            return False  # the generation compares the code of functions itself
+        if any(name.startswith("__") for name in names) and test != "value":
+            return False  # methods in classes: the generation has those as well
         try:
             passed = [walk(root, steps[:i], self.roots) for i in range(len(steps))]
         except BadGuardError:
@@ -189,7 +197,7 @@ def _test_of(kind: str) -> Literal["value", "length", "keys", "same"] | None:
         return "value"
     if kind == "SEQUENCE_LENGTH":
         return "length"
-    if kind == "DICT_KEYS_MATCH":
+    if kind in _KEYS:
         return "keys"
     return "same" if kind in _IDENTITIES else None
 
@@ -219,6 +227,7 @@ def _step(source: Any, sources: Any) -> Step | None:
     for kind, name in (
         (sources.TypeSource, "__class__"),
         (sources.TypeDictSource, "__dict__"),
+        (sources.TypeMROSource, "__mro__"),
         (sources.ClosureSource, "__closure__"),
     ):
         if isinstance(source, kind):
