@@ -306,7 +306,10 @@ def _publish(
 
 def _generation(job: Job, record: Record) -> Generation:
     roots = roots_of(job.module, job.call)
-    return Generation(job.module, record.value_guards, roots, record.code)
+    try:
+        return Generation(job.module, record.value_guards, roots, record.code)
+    except ValueError as error:
+        raise BuildStopped(reason("untracked-weights", str(error))) from error
 
 
 def _compile(job: Job, source: Path, record: Record) -> Engine:

@@ -25,6 +25,8 @@ __all__ = ["Look", "look"]
 # Buffers, and parameters, are copied before a trial call, so that they can be put back. Beyond this
 # many bytes of either they are not: a second copy of a large model is not ours to take.
 _RESTORABLE_BYTES = 64 << 20
+# Outputs that share a storage of more elements than this are taken to overlap.
+_LARGEST_MAP = 1 << 26
 
 
 class Look:
@@ -211,16 +213,28 @@ def _unfit_output(module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]
         if unfit or not tensor.is_cpu or tensor.is_quantized or tensor.is_complex():
             what = f"a {type(tensor).__qualname__} of {tensor.dtype} on {tensor.device}"
             return reason("special-tensor", f"the output holds {what}")
-    shared: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
-        other = shared.setdefault(_storage(tensor), tensor)
-        if other is not tensor and _storage(tensor):
-            return reason("aliases-input", "two outputs are views of one tensor")
+    shared: dict[int, list[torch.Tensor]] = {}
+    for tensor in {id(t): t for t in tensors}.values():
+        others = shared.setdefault(_storage(tensor), [])
+        if _storage(tensor) and any(_overlap(tensor, other) for other in others):
+            return reason("aliases-input", "two outputs overlap in memory")
+        others.append(tensor)
     owned = {_storage(t) for t in [*inputs, *module.parameters(), *module.buffers()]}
     for leaf, given in zip(found.leaves, found.given, strict=True):
         if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:
             return reason("aliases-input")
     return None
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two views of one storage have an element in common. (The parts of a split have none:
+    nobody can tell them from tensors of their own.)"""
+    count = one.untyped_storage().nbytes() // one.element_size()
+    if one.dtype != other.dtype or count > _LARGEST_MAP:
+        return True
+    taken = torch.zeros(count, dtype=torch.bool)
+    taken.as_strided(one.size(), one.stride(), one.storage_offset()).fill_(True)
+    return bool(taken.as_strided(other.size(), other.stride(), other.storage_offset()).any())
 
 
 def _storage(tensor: torch.Tensor) -> int:
