@@ -134,6 +134,8 @@ def _from_cache(job: Job, family: str) -> Plan | None:
         if not record.fits(sizes_of(job.leaves)):
             job.open_sizes(record.pattern, record.pinned)
             continue
+        if record.verdict is None and not record.opens(job.dynamic):
+            continue  # it was built for fewer sizes than this job is told to keep open
         plan = _from_entry(job, entry, record)
         if plan is not None:
             return plan
@@ -225,7 +227,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     """
     with job.stage("capture"), TRACE_LOCK:
         captured = _captured(job, rung, _wanted(seen))
-        record = Record.of_capture(captured, seen.leaves, rung)
+        record = Record.of_capture(captured, seen.leaves, rung, job.dynamic)
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
         generation = _generation(job, record)

@@ -136,10 +136,11 @@ class Dispatcher:
 
     def _by_eager_plan(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan.calls.add()
-        look_again = plan.generation is not None and plan.calls.value % _LOOK_AGAIN == 0
+        assert plan.reason is not None
+        often = plan.reason.code == "training" or plan.calls.value % _LOOK_AGAIN == 0
+        look_again = plan.generation is not None and often
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
-        assert plan.reason is not None
         return self._in_eager(plan.reason, args, kwargs)
 
     def _failed(

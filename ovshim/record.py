@@ -14,6 +14,7 @@ from ovshim.cache import Entry
 from ovshim.capture import Captured
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold, to_json
 from ovshim.reasons import TABLE, Reason
+from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, TensorLeaf, fits
 
 __all__ = ["Record", "Rung"]
@@ -42,7 +43,7 @@ class Record:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
         checked: whether the graph's last output says whether all indices were in range.
         code: qualified names of the functions that were captured; None: not known.
-        pinned: (tensor, dimension) whose other sizes the proof has refused.
+        pinned: (tensor, dimension) whose other sizes the capture or the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
             their dtypes.
         limits: the smallest and the largest integer that a tensor may hold, by its index.
@@ -68,9 +69,17 @@ class Record:
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @staticmethod
-    def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung) -> Record:
-        """The record of a graph that is not proved yet; `leaves` are those of eager's output."""
+    def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung, asked: Dims) -> Record:
+        """The record of a graph that is not proved yet.
+
+        Args:
+            leaves: those of eager's output.
+            asked: the dimensions that were to stay open; those that the capture has fixed all the
+                same are pinned.
+        """
         computed = [leaves[i] for i in captured.outputs]
+        open_ = {(t, d) for t, dims in enumerate(asked) for d in dims}
+        fixed = {(t, d) for t, d in open_ if captured.pattern[t][d] is not None}
         return Record(
             pattern=captured.pattern,
             size_guards=captured.size_guards,
@@ -80,6 +89,7 @@ class Record:
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
             checked=captured.checked,
             code=captured.code,
+            pinned=frozenset(fixed),
             rung=rung,
         )
 
@@ -96,8 +106,17 @@ class Record:
             tuple(example[t][d] if (t, d) in pinned else n for d, n in enumerate(dims))
             for t, dims in enumerate(self.pattern)
         )
+        pinned |= self.pinned
         return dataclasses.replace(
             self, pattern=pattern, error=error, sizes=sizes, pinned=pinned, limits=limits
+        )
+
+    def opens(self, asked: Dims) -> bool:
+        """Whether all the dimensions are open that should be, but for those that cannot."""
+        return all(
+            self.pattern[t][d] is None or (t, d) in self.pinned
+            for t, dims in enumerate(asked)
+            for d in dims
         )
 
     def fits(self, sizes: Sequence[Sequence[int]]) -> bool:
