@@ -8,7 +8,7 @@ from typing import Any
 
 import machine
 import workloads
-from interleave import Effort
+from interleave import Effort, Turns
 from measure import Finding, Group, measure
 from rows import Row
 
@@ -46,7 +46,7 @@ class Board:
     def add_start(self, *cells: str) -> None:
         self.cold.append(cells)
 
-    def facts(self, row: Row, finding: Finding | None, again: Row, attempts: int) -> dict[str, Any]:
+    def facts(self, row: Row, finding: Finding | None, again: Row, turns: Turns) -> dict[str, Any]:
         """Everything that a figure needs beside it, for `extra_info`."""
         ratios = {"eager": row.eager, "openvino": row.raw, "eager_against_itself": again.eager}
         return {
@@ -58,6 +58,10 @@ class Board:
                 name: None if ratio is None else dataclasses.asdict(ratio)
                 for name, ratio in ratios.items()
             },
-            "attempts": attempts,
+            "rounds": {
+                "disturbed": turns.disturbed,
+                "dropped": turns.dropped,
+                "attempts": turns.attempts,
+            },
             "small": self.small,
         }

@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="small models and few rounds")
     group.addoption("--inductor", action="store_true", help="torch.compile too, which takes long")
     group.addoption(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for how long each group may wait for the machine to be quiet (default: 60)",
+    )
+    group.addoption(
         "--write-docs",
         action="store_true",
         help="write docs/benchmarks.md; everything is run, inductor included",
@@ -40,9 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     quick = config.getoption("--quick")
     if quick and config.getoption("--write-docs"):
         raise pytest.UsageError("--write-docs takes the full run: leave --quick out.")
+    patience = config.getoption("--patience")
     config.stash[_BOARD] = Board(
         small=quick,
-        effort=Effort(0.5, 3, 7, 1) if quick else Effort(20.0, 11, 101, 3),
+        effort=Effort(0.5, 3, 7, 1, 0.0) if quick else Effort(20.0, 11, 101, 3, patience),
         starts=2 if quick else 7,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )

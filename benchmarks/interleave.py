@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Effort", "Ratio", "compare", "interleave"]
+from quiet import Delay
+
+__all__ = ["Effort", "Ratio", "Turns", "compare", "interleave"]
 
 # A sample lasts at least this long, in a loop where one call does not: neither the clock nor one
 # interruption shall decide it.
@@ -24,19 +26,40 @@ _LEAD_SECONDS = 0.003
 # To a call of this length neither matters.
 _LONG_SECONDS = 0.1
 _WARM_SECONDS = 0.2
+# Our threads may have waited for a processor for this share of what was timed.
+_DELAY_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
     """How long to measure one group: `seconds`, within these numbers of rounds.
 
-    A measurement that looks disturbed is repeated, up to `attempts` in all.
+    A measurement that looks disturbed is repeated, up to `attempts` in all. `patience`: the seconds
+    that may go into waiting for a quiet machine, and as many into rounds that are thrown away.
     """
 
     seconds: float
     fewest: int
     most: int
     attempts: int
+    patience: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """What taking turns has given.
+
+    Attributes:
+        samples: seconds a call, by way; sample i of each belongs to round i.
+        disturbed: rounds among them in which others took processor time from us.
+        dropped: rounds that were thrown away for that.
+        attempts: measurements of which this is the best.
+    """
+
+    samples: dict[str, list[float]]
+    disturbed: int = 0
+    dropped: int = 0
+    attempts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,28 +78,39 @@ def _short(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def interleave(ways: Mapping[str, Callable[[], Any]], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call, one sample per way and round. Sample i of each way belongs to round i.
+def interleave(ways: Mapping[str, Callable[[], Any]], effort: Effort) -> Turns:
+    """One sample per way and round.
 
     Each round runs every way once, in an order shuffled by a fixed seed, so that what disturbs the
-    machine for a while disturbs all, and nobody always follows the same other.
+    machine for a while disturbs all, and nobody always follows the same other. A round in which our
+    threads had to wait for a processor is thrown away, while there is patience for that.
     """
     loops = {name: _loops(way) for name, way in ways.items()}
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+    kept: list[dict[str, float]] = []
     order, shuffle = list(ways), random.Random(0).shuffle
-    started = time.perf_counter()
+    spent = wasted = 0.0
+    disturbed = dropped = 0
     gc.collect()
     gc.disable()
     try:
-        for done in range(effort.most):
-            if done >= effort.fewest and time.perf_counter() - started > effort.seconds:
-                break
+        while len(kept) < effort.most and (len(kept) < effort.fewest or spent < effort.seconds):
             shuffle(order)
-            for name in order:
-                samples[name].append(_sample(ways[name], *loops[name]))
+            delay, started = Delay(), time.perf_counter()
+            taken = {name: _sample(ways[name], *loops[name], delay) for name in order}
+            seconds = time.perf_counter() - started
+            timed = sum(taken[name] * loops[name][1] for name in order)
+            quiet = delay.seconds <= _DELAY_SHARE * timed
+            if not quiet and wasted < effort.patience:
+                wasted += seconds
+                dropped += 1
+                continue
+            spent += seconds
+            disturbed += not quiet
+            kept.append(taken)
     finally:
         gc.enable()
-    return samples
+    samples = {name: [taken[name] for taken in kept] for name in ways}
+    return Turns(samples, disturbed, dropped)
 
 
 def _loops(way: Callable[[], Any]) -> tuple[int, int]:
@@ -90,11 +124,14 @@ def _loops(way: Callable[[], Any]) -> tuple[int, int]:
     return lead, max(1, math.ceil(_SAMPLE_SECONDS / typical))
 
 
-def _sample(way: Callable[[], Any], lead: int, timed: int) -> float:
+def _sample(way: Callable[[], Any], lead: int, timed: int, delay: Delay) -> float:
     time.sleep(_PAUSE_SECONDS)
     for _ in range(lead):
         way()
-    return _time(way, timed)
+    delay.start()
+    seconds = _time(way, timed)
+    delay.stop()
+    return seconds
 
 
 def _time(way: Callable[[], Any], calls: int) -> float:

@@ -22,7 +22,9 @@ All figures of a group were taken in one process, the backends in turns: each ro
 backend once, in shuffled order. A ratio says how many times as fast as the reference a backend
 is: the ratio of the medians, and in brackets the quartiles of the ratios round by round. *Eager
 again* is eager measured a second time in the same rounds: what the machine makes of one and the
-same program. A group in which that lies outside {QUIET[0]} to {QUIET[1]} was measured again.
+same program. A group in which that is off by more than {QUIET - 1:.0%} was measured again, up
+to three times. Rounds in which our threads waited for a processor that another program had were
+taken anew, as far as patience went.
 Before anything is timed, outputs are compared with eager's (relative L2 error); a backend that is
 wrong is not timed. Everything runs in fp32, in `torch.inference_mode()`, and with torch's number of
 threads.

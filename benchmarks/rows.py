@@ -6,14 +6,14 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 
-from interleave import Ratio
+from interleave import Ratio, Turns
 
 __all__ = ["Row", "markdown", "noise", "text"]
 
 HEAD = ("group", "backend", "per call", "× eager", "× raw OpenVINO", "error", "remark")
 LOSES = "▼"
-# Beyond these an unchanged program differs from itself by more than most rows differ.
-QUIET = (0.95, 1.05)
+# Beyond this ratio a program differs from itself by more than most rows differ.
+QUIET = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,14 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def noise(ratio: Ratio) -> str:
+def noise(ratio: Ratio, turns: Turns) -> str:
     """The remark on a row that compares eager with itself."""
-    quiet = QUIET[0] <= ratio.median <= QUIET[1]
-    return "noise" if quiet else "noise: the machine was disturbed"
+    remark = "noise"
+    if not 1 / QUIET <= ratio.median <= QUIET:
+        remark += ": the machine was disturbed"
+    if turns.disturbed:
+        remark += f", {turns.disturbed} of {len(turns.samples['eager'])} rounds beside others"
+    return remark
 
 
 def _grouped(lines: Iterable[Sequence[str]]) -> list[list[str]]:

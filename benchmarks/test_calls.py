@@ -15,7 +15,7 @@ def test_call(case: Case, backend: str, board: Board, benchmark: Any) -> None:
     group = board.measured(case)
     row, finding = group.rows[backend], group.findings[backend]
     benchmark.group = str(case)
-    benchmark.extra_info.update(board.facts(row, finding, group.rows[AGAIN], group.attempts))
+    benchmark.extra_info.update(board.facts(row, finding, group.rows[AGAIN], group.turns))
     if finding.wrong or (row.ours and not row.samples):
         pytest.fail(f"{row.backend}: {row.remark}, error {row.error}")
     if not row.samples:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quiet
 from board import Board
 from replay import clock, play
 
@@ -60,6 +61,7 @@ def test_coldstart(
         _run("prime", cold, directory, board.small)
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in _WAYS}
         for n in range(board.starts):
+            quiet.wait(board.effort.patience / board.starts)
             for name in _WAYS if n % 2 else reversed(_WAYS):
                 taken[name].append(_run(name, cold, directory, board.small))
         starts[cold] = taken

@@ -2,16 +2,17 @@
 
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quiet
 import torch
 import workloads
 from backends import raw_request
 from board import Board
-from interleave import compare
+from interleave import Turns, compare
 from measure import AGAIN, settle
 from replay import clock, play
 from rows import Row, noise
@@ -27,8 +28,11 @@ _TITLES = {"eager": "eager", "bare": "bare infer of the same compiled model", "f
 
 
 @pytest.fixture(scope="module")
-def overhead(board: Board, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Row], int]:
-    """Rows by way, and the number of attempts it took."""
+def overhead(
+    board: Board, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Row], Turns]:
+    """Rows by way, and how the measurement went."""
+    quiet.wait(board.effort.patience)
     module, (args, _) = workloads.make(_CASE, small=False)
     cache: Path = tmp_path_factory.mktemp("cache")
     fast = ovshim.accelerate(module, args, prefer="openvino", cache_dir=cache)
@@ -41,13 +45,14 @@ def overhead(board: Board, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
             "bare": raw_request(plan.served.engine._compiled, args),
             "fast": functools.partial(fast, *args),
         }
-        samples, attempts = settle({**ways, AGAIN: ways["eager"]}, board.effort)
-    made = {name: _row(name, samples) for name in samples}
+        turns = settle({**ways, AGAIN: ways["eager"]}, board.effort)
+    made = {name: _row(name, turns) for name in turns.samples}
     board.add(made.values())
-    return made, attempts
+    return made, turns
 
 
-def _row(name: str, samples: Mapping[str, Sequence[float]]) -> Row:
+def _row(name: str, turns: Turns) -> Row:
+    samples = turns.samples
     mine, bare = samples[name], samples["bare"]
     against_eager = compare(samples["eager"], mine)
     over = (statistics.median(mine) - statistics.median(bare)) * 1e6
@@ -57,7 +62,7 @@ def _row(name: str, samples: Mapping[str, Sequence[float]]) -> Row:
         samples=tuple(mine),
         eager=None if name == "eager" else against_eager,
         raw=None if name == "bare" else compare(bare, mine),
-        remark=noise(against_eager) if name == AGAIN else f"{over:+.1f} µs over bare",
+        remark=noise(against_eager, turns) if name == AGAIN else f"{over:+.1f} µs over bare",
         ours=name == "fast",
         overhead=True,
     )
@@ -65,9 +70,9 @@ def _row(name: str, samples: Mapping[str, Sequence[float]]) -> Row:
 
 @pytest.mark.parametrize("way", _TITLES)
 def test_hotpath(
-    way: str, overhead: tuple[dict[str, Row], int], board: Board, benchmark: Any
+    way: str, overhead: tuple[dict[str, Row], Turns], board: Board, benchmark: Any
 ) -> None:
-    rows, attempts = overhead
+    rows, turns = overhead
     benchmark.group = _GROUP
-    benchmark.extra_info.update(board.facts(rows[way], None, rows[AGAIN], attempts))
+    benchmark.extra_info.update(board.facts(rows[way], None, rows[AGAIN], turns))
     play(benchmark, rows[way].samples)
