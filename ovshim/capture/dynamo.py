@@ -26,6 +26,7 @@ from ovshim.capture import (
     CaptureError,
     FlatModule,
     Request,
+    attention,
     distinct_tensors,
     frontend,
     rewrites,
@@ -148,6 +149,7 @@ def _finish(
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     _refuse_escapes(graph)
+    attention.apply(graph)
     rewrites.apply(graph)
     if common.shape_env.deferred_runtime_asserts:
         # A number taken out of a tensor was used as if it were known: torch.compile would check it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,8 @@ _KEYS = frozenset(
     {"DICT_KEYS_MATCH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"}
 )
 _CODE = ("__code__", "__defaults__", "__kwdefaults__")
+# Globals that Dynamo itself puts there: Python's builtins, and objects named after their ids.
+_MADE_UP = re.compile(r"__builtins_dict__.*|_.*\d{6,}_c\d+")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device)
 
 
@@ -174,7 +177,7 @@ class Sources:
             return None
         scope, name, path = steps
         if scope == "global":
-            if name.startswith("__builtins_dict__"):  # Dynamo's own name for Python's builtins
+            if _MADE_UP.fullmatch(name):
                 return None
             if name in self.imports:
                 return f"import:{self.imports[name]}", path
