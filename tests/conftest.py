@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 # Before anything imports transformers, which reads it once. Child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported. Eager's threads spin while they wait, which takes the cores from the
+# other worker: with one more load on two cores a test takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
