@@ -4,6 +4,8 @@ Everything runs against the installed wheel, not the checkout, so that a file mi
 wheel is noticed.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.2"
@@ -41,9 +43,21 @@ def full(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The corpus of modules, real and awkward ones."""
+    """The corpus of modules, real and awkward ones; a whole run writes docs/coverage.md."""
     install(session, "test")
-    session.run("pytest", *PARALLEL, "-m", "conformance", *session.posargs)
+    results = Path(session.create_tmp())
+    for former in results.glob("*.json"):
+        former.unlink()
+    # Passive: threads that spin while they wait would take the cores from the other worker.
+    env = {"CONFORMANCE_RESULTS": str(results), "OMP_WAIT_POLICY": "passive"}
+    run = ("pytest", *PARALLEL, "-m", "conformance", *session.posargs)
+    if session.posargs:
+        session.run(*run, env=env)
+        return
+    # The page is written of a run with failures as well, and ends the session with them.
+    session.run(*run, env=env, success_codes=[0, 1])
+    page = ("-m", "conformance.coverage", str(results), "docs/coverage.md")
+    session.run("python", *page, env={"PYTHONPATH": "tests"})
 
 
 @nox.session

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import ovshim
 from conformance.check import Record
 from conformance.entries import Entry, entries
 
@@ -75,9 +76,9 @@ def page(corpus: Mapping[str, Entry], records: Mapping[str, Record]) -> str:
 
 
 def _versions() -> str:
-    names = ("ovshim", "torch", "openvino", "transformers")
-    told = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"With {told}, Python {platform.python_version()}.\n"
+    others = ("torch", "openvino", "transformers")
+    told = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in others)
+    return f"ovshim {ovshim.__version__} with {told}, Python {platform.python_version()}.\n"
 
 
 def _share(records: Iterable[Record]) -> float:

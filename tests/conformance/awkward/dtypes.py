@@ -278,7 +278,6 @@ applied(
         "sparse": lambda: call(torch.eye(8).to_sparse()),
         "meta": lambda: call(torch.ones(2, 8, device="meta")),
         "subclass": lambda: call(torch.ones(2, 8).as_subclass(Subclass)),
-        "nested": lambda: call(torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])),
         "an array": lambda: call([[1.0] * 8]),
         "none": lambda: call(None),
         "again": lambda: call(torch.ones(2, 8)),
