@@ -54,14 +54,10 @@ class BranchesOnSize(nn.Module):
 class Loops(nn.Module):
     """A Python loop over the length."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.GRUCell(8, 8)
-
     def forward(self, x: Tensor) -> Tensor:
-        state = x.new_zeros(x.shape[0], 8)
-        for step in range(x.shape[1]):
-            state = self.cell(x[:, step], state)
+        state = x[:, 0] * 0.5
+        for step in range(1, x.shape[1]):
+            state = (state + x[:, step]).tanh()
         return state
 
 

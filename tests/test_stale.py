@@ -639,8 +639,9 @@ def test_a_function_of_torch_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     check(fast, module, torch.randn(3, 8))
     relu = torch.relu
     monkeypatch.setattr(torch, "relu", lambda x: relu(x) * 10)
-    for _ in range(3):
-        check(fast, module, torch.randn(3, 8), path=None)
+    with quietly():  # capture may take it for torch's own, which the proof then refuses
+        for _ in range(3):
+            check(fast, module, torch.randn(3, 8), path=None)
     monkeypatch.undo()
     moved(fast, module)
 
