@@ -1,16 +1,13 @@
-"""Exact replacements, on Dynamo's graph, of what would come out of OpenVINO wrong or not at all.
+"""Sizes as Python numbers.
 
-Two sorts. While a graph is traced, sizes are 0-d tensors: functions of Python's on them (a square
-root, a smaller one of two) would bake the example's value in, and so would operators that take a
-plain number. Functions on *sizes* are therefore replaced by such as take tensors, and a size that
-no replacement carries through is fixed: it becomes a guard of the graph.
-
-Every replacement gives what eager gives, dtype included, for all inputs and all sizes.
+While a graph is traced, sizes are 0-d tensors. Functions of Python's on them (a square root, the
+smaller one of two) would bake the example's value in, and so would operators that take a plain
+number. So functions on sizes are replaced by such as take tensors, and what no replacement carries
+through is *fixed*: its value becomes a guard of the graph.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import operator
@@ -18,79 +15,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     statically_known_true,
 )
 
 from ovshim.capture import CaptureError
+from ovshim.capture.rewrites import division
+from ovshim.capture.rewrites.entry import Function, Rewrite, always, value_of
 from ovshim.reasons import reason
 
-__all__ = ["TABLE", "Rewrite", "apply"]
+__all__ = ["TABLE", "check_assertion", "fix", "is_assertion", "is_size", "stays_right", "takes"]
 
 log = logging.getLogger("ovshim")
 
 Number = int | float | torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Rewrite:
-    """One replacement.
-
-    Attributes:
-        targets: what is replaced: functions, and names of methods.
-        function: takes the node, whose arguments it may change, and gives the target to call
-            instead; None where this node is not concerned.
-        reason: what goes wrong without it.
-        until: the version of OpenVINO from which it may be dropped; None while there is none.
-    """
-
-    targets: tuple[Callable[..., Any] | str, ...]
-    function: Callable[[Node], Callable[..., Any] | None]
-    reason: str
-    until: str | None = None
-
-
-def apply(graph: GraphModule) -> None:
-    """Rewrite a graph of Dynamo's in place. To be called before its guards on sizes are read: what
-    must not change any more is among them afterwards."""
-    for module in graph.modules():
-        if isinstance(module, GraphModule):
-            for node in list(module.graph.nodes):
-                if node.op in ("call_function", "call_method"):
-                    _rewrite(node)
-            module.recompile()
-
-
-def _rewrite(node: Node) -> None:
-    if node.target is torch.ops.aten._assert_scalar.default:
-        _assert(node)
-    elif isinstance(_value(node), (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        if node.target in _SIZES_RIGHT:
-            return
-        made = _made(SIZES, node)
-        if made is None:
-            _fix(node)
-    else:
-        _made(TABLE, node)
-        for given in node.all_input_nodes:
-            if not _takes(node, given):
-                _fix(given)
-
-
-def _made(table: tuple[Rewrite, ...], node: Node) -> Callable[..., Any] | None:
-    """Apply the entry of a table that is concerned; gives the new target."""
-    for entry in table:
-        if node.target in entry.targets:
-            function = entry.function(node)
-            if function is not None:
-                node.op, node.target = "call_function", function
-                return function
-    return None
-
-
-# --- sizes ------------------------------------------------------------------------------------
 
 
 def _names(text: str) -> frozenset[str]:
@@ -98,9 +38,9 @@ def _names(text: str) -> frozenset[str]:
 
 
 # Operators that do the same to a 0-d tensor, and stay right in OpenVINO.
-_SIZES_RIGHT = frozenset(
+_RIGHT = frozenset(
     {
-        *(operator.add, operator.sub, operator.neg, operator.abs, operator.mod, operator.truediv),
+        *(operator.add, operator.sub, operator.neg, operator.abs, operator.truediv),
         *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
         *(operator.getitem, "size", "numel", "dim"),
     }
@@ -110,6 +50,7 @@ _TAKE_FLOATS = _names(
     "add sub mul truediv div pow iadd isub imul itruediv add_ sub_ mul_ div_ rsub eq ne lt le gt ge"
     " full new_full full_like masked_fill masked_fill_ where clamp clamp_ clamp_min clamp_max fill_"
     " lerp addcmul addcdiv leaky_relu elu arange scalar_tensor tensor fmod remainder floordiv mod"
+    " floor_divide"
     " output"
 )
 _TAKE_INTEGERS = _TAKE_FLOATS | _names(
@@ -120,22 +61,29 @@ _TAKE_INTEGERS = _TAKE_FLOATS | _names(
 )
 
 
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value")
+def is_size(node: Node) -> bool:
+    """Whether a node computes a number that depends on sizes."""
+    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _takes(node: Node, given: Node) -> bool:
+def stays_right(node: Node) -> bool:
+    """Whether such a node is right as it is."""
+    large = any(isinstance(x, int) and abs(x) >= 2**24 for x in node.args)
+    return node.target in _RIGHT and not large
+
+
+def takes(node: Node, given: Node) -> bool:
     """Whether a size may go into this operator."""
-    value = _value(given)
+    value = value_of(given)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if isinstance(value, torch.SymInt):
-        return name in _TAKE_INTEGERS or node.target in _OURS
+        return name in _TAKE_INTEGERS
     if isinstance(value, (torch.SymFloat, torch.SymBool)):
         return name in _TAKE_FLOATS
     return True
 
 
-def _fix(node: Node) -> None:
+def fix(node: Node) -> None:
     """Guard that a number that depends on sizes stays the one it is in the example.
 
     A baked value could go unseen in the proof: `int(n * 0.01)` is 0 for many a size.
@@ -143,7 +91,7 @@ def _fix(node: Node) -> None:
     Raises:
         CaptureError: it depends on values, not on sizes of inputs: of that there is no guard.
     """
-    value = _value(node)
+    value = value_of(node)
     log.debug("%s of %s is fixed", node.target, value)
     try:
         if isinstance(value, torch.SymInt):
@@ -156,12 +104,16 @@ def _fix(node: Node) -> None:
         raise CaptureError(reason("value-dependent", f"{node.target} of {value}")) from error
 
 
-def _assert(node: Node) -> None:
+def is_assertion(node: Node) -> bool:
+    return node.target is torch.ops.aten._assert_scalar.default
+
+
+def check_assertion(node: Node) -> None:
     """Drop an assertion of Dynamo's: what cannot fail as it is, what depends on sizes by a guard.
     While a graph is traced it would compare tensors."""
     condition = node.args[0]
-    if isinstance(condition, Node) and not statically_known_true(_value(condition)):
-        _fix(condition)
+    if isinstance(condition, Node) and not statically_known_true(value_of(condition)):
+        fix(condition)
     node.graph.erase_node(node)
 
 
@@ -217,10 +169,15 @@ def square(size: Number) -> Number:
 
 
 def floor_division(a: Number, b: Number) -> Number:
-    """`a // b` of integers. OpenVINO's rounds towards zero."""
-    if not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
-        return a // b
-    return torch.div(a - a % b, b, rounding_mode="trunc")
+    """`a // b` of integers."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return division.floor_divide(a, b)  # type: ignore[no-any-return]
+    return a // b
+
+
+def modulo(a: Number, b: Number) -> Number:
+    """`a % b` of integers."""
+    return a - floor_division(a, b) * b
 
 
 def ceiling_division(a: Number, b: Number) -> Number:
@@ -230,9 +187,9 @@ def ceiling_division(a: Number, b: Number) -> Number:
 
 def truncated_division(a: Number, b: Number) -> Number:
     """`int(a / b)` of integers."""
-    if not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)):
-        return int(a / b)
-    return torch.div(a, b, rounding_mode="trunc")
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return division.truncated_divide(a, b)  # type: ignore[no-any-return]
+    return int(a / b)
 
 
 def rounded_division(a: Number, b: Number) -> Number:
@@ -243,15 +200,8 @@ def rounded_division(a: Number, b: Number) -> Number:
     return below + (up.to(torch.int64) if isinstance(up, torch.Tensor) else int(up))
 
 
-_OURS = frozenset({floor_division, ceiling_division, truncated_division, rounded_division})
-
-
-def _always(function: Callable[..., Any]) -> Callable[[Node], Callable[..., Any] | None]:
-    return lambda node: None if node.kwargs else function
-
-
-def _power(node: Node) -> Callable[..., Any] | None:
-    if isinstance(_value(node), torch.SymFloat):
+def _power(node: Node) -> Function | None:
+    if isinstance(value_of(node), torch.SymFloat):
         return power
     if node.args[1] == 2:
         node.args = node.args[:1]
@@ -259,17 +209,17 @@ def _power(node: Node) -> Callable[..., Any] | None:
     return None
 
 
-def _product(node: Node) -> Callable[..., Any] | None:
+def _product(node: Node) -> Function | None:
     """OpenVINO computes in int32: a size times a large number is not carried through."""
     large = any(isinstance(x, int) and abs(x) >= 2**16 for x in node.args)
     return None if large else operator.mul
 
 
-def _division(function: Callable[..., Any]) -> Callable[[Node], Callable[..., Any] | None]:
+def _division(function: Callable[..., Any]) -> Callable[[Node], Function | None]:
     """Round a quotient in integers: in float32 it would be wrong from 2**24 up, and in bfloat16
     from 257 up."""
 
-    def divided(node: Node) -> Callable[..., Any] | None:
+    def divided(node: Node) -> Function | None:
         parts = _quotient(node.args[0]) if len(node.args) == 1 and not node.kwargs else None
         if parts is None:
             return None
@@ -289,7 +239,7 @@ def _quotient(node: Any) -> tuple[Any, int] | None:
         size, number = number, size
         if node.target is operator.truediv:
             return None
-    if not isinstance(_value(size), torch.SymInt) or not isinstance(number, (int, float)):
+    if not isinstance(value_of(size), torch.SymInt) or not isinstance(number, (int, float)):
         return None
     if not (number > 0 and math.isfinite(number)):
         return None
@@ -301,28 +251,27 @@ def _quotient(node: Any) -> tuple[Any, int] | None:
     if over != 1:
         with node.graph.inserting_before(node):
             product = node.graph.call_function(operator.mul, (size, over))
-        product.meta["example_value"] = _value(size) * over
+        product.meta["example_value"] = value_of(size) * over
         size = product
     return size, under
 
 
-SIZES = (
-    Rewrite((torch.ops.aten.sym_size.int,), _always(torch.Tensor.size), "is a number in a trace"),
-    Rewrite((torch.sym_min,), _always(smaller), "asserts that it is not given a tensor"),
-    Rewrite((torch.sym_max,), _always(larger), "asserts that it is not given a tensor"),
-    Rewrite((torch.sym_sum,), _always(total), "is not defined for tensors"),
-    Rewrite((torch.sym_float,), _always(as_float), "bakes the example's size in"),
+TABLE = (
+    Rewrite((torch.ops.aten.sym_size.int,), always(torch.Tensor.size), "is a number in a trace"),
+    Rewrite((torch.sym_min,), always(smaller), "asserts that it is not given a tensor"),
+    Rewrite((torch.sym_max,), always(larger), "asserts that it is not given a tensor"),
+    Rewrite((torch.sym_sum,), always(total), "is not defined for tensors"),
+    Rewrite((torch.sym_float,), always(as_float), "bakes the example's size in"),
     *(
-        Rewrite((getattr(torch, f"_sym_{name}"),), _always(_function(name)), "bakes the size in")
+        Rewrite((getattr(torch, f"_sym_{name}"),), always(_function(name)), "bakes the size in")
         for name in sorted(_names("sqrt log2 sin cos tan asin acos atan sinh cosh tanh"))
     ),
     Rewrite((operator.pow,), _power, "OpenVINO computes powers of integers in float32"),
     Rewrite((operator.mul,), _product, "OpenVINO computes in int32"),
-    Rewrite((operator.floordiv,), _always(floor_division), "OpenVINO rounds towards zero"),
+    Rewrite((operator.floordiv,), always(floor_division), "OpenVINO rounds towards zero"),
+    Rewrite((operator.mod,), always(modulo), "OpenVINO computes it in float32"),
     Rewrite((math.floor,), _division(floor_division), "bakes the example's size in"),
     Rewrite((math.ceil,), _division(ceiling_division), "bakes the example's size in"),
     Rewrite((math.trunc, torch.sym_int), _division(truncated_division), "bakes the size in"),
     Rewrite(("__round__",), _division(rounded_division), "bakes the example's size in"),
 )
-
-TABLE: tuple[Rewrite, ...] = ()
