@@ -715,7 +715,7 @@ def test_strange_strides_of_inputs() -> None:
         torch.randn(33)[1:].view(4, 8),
         torch.zeros(()).expand(4, 8),
     ):
-        check(fast, module, x)
+        settle(fast, module, x)  # what is not contiguous is another kind of call
 
 
 def test_inputs_that_numpy_owns_and_may_not_be_written() -> None:
