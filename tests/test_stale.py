@@ -643,7 +643,7 @@ def test_a_function_of_torch_patched(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             check(fast, module, torch.randn(3, 8), path=None)
     monkeypatch.undo()
-    moved(fast, module)
+    check(fast, module, torch.randn(3, 8), path=None)
 
 
 def test_the_instance_made_another_class() -> None:
