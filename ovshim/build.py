@@ -241,6 +241,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         served = _served(job, engine, record, seen)
         with job.stage("proof"):
             found = _proved(job, served, record)
+        if job.weights_moved():
+            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except BuildStopped:
         if entry is not None:
             job.store.discard(entry)

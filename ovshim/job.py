@@ -61,6 +61,18 @@ class Job:
     def tensors(self) -> list[torch.Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
 
+    def __post_init__(self) -> None:
+        self._weights = self._versions()
+
+    def weights_moved(self) -> bool:
+        """Whether a weight or a buffer was written to or replaced since the job was made: what was
+        captured is then neither of what the fingerprint says nor of what stands now."""
+        return self._versions() != self._weights
+
+    def _versions(self) -> list[tuple[int, int]]:
+        held = [*self.module.parameters(), *self.module.buffers()]
+        return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+
     @property
     def precision(self) -> str:
         if self.options.precision is not None:

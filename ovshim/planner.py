@@ -51,9 +51,13 @@ class Family:
         self.plans = [p for p in self.plans if p not in gone]
         served = sum(p.calls.value for p in gone)
         if gone:
-            self.stale = 0 if served >= _WORTH_BUILDING else self.stale + 1
-            self.wait = 2**self.stale - 1 if self.stale > 1 else 0
+            self.put_off(served)
         return gone
+
+    def put_off(self, served: int = 0) -> None:
+        """Let some calls pass before the next build, if the last was not worth it."""
+        self.stale = 0 if served >= _WORTH_BUILDING else self.stale + 1
+        self.wait = 2**self.stale - 1 if self.stale > 1 else 0
 
 
 class Planner:
@@ -196,6 +200,9 @@ class Planner:
         from ovshim.build import build  # with it come OpenVINO and the cache of its plugins
 
         plan = build(job)
+        if plan.reason is not None and plan.reason.code == "stale":
+            family.put_off()  # it changed under the build: there is nothing to keep
+            return plan
         self._on_gone(family.add(plan))
         self._publish()
         return plan

@@ -147,18 +147,18 @@ def test_threads_while_weights_change() -> None:
                     wrong.append(y)
 
     callers = [threading.Thread(target=call) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    with quietly():
+    with quietly():  # a build that meets a change says so
+        for caller in callers:
+            caller.start()
         for value in values:
             with torch.no_grad():
                 module.last.bias.fill_(value)
             time.sleep(0.2)
         stop.set()
-    for caller in callers:
-        caller.join(30)
-    assert not wrong
-    settle(fast, module, x)
+        for caller in callers:
+            caller.join(30)
+        assert not wrong
+        settle(fast, module, x, within=200)  # each change in vain doubles the wait for the next
 
 
 def test_a_fallback_of_many_threads_warns_once() -> None:
