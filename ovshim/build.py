@@ -62,15 +62,21 @@ def build(job: Job) -> Plan:
         try:
             plan = _build(job)
         except BuildStopped as stopped:
-            plan = _eager_plan(job, stopped.reason)
+            why = stopped.reason
+            if why.code in ("nondeterministic", "proof-failed") and job.weights_moved():
+                # Two answers were of two modules: it says nothing of either.
+                why = reason("stale", "weights changed while the plan was made")
+            plan = _eager_plan(job, why)
             plan.trouble = stopped.__cause__
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
             plan = _eager_plan(job, reason("build-failed", f"{type(error).__name__}: {error}"))
     name = type(job.module).__qualname__
     spent = time.perf_counter() - job.started
-    why = f" ({plan.reason.code})" if plan.reason else ""
-    log.info("%s.%s: %s%s in %.2f s, cache %s", name, job.method, plan.path, why, spent, plan.cache)
+    code = f" ({plan.reason.code})" if plan.reason else ""
+    log.info(
+        "%s.%s: %s%s in %.2f s, cache %s", name, job.method, plan.path, code, spent, plan.cache
+    )
     return plan
 
 
@@ -216,7 +222,7 @@ def _from_capture(job: Job, family: str | None) -> Plan:
             # The reason to show is what the usual way met; retries add nothing to it.
             first = first or stopped
     assert first is not None
-    return _eager_plan(job, first.reason)
+    raise first
 
 
 def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:

@@ -22,8 +22,8 @@ from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
 __all__ = ["Look", "look"]
 
-# Buffers, and parameters, are copied before a trial call, so that they can be put back. Beyond this
-# many bytes of either they are not: a second copy of a large model is not ours to take.
+# Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
+# module met so far) they are not: a second copy of a model's size is not ours to take.
 _RESTORABLE_BYTES = 64 << 20
 # Outputs that share a storage of more elements than this are taken to overlap.
 _LARGEST_MAP = 1 << 26
@@ -93,11 +93,10 @@ class _World:
         ]
         self.attributes = [(name, m, _snapshot(m)) for name, m in module.named_modules()]
         self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for held in (list(module.buffers()), list(module.parameters())) if copies else ():
-            size = sum(t.numel() * t.element_size() for t in held)
-            if size <= _RESTORABLE_BYTES:
-                self.copies += [(t, t.detach().clone()) for t in held]
+        # Not parameters: another thread may be at them, and its update must not be undone.
+        buffers = list(module.buffers()) if copies else []
+        size = sum(b.numel() * b.element_size() for b in buffers)
+        self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
 
     def difference(self) -> Reason | None:
         for i, (tensor, version) in enumerate(self.inputs):

@@ -21,7 +21,14 @@ def seen_twice(job: Job) -> Look:
         first = job.look or trial(job)
         if first.reason is not None and first.reason.code == "mutates-attribute":
             first = settled(job) or first
+        elif first.reason is not None and first.reason.code == "mutates-buffer":
+            # By the module, at every call? Or by another thread, during this one?
+            again = trial(job)
+            if again.reason is None:
+                raise BuildStopped(reason("stale", "weights changed while the module ran"))
         second = first if first.reason is not None else trial(job)
+    except BuildStopped:
+        raise
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if second.reason is not None:

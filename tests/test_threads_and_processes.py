@@ -158,7 +158,8 @@ def test_threads_while_weights_change() -> None:
         for caller in callers:
             caller.join(30)
         assert not wrong
-        settle(fast, module, x, within=200)  # each change in vain doubles the wait for the next
+        fast.ovshim.refresh()  # a verdict met while another thread was writing says nothing now
+        settle(fast, module, x)
 
 
 def test_a_fallback_of_many_threads_warns_once() -> None:
