@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -56,10 +57,12 @@ def _attention(node: Node) -> Function | None:
 
 
 def _once(function: Function, mask: Node, *others: Node) -> Node:
-    """One node for all layers that share a mask."""
-    for user in mask.users:
-        if user.target is function:
-            return user
+    """One node for all layers that share a mask, unless somebody writes to it in between."""
+    users = list(mask.users)
+    if not any(str(user.target).endswith("_") or user.target is operator.setitem for user in users):
+        for user in users:
+            if user.target is function:
+                return user
     made = mask.graph.call_function(function, (mask, *others))
     made.meta = dict(mask.meta)
     return made

@@ -226,7 +226,7 @@ _LOGICAL = ("greater_equal", "not_equal", "logical_and", "logical_or", "logical_
 
 TABLE = (
     Rewrite((F.softplus,), _softplus, "ignores beta and threshold"),
-    Rewrite((torch.round, "round"), _round, "ignores decimals"),
+    Rewrite((torch.round, "round"), _round, "ignores the number of decimals"),
     Rewrite((F.logsigmoid,), always(log_sigmoid), "is -inf from -88 down"),
     Rewrite((torch.mean, "mean"), _mean, "of nothing is 0, eager's NaN"),
     *(

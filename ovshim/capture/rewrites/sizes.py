@@ -57,7 +57,7 @@ _TAKE_INTEGERS = _TAKE_FLOATS | _names(
     "getitem setitem zeros ones empty eye new_zeros new_ones new_empty view reshape expand repeat"
     " repeat_interleave narrow unflatten unfold as_strided chunk topk pad interpolate broadcast_to"
     " tile tril triu diagonal tril_indices triu_indices one_hot bincount isin select layer_norm"
-    " rms_norm"
+    " rms_norm Size"
 )
 
 
@@ -147,15 +147,19 @@ def as_float(size: Number) -> Number:
     return size.to(torch.get_default_dtype()) if isinstance(size, torch.Tensor) else float(size)
 
 
-def _function(name: str) -> Callable[[Number], Number]:
+def _of_sizes(name: str) -> Callable[[Number], Number]:
     """A function of `math`'s for sizes."""
     of_numbers, of_tensors = getattr(math, name), getattr(torch, name)
 
-    def of_sizes(size: Number) -> Number:
+    def function(size: Number) -> Number:
         is_tensor = isinstance(size, torch.Tensor)
         return of_tensors(as_float(size)) if is_tensor else of_numbers(size)  # type: ignore[no-any-return]
 
-    return of_sizes
+    return function
+
+
+_NAMES = ("sqrt", "log2", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+_FUNCTIONS = {getattr(torch, f"_sym_{name}"): _of_sizes(name) for name in _NAMES}
 
 
 def power(base: Number, exponent: Number) -> Number:
@@ -262,10 +266,7 @@ TABLE = (
     Rewrite((torch.sym_max,), always(larger), "asserts that it is not given a tensor"),
     Rewrite((torch.sym_sum,), always(total), "is not defined for tensors"),
     Rewrite((torch.sym_float,), always(as_float), "bakes the example's size in"),
-    *(
-        Rewrite((getattr(torch, f"_sym_{name}"),), always(_function(name)), "bakes the size in")
-        for name in sorted(_names("sqrt log2 sin cos tan asin acos atan sinh cosh tanh"))
-    ),
+    Rewrite(tuple(_FUNCTIONS), lambda node: _FUNCTIONS[node.target], "bakes the size in"),
     Rewrite((operator.pow,), _power, "OpenVINO computes powers of integers in float32"),
     Rewrite((operator.mul,), _product, "OpenVINO computes in int32"),
     Rewrite((operator.floordiv,), always(floor_division), "OpenVINO rounds towards zero"),
