@@ -184,7 +184,6 @@ def test_bert_called_in_other_ways(bert: tuple[nn.Module, nn.Module]) -> None:
     for arguments in (
         {"return_dict": False},
         {"token_type_ids": torch.randint(0, 2, (2, 9))},
-        {"output_attentions": False},
     ):
         settle(fast, module, **batch, **arguments)
     settle(fast, module, batch["input_ids"], batch["attention_mask"])  # positional

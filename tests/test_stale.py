@@ -308,6 +308,21 @@ def test_an_edit_in_every_step_is_right_in_every_step() -> None:
             check(fast, module, torch.randn(3, 8), path=None)
 
 
+def test_edits_far_apart_do_not_back_off() -> None:
+    """Weights that are loaded anew now and then: each time as quickly as the first."""
+    fast, module = pair()
+    x = torch.randn(3, 8)
+    waited = []
+    for _ in range(5):
+        with torch.inference_mode():
+            for _ in range(500):
+                fast(x)
+        with torch.no_grad():
+            module.last.bias.add_(1)
+        waited.append(settle(fast, module, x))
+    assert max(waited) <= 2
+
+
 def test_requires_grad_switched() -> None:
     fast, module = pair()
     module.requires_grad_(False)

@@ -112,11 +112,29 @@ def test_threads_that_accelerate_the_same_module() -> None:
 
 def test_threads_that_accelerate_different_modules() -> None:
     modules = [make(Mlp, outputs=3 + number) for number in range(4)]
-    twins = in_threads(
-        lambda number: ovshim.accelerate(modules[number], torch.randn(3, 8), prefer="openvino"), 4
-    )
+    x = torch.randn(3, 8)
+    twins = in_threads(lambda number: ovshim.accelerate(modules[number], x, prefer="openvino"), 4)
     for fast, module in zip(twins, modules, strict=True):
         check(fast, module, torch.randn(3, 8))
+
+
+def test_a_thread_that_draws_random_numbers_meanwhile() -> None:
+    """The random state of the process moves, and it is not the module that moves it."""
+    module = make(Mlp)
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            torch.rand(16)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    try:
+        fast = ovshim.accelerate(module, torch.ones(3, 8), prefer="openvino")
+    finally:
+        stop.set()
+        drawing.join(30)
+    check(fast, module, torch.ones(3, 8))
 
 
 def test_threads_while_weights_change() -> None:
