@@ -16,6 +16,8 @@ import ctypes
 import logging
 import os
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +30,7 @@ _log = logging.getLogger("ovshim")
 _COPY_INPUT_BYTES = 64 * 1024
 _BIND_OUTPUT_BYTES = 256 * 1024
 _BUFFERS_PER_INPUT = 16
+_GATHERING_SECONDS = 20e-6
 
 _Array = np.ndarray[Any, Any]
 _Copy = Callable[[torch.Tensor], torch.Tensor]
@@ -102,10 +105,14 @@ def _conversion(
 class _Slot:
     """One infer request and what is bound to it; used by one thread at a time."""
 
-    __slots__ = ("capacity", "copies", "held", "large", "ready", "request", "shapes")
+    __slots__ = ("__weakref__", "capacity", "copies", "held", "large", "ready", "request", "shapes")
 
     def __init__(self, request: Any, inputs: int) -> None:
         self.request = request
+        self.forget(inputs)
+
+    def forget(self, inputs: int) -> None:
+        """Take nothing for bound."""
         # Per input: the shape of the bound buffer (None: bound where it lay, or nothing is), what
         # copies into it, and the buffers of other shapes, the last used at the end.
         self.shapes: list[torch.Size | None] = [None] * inputs
@@ -126,7 +133,7 @@ def _leak_after_fork() -> None:
     for engine in list(_engines):
         for inherited in (engine, engine._compiled, engine._pool, *engine._pool):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
-        engine._pool = []  # its requests may have been running in a thread that is not here
+        engine._forget_slots()  # its requests may have been running in a thread that is not here
 
 
 if hasattr(os, "register_at_fork"):
@@ -180,7 +187,7 @@ class Engine:
             for port in compiled.outputs
         ]
         self._bindable = self._own_outputs()
-        self._pool: list[_Slot] = []
+        self._forget_slots()
         _engines.add(self)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -200,6 +207,21 @@ class Engine:
             slot = self._pool.pop()
         except IndexError:
             slot = self._new_slot()
+        try:
+            outputs = self._run(slot, tensors)
+        except BaseException:
+            slot.forget(len(self._types))  # what it is bound to is not known any more
+            self._back.append(slot)
+            raise
+        self._back.append(slot)
+        if self._conversions is not None:
+            return [
+                tensor if convert is None else convert(tensor)
+                for tensor, convert in zip(outputs, self._conversions, strict=True)
+            ]
+        return outputs
+
+    def _run(self, slot: _Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if len(tensors) != len(slot.shapes):
             raise ValueError(f"{len(tensors)} tensors for {len(slot.shapes)} inputs.")
         # OpenVINO keeps nothing alive: what is bound in place must last until `infer` has returned.
@@ -228,12 +250,6 @@ class Engine:
         if in_place and not large:
             # Sizes that are new to the slot, or large: outputs may have become large as well.
             self._choose_large(slot, results)
-        self._pool.append(slot)
-        if self._conversions is not None:
-            return [
-                tensor if convert is None else convert(tensor)
-                for tensor, convert in zip(outputs, self._conversions, strict=True)
-            ]
         return outputs
 
     def close(self, why: str = "The engine was closed.") -> None:
@@ -241,13 +257,40 @@ class Engine:
         if self.dead is None:
             self.dead = why
         self._compiled = None
-        self._pool = []
+        self._pool.clear()
+
+    def _forget_slots(self) -> None:
+        # Slots that wait, the list that those which have run go back to (the same one), and all
+        # that there are: weakly, so that one is never waited for that an interrupt has cost.
+        self._pool: list[_Slot] = []
+        self._back = self._pool
+        self._slots: weakref.WeakSet[_Slot] = weakref.WeakSet()
+        self._making = threading.Lock()
 
     def _new_slot(self) -> _Slot:
-        compiled = self._compiled
-        if compiled is None:
-            raise EngineDead(self.dead)
-        return _Slot(compiled.create_infer_request(), len(self._types))
+        """A slot where none waits. OpenVINO 2026.4 ends the process (a pure virtual call) when a
+        request is made while another of the same dynamic model runs: so none may run."""
+        with self._making:
+            gathered: list[_Slot] = []
+            self._back = gathered
+            try:
+                while len(gathered) < len(self._slots) and self.dead is None:
+                    try:
+                        return self._pool.pop()  # one has come back, or was made meanwhile
+                    except IndexError:
+                        time.sleep(_GATHERING_SECONDS)
+                compiled = self._compiled
+                if compiled is None:
+                    raise EngineDead(self.dead)
+                # As many again: the next threads need not wait for all the others.
+                for _ in range(max(1, len(gathered))):
+                    slot = _Slot(compiled.create_infer_request(), len(self._types))
+                    self._slots.add(slot)
+                    gathered.append(slot)
+                return gathered.pop()
+            finally:
+                self._back = self._pool
+                self._pool.extend(gathered)
 
     def _bind_input(self, slot: _Slot, index: int, x: torch.Tensor) -> _Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
@@ -71,7 +72,7 @@ def look(
         output = call()
     finally:
         found.seconds = time.perf_counter() - started
-        found.reason = world.difference()
+        found.reason = world.difference(call if restore else None)
         if restore:
             world.put_back()
     found.leaves, found.structure = flatten(output)
@@ -97,27 +98,29 @@ class _World:
         buffers = list(module.buffers()) if copies else []
         size = sum(b.numel() * b.element_size() for b in buffers)
         self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
+        self.drew = False
 
-    def difference(self) -> Reason | None:
+    def difference(self, call: Callable[[], Any] | None) -> Reason | None:
+        """What the call has changed. `call` may be called again to find out."""
         for i, (tensor, version) in enumerate(self.inputs):
             if _version(tensor) != version:
                 return reason("mutates-input", f"input tensor {i}")
         for name, tensor, version in self.tensors:
             if _version(tensor) != version:
                 return reason("mutates-buffer", name)
-        if not self._generators_untouched():
-            return reason("random")
         for name, module, before in self.attributes:
             changed = _changed(before, _snapshot(module))
             if changed:
                 where = f"{name}.{changed}" if name else changed
                 return reason("mutates-attribute", where)
-        return None
+        self.drew = self._drawn(call)
+        return reason("random") if self.drew else None
 
     def put_back(self) -> None:
-        torch.set_rng_state(self.generators[0])
-        random.setstate(self.generators[1])
-        np.random.set_state(self.generators[2])
+        if self.drew:
+            torch.set_rng_state(self.generators[0])
+            random.setstate(self.generators[1])
+            np.random.set_state(self.generators[2])
         with torch.no_grad():
             for buffer, copy in self.copies:
                 if not torch.equal(buffer, copy):
@@ -128,14 +131,33 @@ class _World:
             if _changed(before, _snapshot(module)):
                 _put_back_attributes(module, before)
 
-    def _generators_untouched(self) -> bool:
+    def _drawn(self, call: Callable[[], Any] | None) -> bool:
         torch_state, python_state, numpy_state = self.generators
-        now = np.random.get_state()
-        return (
-            torch.equal(torch.get_rng_state(), torch_state)
-            and random.getstate() == python_state
-            and all(np.array_equal(a, b) for a, b in zip(now, numpy_state, strict=True))
+        # All threads share torch's generator: who moved it is seen in a call of its own.
+        if not torch.equal(torch.get_rng_state(), torch_state) and (call is None or _draws(call)):
+            return True
+        numpy_now = np.random.get_state()
+        return random.getstate() != python_state or not all(
+            np.array_equal(a, b) for a, b in zip(numpy_now, numpy_state, strict=True)
         )
+
+
+class _Draws(TorchDispatchMode):
+    """Notices random numbers drawn by this thread."""
+
+    seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _draws(call: Callable[[], Any]) -> bool:
+    with _Draws() as mode:
+        call()
+    return mode.seen
 
 
 def _version(tensor: torch.Tensor) -> int | None:
