@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -17,6 +17,10 @@ from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, unflatten_call
+
+if TYPE_CHECKING:
+    from ovshim.errors import PrecisionWarning
+    from ovshim.lowering import Lowering
 
 __all__ = ["BuildStopped", "Job", "own_dtype"]
 
@@ -31,6 +35,15 @@ class BuildStopped(Exception):
         self.reason = why
 
 
+class Placement(TypedDict):
+    """Where and how OpenVINO computes; streams: None leaves them to OpenVINO."""
+
+    device: str
+    hint: str
+    streams: int | None
+    threads: int
+
+
 @dataclasses.dataclass
 class Job:
     """What is to be built.
@@ -41,6 +54,10 @@ class Job:
         dynamic: the dimensions of each tensor that should be able to change.
         grad: whether grad mode is on in the calls that the plan is for.
         look: what was seen of a call of the user's own, where there was one.
+        lenient: whether a call of the user's began it, who then gets eager and not an error.
+        lowering: what is to be made of the graph, beyond a hint to OpenVINO.
+        precision_run, modules_run: what the compiled graph runs in, most of it and by module.
+        warnings: where that is not what was asked for.
     """
 
     module: nn.Module
@@ -53,7 +70,11 @@ class Job:
     dynamic: Dims
     grad: bool
     look: Look | None = None
+    lenient: bool = False
+    lowering: Lowering | None = None
     precision_run: str | None = None
+    modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    warnings: Sequence[PrecisionWarning] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -75,9 +96,25 @@ class Job:
 
     @property
     def precision(self) -> str:
-        if self.options.precision is not None:
-            return self.options.precision
+        """What was asked for, "rules" for rules; where nothing was, the module's own."""
+        asked = self.options.precision
+        if asked is None:
+            return self.own_precision
+        return asked if isinstance(asked, str) else "rules"
+
+    @property
+    def own_precision(self) -> str:
         return _OWN_PRECISION.get(own_dtype(self.module), "fp32")
+
+    @property
+    def placement(self) -> Placement:
+        options = self.options
+        return {
+            "device": options.device,
+            "hint": options.hint,
+            "streams": options.streams,
+            "threads": options.threads or torch.get_num_threads(),
+        }
 
     @property
     def tolerance(self) -> float | None:
@@ -85,6 +122,10 @@ class Job:
         own = _OWN_PRECISION.get(own_dtype(self.module))
         if self.options.tolerance is None and own == self.precision and own != "fp32":
             return None
+        asked = self.options.precision
+        if isinstance(asked, Mapping):
+            used = {asked.get("default", self.own_precision), *asked.values()}
+            return max(self.options.tolerance_for(precision) for precision in used)
         return self.options.tolerance_for(self.precision)
 
     @contextlib.contextmanager
@@ -116,6 +157,11 @@ class Job:
         """Eager's answer to these leaves."""
         args, kwargs = self.arguments(leaves)
         return self.call(*args, **kwargs)
+
+    def leaves_with(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """The example's leaves with other tensors in the place of its own."""
+        given = iter(tensors)
+        return [next(given) if isinstance(x, torch.Tensor) else x for x in self.leaves]
 
     def copies(self) -> list[Any]:
         """The example's leaves with copies of their tensors; what is one object stays one."""

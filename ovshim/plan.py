@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.matcher import Builder, Matcher
 from ovshim.reasons import Reason
@@ -83,6 +84,9 @@ class Plan:
         generation: the state of the module that the plan was made for.
         example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
+        lowered, modules: how the graph was lowered, and what each module of it runs in, by path,
+            where precision was asked for by rules.
+        warnings: where that is not what was asked for.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
         trouble: the exception behind the reason, where there was one.
@@ -106,6 +110,9 @@ class Plan:
     cache_path: str | None = None
     route: str | None = None
     rung: str | None = None
+    lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    warnings: Sequence[PrecisionWarning] = ()
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -134,6 +141,8 @@ class Plan:
             "path": self.path,
             "reason": self.reason.to_dict() if self.reason else None,
             "precision_run": self.precision_run,
+            "preset": self.lowered.get("preset"),
+            "modules": dict(self.modules),
             "error": self.error,
             "speedup": self.speedup,
             "cache": self.cache,

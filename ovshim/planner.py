@@ -191,6 +191,7 @@ class Planner:
             leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
             dynamic=dims,
             grad=torch.is_grad_enabled(),
+            lenient=lenient,
         )
         for plan in family.plans:
             job.open_sizes(plan.pattern, plan.pinned)

@@ -50,6 +50,8 @@ class Record:
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         verdict: why eager serves in its place, where that was found for good.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
+        lowered: what became of the captured graph by `lowering`, as reports show it.
+        rest: for int8, the precision that the rest is fastest in, by processor and threads.
     """
 
     pattern: Pattern
@@ -67,6 +69,8 @@ class Record:
     sizes: tuple[tuple[int, ...], ...] = ()
     verdict: Reason | None = None
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung, asked: Dims) -> Record:
@@ -140,6 +144,7 @@ class Record:
             "checked": self.checked,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
+            "lowered": dict(self.lowered),
         }
 
     def variant(self, kind: Kind) -> str:
@@ -190,6 +195,8 @@ class Record:
             sizes=tuple(tuple(map(int, dims)) for dims in proof.get("sizes", ())),
             verdict=None if verdict is None else _reason(verdict),
             race=dict(entry.manifest.get("race") or {}),
+            lowered=dict(graph["lowered"]),
+            rest=dict(entry.manifest.get("rest") or {}),
         )
 
 

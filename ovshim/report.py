@@ -70,7 +70,9 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     else:
         error = "" if plan["error"] is None else f", error {plan['error']:.1e}"
         route = f", captured by {plan['route']}" if plan["route"] else ""
-        lines.append(f"    OpenVINO in {plan['precision_run']}{error}{route}")
+        preset = f" ({plan['preset']})" if plan["preset"] else ""
+        lines.append(f"    OpenVINO in {plan['precision_run']}{preset}{error}{route}")
+        lines += [f"      {path or '(root)'}: {ran}" for path, ran in plan["modules"].items()]
     if plan["speedup"] is not None:
         lines.append(f"    {plan['speedup']:.2f}x eager's speed")
     seconds = ", ".join(f"{stage} {spent:.2f}" for stage, spent in plan["seconds"].items())

@@ -56,6 +56,8 @@ class Request:
         dynamic: for each tensor, the dimensions that should be able to change.
         outputs: which leaves of the output the graph should compute, in order: the tensors, and the
             numbers, which it computes where they depend on sizes.
+        marked: whether the graph's operations are to say which module they come from
+            (`precision.names`).
     """
 
     module: nn.Module
@@ -64,6 +66,7 @@ class Request:
     leaves: Sequence[Any]
     dynamic: tuple[frozenset[int], ...]
     outputs: tuple[int, ...]
+    marked: bool = False
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -1,0 +1,9 @@
+"""Lower precision than a module's own, beyond what a hint to OpenVINO does.
+
+rules         which module gets which precision
+calibration   example inputs out of whatever the user has
+names         which module each operation of a graph comes from
+islands       parts of a graph in bf16 or fp16
+quantize      int8 by NNCF: all of it, or the weights alone
+overflow      where values leave float16's range
+"""
