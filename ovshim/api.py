@@ -176,6 +176,10 @@ class Maker:
         self.method = method
         self.options = options
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Loaders with workers and functions defined on the spot do not pickle; their items do.
+        return {"method": self.method, "options": self.options.portable()}
+
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
         return Dispatcher(module, self.method, original, self.options)
 

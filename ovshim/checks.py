@@ -34,8 +34,8 @@ TOLERANCES: Mapping[str, float] = MappingProxyType(
 )
 _NAMED_TOLERANCES: Mapping[str, float] = MappingProxyType({"strict": 0.002, "loose": 0.05})
 
-MOST_SAMPLES = 300
-"""So many items of calibration data are used at most: ten do nearly as well."""
+# So many items of calibration data are used at most: ten do nearly as well.
+_MOST_SAMPLES = 300
 
 _DEVICE = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 # In a list a device may be left out with a minus and may carry its number of requests.
@@ -174,12 +174,22 @@ def _calibration(name: str, value: object) -> object:
             "Put the examples into a list, each a tensor, a tuple or a mapping.",
         )
     if isinstance(value, Iterator):
-        value = tuple(itertools.islice(value, MOST_SAMPLES))
+        value = tuple(itertools.islice(value, _MOST_SAMPLES))
     if isinstance(value, Sequence) and not value:
         raise CalibrationError(
             name, value, "one example input or more", "Give some ten inputs of the usual kind."
         )
     return value
+
+
+def first_items(source: Any, transform: Callable[[Any], Any] | None) -> Iterator[Any]:
+    """The items of calibration data, as far as they are used, or what `transform` takes out of
+    them."""
+    # A dataset that is only indexed: its length ends it, for some never raise IndexError.
+    indexed = not hasattr(source, "__iter__")
+    items = (source[i] for i in range(len(source))) if indexed else iter(source)
+    items = itertools.islice(items, _MOST_SAMPLES)
+    return items if transform is None else map(transform, items)
 
 
 def _transform(name: str, value: object) -> object:

@@ -16,11 +16,11 @@ import torch
 
 from ovshim import runtime
 from ovshim.cache import Entry
-from ovshim.capture import Captured, distinct_tensors
+from ovshim.capture import Captured, distinct_tensors, names
 from ovshim.errors import PrecisionWarning
 from ovshim.infer import Engine
 from ovshim.job import BuildStopped, Job
-from ovshim.precision import calibration, islands, names, quantize, rules
+from ovshim.precision import calibration, islands, quantize, rules
 from ovshim.precision.calibration import Misfit, Samples
 from ovshim.precision.overflow import overflow
 from ovshim.progress import bar

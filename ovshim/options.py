@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from .checks import CHECKS, TOLERANCES, FrozenDict, Scalar, check_together
+from .checks import CHECKS, TOLERANCES, FrozenDict, Scalar, check_together, first_items
 from .errors import OptionError
 
 Prefer = Literal["faster", "openvino", "eager"]
@@ -104,6 +104,13 @@ class Options:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         check_together(self.precision, self.tolerance, self.calibration)
+
+    def portable(self) -> "Options":
+        """The same with the items of calibration data in the place of what gives them."""
+        if self.calibration is None or (type(self.calibration) is tuple and not self.transform):
+            return self
+        items = first_items(self.calibration, self.transform)
+        return dataclasses.replace(self, calibration=tuple(items), transform=None)
 
     def tolerance_for(self, precision: str) -> float:
         """Largest relative L2 error accepted of that precision (``fp32``, ``bf16``, ...).

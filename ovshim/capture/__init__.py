@@ -3,7 +3,8 @@
     dynamo     torch's own full-graph capture, with its guards: right, or it refuses
     traced     `torch.jit.trace` of the module itself, where Dynamo refuses for a harmless reason
 
-`frontend` turns what either of them traced into an `ov.Model`.
+`frontend` turns what either of them traced into an `ov.Model`, whose operations `names` knows by
+their modules.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Request:
         outputs: which leaves of the output the graph should compute, in order: the tensors, and the
             numbers, which it computes where they depend on sizes.
         marked: whether the graph's operations are to say which module they come from
-            (`precision.names`).
+            (`names`).
     """
 
     module: nn.Module

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ovshim import runtime
-from ovshim.capture import CaptureError, FlatModule
-from ovshim.precision import names
+from ovshim.capture import CaptureError, FlatModule, names
 from ovshim.reasons import reason
 
 if TYPE_CHECKING:

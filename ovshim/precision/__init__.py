@@ -2,7 +2,6 @@
 
 rules         which module gets which precision
 calibration   example inputs out of whatever the user has
-names         which module each operation of a graph comes from
 islands       parts of a graph in bf16 or fp16
 quantize      int8 by NNCF: all of it, or the weights alone
 overflow      where values leave float16's range

@@ -7,7 +7,6 @@ it has to become are the leaves of a call of one kind, as the example was.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
-from ovshim.checks import MOST_SAMPLES
+from ovshim.checks import first_items
 from ovshim.errors import CalibrationError
 from ovshim.signature import Kind, TensorLeaf, flatten_call
 
@@ -89,7 +88,7 @@ def collect(
     size = 0
     # A shuffling loader draws random numbers, which would not be drawn without us.
     with torch.random.fork_rng(devices=[]):
-        for item, given in itertools.islice(_items(source, transform), MOST_SAMPLES):
+        for item, given in _items(source, transform):
             filled = _filled(given, names, args, kwargs, transform is not None)
             leaves, structure = flatten_call(*filled)
             if structure != kind.structure:
@@ -116,10 +115,8 @@ def _items(source: Any, transform: Callable[[Any], Any] | None) -> Iterator[tupl
     Raises:
         CalibrationError: the source or the function raises.
     """
-    # A dataset that is only indexed: its length ends it, for some never raise IndexError.
-    indexed = not hasattr(source, "__iter__")
     try:
-        for item in (source[i] for i in range(len(source))) if indexed else source:
+        for item in first_items(source, None):
             yield item, item if transform is None else transform(item)
     except Exception as error:  # whatever the user's code raises
         what = f"{type(error).__name__}: {error}"

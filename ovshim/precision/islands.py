@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ovshim import runtime
-from ovshim.precision.names import same_origin
+from ovshim.capture.names import same_origin
 
 if TYPE_CHECKING:
     import openvino as ov

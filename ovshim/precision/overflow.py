@@ -64,11 +64,11 @@ def overflow(
     return seen.found
 
 
-class _Ranges(TorchDispatchMode):
+class _Ranges(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Looks at the values of every operation, and knows whose module it is."""
 
     def __init__(self, path_of: dict[int, str], in_fp16: Callable[[str], bool]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._path_of = path_of
         self._in_fp16 = in_fp16
         self._thread = threading.get_ident()
