@@ -30,7 +30,7 @@ from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
-from ovshim.lowering import lowering_of, refuse_overflow, rest_of, warnings_of
+from ovshim.lowering import lowered, lowering_of, refuse_overflow, rest_of, warnings_of
 from ovshim.matcher import Output, compile_builder, compile_matcher
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
@@ -231,6 +231,8 @@ def _from_capture(job: Job, family: str | None) -> Plan:
             log.info("%s, %s: %s", type(job.module).__qualname__, rung.name or "as is", stopped)
             # The reason to show is what the usual way met; retries add nothing to it.
             first = first or stopped
+            if job.lowering is not None and job.lowering.samples is not None:
+                break  # it is int8 that is not exact enough, and no other way of building is
     assert first is not None
     raise first
 
@@ -249,7 +251,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         generation = _generation(job, record)
     if job.lowering is not None:
         with job.stage("lower"):
-            captured, told = job.lowering.apply(job, captured)
+            captured, told = lowered(job, captured)
             record = dataclasses.replace(record, lowered=told)
     with job.stage("capture"):
         source, entry, keep = _publish(job, family, captured, record)
@@ -343,7 +345,7 @@ def _compile(job: Job, source: Path, record: Record, entry: Entry | None) -> Eng
     if job.precision == "int8":
         precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
     else:
-        precision = job.precision if job.lowering is None else job.lowering.hint
+        precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
     return _compiled(job, source, record, precision)
 
 

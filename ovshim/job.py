@@ -6,21 +6,19 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from ovshim.cache import Store
+from ovshim.errors import PrecisionWarning
 from ovshim.options import Options
+from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, unflatten_call
-
-if TYPE_CHECKING:
-    from ovshim.errors import PrecisionWarning
-    from ovshim.lowering import Lowering
 
 __all__ = ["BuildStopped", "Job", "own_dtype"]
 

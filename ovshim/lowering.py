@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import torch
 
 from ovshim import runtime
 from ovshim.cache import Entry
@@ -22,14 +20,15 @@ from ovshim.infer import Engine
 from ovshim.job import BuildStopped, Job
 from ovshim.precision import calibration, islands, quantize, rules
 from ovshim.precision.calibration import Misfit, Samples
+from ovshim.precision.lowering import Lowering
 from ovshim.precision.overflow import overflow
 from ovshim.progress import bar
 from ovshim.race import race
 from ovshim.reasons import reason
 from ovshim.record import Record
-from ovshim.signature import Pattern, fits, sizes_of
+from ovshim.signature import sizes_of
 
-__all__ = ["Lowering", "lowering_of", "refuse_overflow", "rest_of", "warnings_of"]
+__all__ = ["lowered", "lowering_of", "refuse_overflow", "rest_of", "warnings_of"]
 
 # How much faster a less exact precision has to be, and what finding out may take, in seconds.
 _MARGIN = 1.1
@@ -55,107 +54,72 @@ _WEIGHTED = frozenset(
 _REDUCING = frozenset({"MVN", "NormalizeL2", "RMSNorm", "Softmax"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Lowering:
-    """What is to be made of a graph.
+def lowered(job: Job, captured: Captured) -> tuple[Captured, dict[str, Any]]:
+    """The graph of a job with a lowering, lowered, and what a report says of it.
 
-    Attributes:
-        precision: int8, int8_weights, int4_weights, or "rules".
-        modules: for rules, the precision of each module by its path.
-        samples: example inputs, where something becomes int8.
-        key: everything that decides the result, besides the graph.
+    Raises:
+        BuildStopped: the graph's operations do not say where they come from, no sample is of
+            its sizes, or an operation does not exist in the precision it is to have.
     """
+    lowering = job.lowering
+    assert lowering is not None
+    model = captured.model
+    _fold(model)
+    told: dict[str, Any] = {}
+    if lowering.marked:
+        _adopt_marks(model)
+        if not any(names.path_of(node) is not None for node in model.get_ops()):
+            raise BuildStopped(reason("no-module-paths", f"captured by {captured.route}"))
+        names.name_by_module(model)
+    if lowering.precision in ("int8_weights", "int4_weights"):
+        model = quantize.compress(model, lowering.precision)
+    elif lowering.samples is not None:
+        model, told = _quantized(job, lowering, captured, model)
+    if lowering.has_islands:
+        try:
+            islands.lower(model, lambda node: _float_of(lowering, node))
+        except RuntimeError as error:
+            detail = str(error).strip().splitlines()[-1][:200]
+            raise BuildStopped(reason("compile-failed", detail)) from error
+    if lowering.marked:
+        names.name_by_module(model)
+    return dataclasses.replace(captured, model=model), told
 
-    precision: str
-    modules: Mapping[str, str]
-    samples: Samples | None
-    key: str
 
-    @property
-    def marked(self) -> bool:
-        """Whether the graph's operations have to say which module they come from."""
-        return bool(self.modules)
+def _quantized(
+    job: Job, lowering: Lowering, captured: Captured, model: Any
+) -> tuple[Any, dict[str, Any]]:
+    assert lowering.samples is not None
+    pattern = captured.pattern
+    tensors = list(job.kind.tensors)
+    inputs = [tensors.index(i) for i in distinct_tensors(job.kind)]
+    learned, judged = (
+        [[sample[t] for t in inputs] for sample in lowering.inputs_that_fit(pattern, which)]
+        for which in (lowering.samples.learned_from, lowering.samples.held_out)
+    )
+    if not learned or not judged:
+        detail = f"none is of the sizes {[list(dims) for dims in pattern]}"
+        raise BuildStopped(reason("calibration-unfit", detail))
+    ignored = [
+        node.get_friendly_name()
+        for node in model.get_ops()
+        if lowering.modules and _of(lowering, node) not in ("int8", None)
+    ]
+    made = quantize.quantize(
+        model, learned, judged, ignored, lambda items, title: bar(items, title, job.options)
+    )
+    return made.model, {"preset": made.preset}
 
-    @property
-    def hint(self) -> str:
-        """The precision to compile with: islands have types of their own."""
-        return "dynamic" if {"bf16", "fp16"} & set(self.modules.values()) else "fp32"
 
-    def to_prove_with(self, pattern: Pattern) -> list[Sequence[torch.Tensor]]:
-        """Inputs on which a graph of these sizes has to be right, in the place of random ones: what
-        was never seen in calibration may well be beyond the range of int8."""
-        return [] if self.samples is None else self.inputs_that_fit(pattern, self.samples.held_out)
+def _of(lowering: Lowering, node: Any) -> str | None:
+    path = names.path_of(node)
+    return None if path is None else lowering.modules.get(path)
 
-    def inputs_that_fit(
-        self, pattern: Pattern, which: Sequence[int]
-    ) -> list[Sequence[torch.Tensor]]:
-        """Those of the samples that a graph of these sizes takes."""
-        tensors = [] if self.samples is None else [self.samples.tensors[i] for i in which]
-        return [
-            sample
-            for sample in tensors
-            if all(fits(mine, dims) for mine, dims in zip(sizes_of(sample), pattern, strict=True))
-        ]
 
-    def apply(self, job: Job, captured: Captured) -> tuple[Captured, dict[str, Any]]:
-        """The graph lowered, and what a report says of it.
-
-        Raises:
-            BuildStopped: the graph's operations do not say where they come from, no sample is of
-                its sizes, or an operation does not exist in the precision it is to have.
-        """
-        model = captured.model
-        _fold(model)
-        told: dict[str, Any] = {}
-        if self.marked:
-            _adopt_marks(model)
-            if not any(names.path_of(node) is not None for node in model.get_ops()):
-                raise BuildStopped(reason("no-module-paths", f"captured by {captured.route}"))
-            names.name_by_module(model)
-        if self.precision in ("int8_weights", "int4_weights"):
-            model = quantize.compress(model, self.precision)
-        elif self.samples is not None:
-            model, told = self._quantized(job, captured, model)
-        if self.hint == "dynamic":
-            try:
-                islands.lower(model, self._float_of)
-            except RuntimeError as error:
-                detail = str(error).strip().splitlines()[-1][:200]
-                raise BuildStopped(reason("compile-failed", detail)) from error
-        if self.marked:
-            names.name_by_module(model)
-        return dataclasses.replace(captured, model=model), told
-
-    def _quantized(self, job: Job, captured: Captured, model: Any) -> tuple[Any, dict[str, Any]]:
-        assert self.samples is not None
-        pattern = captured.pattern
-        tensors = list(job.kind.tensors)
-        inputs = [tensors.index(i) for i in distinct_tensors(job.kind)]
-        learned, judged = (
-            [[sample[t] for t in inputs] for sample in self.inputs_that_fit(pattern, which)]
-            for which in (self.samples.learned_from, self.samples.held_out)
-        )
-        if not learned or not judged:
-            detail = f"none is of the sizes {[list(dims) for dims in pattern]}"
-            raise BuildStopped(reason("calibration-unfit", detail))
-        ignored = [
-            node.get_friendly_name()
-            for node in model.get_ops()
-            if self.modules and self._of(node) not in ("int8", None)
-        ]
-        made = quantize.quantize(
-            model, learned, judged, ignored, lambda items, title: bar(items, title, job.options)
-        )
-        return made.model, {"preset": made.preset}
-
-    def _of(self, node: Any) -> str | None:
-        path = names.path_of(node)
-        return None if path is None else self.modules.get(path)
-
-    def _float_of(self, node: Any) -> str | None:
-        """The floating type of an operation; what is int8 has its rest in fp32."""
-        precision = self._of(node)
-        return "fp32" if precision == "int8" else precision
+def _float_of(lowering: Lowering, node: Any) -> str | None:
+    """The floating type of an operation; what is int8 has its rest in fp32."""
+    precision = _of(lowering, node)
+    return "fp32" if precision == "int8" else precision
 
 
 def lowering_of(job: Job) -> Lowering | None:
@@ -176,11 +140,13 @@ def lowering_of(job: Job) -> Lowering | None:
             modules = {path: floats.get(p, p) for path, p in modules.items()}
     elif job.precision not in ("int8", "int8_weights", "int4_weights"):
         return None
-    key = [quantize.parameters(), sorted(modules.items())]
+    key: list[Any] = [sorted(modules.items())]
     samples = None
     if job.precision == "int8" or "int8" in modules.values():
         samples = _samples(job)
         key.append(samples.digest)
+    if not modules or samples is not None:
+        key.append(quantize.parameters())
     return Lowering(job.precision, modules, samples, repr(key))
 
 
@@ -273,7 +239,7 @@ def refuse_overflow(job: Job) -> None:
             cure = {**wishes, **dict.fromkeys(found.paths, "fp32")}
             by_rules = "" not in found.paths and len(found.paths) <= _LONGEST_CURE
             where += f"; cured by precision={cure}" if by_rules else ""
-            raise BuildStopped(reason("fp16-overflow", where))
+            raise BuildStopped(reason("overflow", where))
 
 
 # --- what ran in the end ----------------------------------------------------------------------

@@ -162,7 +162,7 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Which module each operation comes from is not known, so that rules cannot be applied.",
             "Give one precision for the whole module.",
         ),
-        "fp16-overflow": Sentence(
+        "overflow": Sentence(
             "Values are beyond 65504, the largest that float16 holds.",
             "Give precision='bf16', or keep those modules in fp32 by rules.",
         ),

@@ -1,5 +1,6 @@
 """Lower precision than a module's own, beyond what a hint to OpenVINO does.
 
+lowering      what is to be made of a graph, as data
 rules         which module gets which precision
 calibration   example inputs out of whatever the user has
 islands       parts of a graph in bf16 or fp16
