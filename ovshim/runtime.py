@@ -297,7 +297,18 @@ def executed(compiled: Any) -> Iterator[tuple[str, str, str]]:
         ran = info["runtimePrecision"].astype(str)
         if kind not in _SCAFFOLDING:
             names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else ""
-            yield kind, "i8" if ran == "u8" and kind in _COMPUTE else ran, names
+            yield kind, _computed_in(node, ran) if kind in _COMPUTE else ran, names
+
+
+def _computed_in(node: Any, ran: str) -> str:
+    """What a product runs in. With compressed weights the plugin names the weights' type, also
+    where they are multiplied as floats."""
+    if ran not in ("i8", "u8", "i4", "u4"):
+        return ran
+    source = node.input(0).get_source_output()
+    types = source.get_node().get_rt_info()["outputPrecisions"].astype(str).split(",")
+    given = types[source.get_index()] if len(types) > source.get_index() else types[0]
+    return given if given in ("f32", "bf16", "f16") else "i8"
 
 
 def computes(kind: str) -> bool:
