@@ -109,7 +109,7 @@ def _converted(source: Any, of: Any, node: Any, made: dict[tuple[str, int, str],
         if before.get_type_name() == "Constant":
             # Folded here: a weight in its own type takes half the room in the file. What float16
             # cannot hold (the minimum in a mask) is cut, as OpenVINO does under a hint.
-            values = before.get_data()
+            values = before.get_data(dtype=np.float32)
             if of == runtime.openvino().Type.f16:
                 values = np.clip(values, *_FLOAT16)
             new = ops.constant(values, dtype=of)
