@@ -250,7 +250,9 @@ def warnings_of(job: Job, compiled: Any) -> tuple[dict[str, str], list[Precision
     because it is not what was asked for."""
     lowering, wishes = job.lowering, job.options.precision
     if lowering is None or not isinstance(wishes, Mapping):
-        return {}, _of_hint(job)
+        # A hint is about products; what only adds and compares runs as the plugin likes.
+        multiplies = any(runtime.computes(kind) for kind, _, _ in runtime.executed(compiled))
+        return {}, _of_hint(job) if multiplies else []
     ran: dict[str, Counter[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
     asked = rules.by_module(wishes, lowering.modules, job.own_precision)

@@ -2,13 +2,11 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from checks import check, falls_back, paths, plans, quietly
+from checks import as_it_runs, check, falls_back, paths, plans, quietly
 from modules import DigitsCnn, make, small_bert
 from torch import Tensor, nn
 
@@ -18,14 +16,6 @@ from ovshim.precision.overflow import overflow
 from ovshim.precision.rules import by_module
 
 LOG = logging.getLogger("tests")
-
-
-@contextmanager
-def as_it_runs() -> Iterator[None]:
-    """Let be what the processor makes of precisions that it does not have."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ovshim.PrecisionWarning)
-        yield
 
 
 def ran(precision: str) -> str:
