@@ -440,6 +440,8 @@ def _plan(
         error=record.error,
         cache=cache,
         cache_path=None if entry is None else str(entry.path),
+        family=None if entry is None else entry.family,
+        bytes=None if entry is None else sum(f["size"] for f in entry.manifest["files"].values()),
         route=record.route,
         rung=record.rung.name or None,
         size_guards=record.size_guards,

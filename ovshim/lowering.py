@@ -28,7 +28,14 @@ from ovshim.reasons import reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 
-__all__ = ["lowered", "lowering_of", "refuse_overflow", "rest_of", "warnings_of"]
+__all__ = [
+    "lowered",
+    "lowering_of",
+    "refuse_overflow",
+    "rest_of",
+    "samples_of",
+    "warnings_of",
+]
 
 # How much faster a less exact precision has to be, and what finding out may take, in seconds.
 _MARGIN = 1.1
@@ -143,7 +150,7 @@ def lowering_of(job: Job) -> Lowering | None:
     key: list[Any] = [sorted(modules.items())]
     samples = None
     if job.precision == "int8" or "int8" in modules.values():
-        samples = _samples(job)
+        samples = samples_of(job)
         key.append(samples.digest)
     if not modules or samples is not None:
         key.append(quantize.parameters())
@@ -179,7 +186,11 @@ def rest_of(job: Job, record: Record, entry: Entry | None, engine: Callable[[str
     return chosen
 
 
-def _samples(job: Job) -> Samples:
+def samples_of(job: Job) -> Samples:
+    """The calibration data as calls of the job's kind; sizes that change in it are opened.
+
+    Raises: see `lowering_of`.
+    """
     options = job.options
     args, kwargs = job.arguments()
     given = options.calibration, options.transform
@@ -224,7 +235,7 @@ def refuse_overflow(job: Job) -> None:
     wanted = rules.by_module(wishes, paths, job.own_precision)
     samples = job.lowering.samples if job.lowering else None
     if samples is None and job.options.calibration is not None:
-        samples = _samples(job)
+        samples = samples_of(job)
     sets = [job.tensors, *([] if samples is None else samples.tensors[:_CHECKED_FOR_OVERFLOW])]
     for tensors in sets:
         job.check_time()

@@ -87,6 +87,8 @@ class Plan:
         lowered, modules: how the graph was lowered, and what each module of it runs in, by path,
             where precision was asked for by rules.
         warnings: where that is not what was asked for.
+        candidates: what was tried for `precision="auto"`, one row each.
+        family, bytes: of its entry in the cache, the key and the size on disk.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
         trouble: the exception behind the reason, where there was one.
@@ -113,6 +115,9 @@ class Plan:
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()
+    candidates: Sequence[Mapping[str, Any]] = ()
+    family: str | None = None
+    bytes: int | None = None
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -143,6 +148,7 @@ class Plan:
             "precision_run": self.precision_run,
             "preset": self.lowered.get("preset"),
             "modules": dict(self.modules),
+            "candidates": [dict(row) for row in self.candidates],
             "error": self.error,
             "speedup": self.speedup,
             "cache": self.cache,

@@ -198,9 +198,10 @@ class Planner:
         return job
 
     def _make(self, family: Family, job: Job) -> Plan:
-        from ovshim.build import build  # with it come OpenVINO and the cache of its plugins
+        # With it come OpenVINO and the cache of its plugins.
+        from ovshim.auto import build, build_auto
 
-        plan = build(job)
+        plan = build_auto(job) if job.options.precision == "auto" else build(job)
         if plan.reason is not None and plan.reason.code == "stale":
             family.put_off()  # it changed under the build: there is nothing to keep
             return plan

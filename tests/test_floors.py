@@ -32,6 +32,7 @@ FLOORS: dict[str, set[str]] = {
     "2b": {"preflight", "verify", "race", "generation"},
     "2c": {"infer", "capture", "precision"},
     "3": {
+        "auto",
         "build",
         "eager",
         "job",
