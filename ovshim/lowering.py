@@ -18,7 +18,7 @@ from ovshim.capture import Captured, distinct_tensors, names
 from ovshim.errors import PrecisionWarning
 from ovshim.infer import Engine
 from ovshim.job import BuildStopped, Job
-from ovshim.precision import calibration, islands, quantize, rules
+from ovshim.precision import calibration, graphs, islands, quantize, rules
 from ovshim.precision.calibration import Misfit, Samples
 from ovshim.precision.lowering import Lowering
 from ovshim.precision.overflow import overflow
@@ -71,13 +71,10 @@ def lowered(job: Job, captured: Captured) -> tuple[Captured, dict[str, Any]]:
     lowering = job.lowering
     assert lowering is not None
     model = captured.model
-    _fold(model)
+    graphs.prepare(model)
     told: dict[str, Any] = {}
-    if lowering.marked:
-        _adopt_marks(model)
-        if not any(names.path_of(node) is not None for node in model.get_ops()):
-            raise BuildStopped(reason("no-module-paths", f"captured by {captured.route}"))
-        names.name_by_module(model)
+    if lowering.marked and all(names.path_of(node) is None for node in model.get_ops()):
+        raise BuildStopped(reason("no-module-paths", f"captured by {captured.route}"))
     if lowering.precision in ("int8_weights", "int4_weights"):
         model = quantize.compress(model, lowering.precision)
     elif lowering.samples is not None:
@@ -204,24 +201,6 @@ def samples_of(job: Job) -> Samples:
     for sample in found.tensors:
         job.open_sizes(sizes_of(sample), frozenset())
     return found
-
-
-def _fold(model: Any) -> None:
-    """Fold BatchNorm into convolutions and the like, as OpenVINO's own conversion does: NNCF knows
-    graphs in that form."""
-    runtime.openvino()
-    from openvino._offline_transformations import apply_moc_transformations
-
-    apply_moc_transformations(model, cf=False, smart_reshape=False)
-
-
-def _adopt_marks(model: Any) -> None:
-    """Mark operations that folding has left without: a convolution is known by what is added to
-    its result, which was its bias and is BatchNorm's now."""
-    for node in model.get_ordered_ops():
-        if names.path_of(node) is None and "Convolution" in node.get_type_name():
-            for port in node.output(0).get_target_inputs():
-                names.same_origin(node, port.get_node())
 
 
 def refuse_overflow(job: Job) -> None:

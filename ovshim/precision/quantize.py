@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 from ovshim import runtime
 from ovshim.errors import OptionError
+from ovshim.precision import graphs
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -112,15 +112,14 @@ def quantize(
         ignored: names of operations that stay in floats.
         progress: shows a bar over an iterable, under a title.
     """
-    inputs = [[_array(tensor) for tensor in sample] for sample in samples]
-    judged = [[_array(tensor) for tensor in sample] for sample in held_out]
-    exact = _run(model, judged)
+    inputs = [[graphs.array(tensor) for tensor in sample] for sample in samples]
+    exact = graphs.run(model, held_out)
     made: dict[str, Any] = {}
     errors: dict[str, float] = {}
     with _quiet_nncf() as nncf:
         for preset in progress(_PRESETS, "int8"):
             made[preset] = _quantized(nncf, model, inputs, ignored, preset)
-            errors[preset] = _error(exact, _run(made[preset], judged))
+            errors[preset] = graphs.error(exact, graphs.run(made[preset], held_out))
             log.debug("int8, %s: error %.2g on samples held out", preset, errors[preset])
     best = min(errors, key=lambda preset: errors[preset])
     return Quantized(made[best], best, errors)
@@ -150,37 +149,6 @@ def _quantized(
         ),
         advanced_parameters=advanced,
     )
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    """An input as OpenVINO takes it; NumPy has no bfloat16."""
-    if tensor.dtype is torch.bfloat16:
-        ov = runtime.openvino()
-        bits = tensor.view(torch.int16).numpy()
-        return ov.Tensor(bits, list(tensor.shape), ov.Type.bf16)
-    return tensor.numpy()
-
-
-def _run(model: ov.Model, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """The outputs for each input, in f32 but for what the model itself lowers."""
-    compiled = runtime.core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return [list(compiled(list(given)).to_tuple()) for given in inputs]
-
-
-def _error(exact: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> float:
-    """The worst output's error: 99 of 100 samples are no further off. Small outputs count by the
-    usual size, or a sample that is all but zero would decide."""
-    worst = 0.0
-    for mine, others in zip(zip(*exact, strict=True), zip(*other, strict=True), strict=True):
-        if mine[0].dtype.kind != "f":
-            continue
-        norms = np.array([np.linalg.norm(m.astype(np.float64)) for m in mine])
-        pairs = zip(mine, others, strict=True)
-        apart = np.array([np.linalg.norm(o.astype(np.float64) - m) for m, o in pairs])
-        floor = max(float(np.median(norms)), np.finfo(np.float64).tiny)
-        errors = np.nan_to_num(apart / np.maximum(norms, floor), nan=np.inf)
-        worst = max(worst, float(np.percentile(errors, 99)))
-    return worst
 
 
 class _ToOurLog(logging.Handler):
