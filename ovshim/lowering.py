@@ -256,27 +256,35 @@ def warnings_of(job: Job, compiled: Any) -> tuple[dict[str, str], list[Precision
         if wanted is not None and expected and _RAN[wanted] != precision:
             wrong.setdefault((wanted, precision), []).append(path)
     told = [
-        PrecisionWarning(
-            wanted,
-            f"OpenVINO runs {_listed(paths)} in {precision} on this processor.",
-            "Give those modules another precision to be rid of this warning.",
-        )
-        for (wanted, precision), paths in wrong.items()
+        PrecisionWarning(wanted, f"OpenVINO runs {_listed(paths)} in {ran_in}: {why}", remedy)
+        for (wanted, ran_in), paths in wrong.items()
+        for why, remedy in [_why(job, ran_in)]
     ]
     return {path: ", ".join(sorted(count)) for path, count in ran.items()}, told
 
 
 def _of_hint(job: Job) -> list[PrecisionWarning]:
     ran = job.precision_run
-    if job.options.precision not in ("bf16", "fp16") or ran in (_RAN[job.precision], "unknown"):
+    if ran is None or job.options.precision not in ("bf16", "fp16"):
         return []
-    if runtime.safe_precision(job.precision, **job.placement) == "fp32":
-        why = "with one thread to a stream OpenVINO's lower precision can end the process."
-        remedy = "Give threads= or streams= so that each stream has two threads."
-    else:
-        why = "the processor, or OpenVINO's plugin for it, has no other."
-        remedy = f"Give precision={'bf16' if ran == 'bf16' else 'fp32'!r} to say so."
+    if ran in (_RAN[job.precision], "unknown"):
+        return []
+    why, remedy = _why(job, ran)
     return [PrecisionWarning(job.precision, f"OpenVINO runs it in {ran}: {why}", remedy)]
+
+
+def _why(job: Job, ran: str) -> tuple[str, str]:
+    """Why something runs in another precision than it was given, and what to do."""
+    if runtime.safe_precision("bf16", **job.placement) == "fp32":
+        return (
+            "with one thread to a stream its lower precision can end the process.",
+            "Give threads= or streams= so that each stream has two threads.",
+        )
+    name = {"f32": "fp32", "f16": "fp16", "i8": "int8"}.get(ran, ran)
+    return (
+        "the processor, or the plugin for it, has no other.",
+        f"Give precision {name!r} to say so.",
+    )
 
 
 def _listed(paths: Iterable[str]) -> str:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ovshim
+from ovshim import lowering, runtime
+from ovshim.cli import digits
 from ovshim.precision import quantize
+from ovshim.race import Finish
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -48,6 +51,29 @@ def test_int8() -> None:
     assert 1e-4 < told["error"] < 0.1
     assert ovshim.explain(fast).to_dict()["precision"] == "int8"
     assert told["preset"] in str(ovshim.explain(fast))
+
+
+def test_a_trained_network_keeps_its_accuracy() -> None:
+    """Within 0.3 points on 500 digits that neither training nor calibration has seen."""
+    seen, held_out = digits.glyphs(seed=0)
+    net = digits.train(seen, seed=0, progress=False)
+    labelled = TensorDataset(seen.images, seen.labels)
+    fast = ovshim.accelerate(
+        net,
+        held_out.images[:50],
+        precision="int8",
+        calibration=DataLoader(labelled, batch_size=20),
+        prefer="openvino",
+    )
+    with served(fast, "openvino", calls=10), torch.inference_mode():
+        answers = torch.cat([fast(part).argmax(1) for part in held_out.images.split(50)])
+        exact = net(held_out.images).argmax(1)
+    right, right_in_int8 = (
+        (found == held_out.labels).float().mean().item() for found in (exact, answers)
+    )
+    assert right > 0.95
+    assert right_in_int8 >= right - 0.003
+    assert plan(fast)["precision_run"] == "i8"
 
 
 def test_int8_is_a_quarter_of_the_size() -> None:
@@ -137,6 +163,42 @@ def test_a_transformer() -> None:
         with served(fast, "openvino"), torch.inference_mode():
             same(fast(**call), module(**call), 0.15)
     assert plan(fast)["precision_run"] == "i8"
+
+
+# The rest of the graph
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "low", "rest"),
+    [(1.0, 0.5, 1.8, "bf16"), (1.0, 0.95, 1.02, "fp32"), (1.0, 2.0, 0.4, "fp32")],
+)
+def test_what_is_not_int8_runs_in_bf16_where_that_is_faster(
+    slow: float, fast: float, low: float, rest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured once; the verdict is kept with the entry."""
+    if not any(d.name == "CPU" and "bf16" in d.precisions for d in runtime.devices()):
+        pytest.skip("the processor has no bf16")
+    races: list[Finish] = []
+
+    def race(*_: Any) -> Finish:
+        races.append(Finish(slow, fast, low, low + 0.1))
+        return races[-1]
+
+    monkeypatch.setattr(lowering, "race", race)
+    hints: list[str] = []
+    settings = runtime.settings
+
+    def noted(**changes: Any) -> dict[str, Any]:
+        hints.append(changes["precision"])
+        return settings(**changes)
+
+    monkeypatch.setattr(runtime, "settings", noted)
+    module = make(DigitsCnn)
+    make_int8(module)
+    assert hints == ["fp32", "bf16", rest]
+    check(make_int8(module), module, images(3), tolerance=0.1)
+    assert hints[3:] == [rest]
+    assert len(races) == 1
 
 
 # The cache
@@ -275,6 +337,14 @@ def test_without_an_example_the_first_call_is_one() -> None:
     )
     check(fast, module, images(4), path="eager", tolerance=0.0)
     check(fast, module, images(4), tolerance=0.1)
+
+
+def test_data_that_cannot_be_read_is_a_mistake_at_any_time() -> None:
+    fast = ovshim.accelerate(
+        make(DigitsCnn), precision="int8", calibration=TensorDataset(images(4)[:0])
+    )
+    with pytest.raises(ovshim.CalibrationError), torch.inference_mode():
+        fast(images(4))
 
 
 def test_a_tolerance_that_int8_cannot_meet() -> None:

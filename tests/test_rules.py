@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checks import as_it_runs, check, falls_back, paths, plans, quietly
-from modules import DigitsCnn, make, small_bert
+from modules import Attention, DigitsCnn, Recurrent, make, small_bert, small_resnet, small_vit
 from torch import Tensor, nn
 
 import ovshim
@@ -22,6 +22,10 @@ def ran(precision: str) -> str:
     """What a part in that precision runs in on this processor."""
     (cpu,) = (device for device in runtime.devices() if device.name == "CPU")
     name = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "i8"}[precision]
+    threads = torch.get_num_threads()
+    placement: Any = {"device": "CPU", "hint": "latency", "streams": None, "threads": threads}
+    if precision in ("bf16", "fp16") and runtime.safe_precision(precision, **placement) == "fp32":
+        return "f32"
     return name if precision in {*cpu.precisions, "fp32", "int8"} else "f32"
 
 
@@ -139,6 +143,43 @@ def test_what_the_processor_has_not_is_said() -> None:
         (text,) = said
         assert "runs 0 in f32" in text
     assert modules(fast) == {"0": ran("fp16"), "1": "f32"}
+
+
+def test_one_thread_to_a_stream_is_fp32_and_said() -> None:
+    """Lower precision there has ended processes."""
+    module = make(lambda: nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8)))  # type: ignore[arg-type]
+    x = torch.randn(4, 32)
+    with pytest.warns(ovshim.PrecisionWarning, match="threads="):
+        fast = ovshim.accelerate(module, x, precision={"0": "bf16"}, threads=1, prefer="openvino")
+    check(fast, module, x, tolerance=2e-6)
+    assert modules(fast) == {"0": "f32", "1": "f32"}
+    # Nor is the graph taken that was made for two.
+    with as_it_runs():
+        other = ovshim.accelerate(module, x, precision={"0": "bf16"}, threads=2, prefer="openvino")
+    assert plans(other)[0]["cache"] == "miss"
+
+
+@pytest.mark.parametrize(
+    ("make_module", "example"),
+    [
+        pytest.param(small_vit, torch.rand(2, 3, 32, 32), id="vit"),
+        pytest.param(small_resnet, torch.rand(2, 3, 32, 32), id="resnet"),
+        pytest.param(lambda: make(Recurrent), torch.randn(3, 5, 8), id="lstm"),
+        pytest.param(lambda: make(Attention), torch.randn(2, 5, 16), id="attention"),
+    ],
+)
+def test_islands_of_everything(make_module: Any, example: Tensor) -> None:
+    """Every operation of the graph in bf16, but for those of one module."""
+    module = make_module()
+    *_, last = (path for path, inner in module.named_modules() if isinstance(inner, nn.Linear))
+    with as_it_runs():
+        fast = ovshim.accelerate(
+            module, example, precision={"default": "bf16", last: "fp32"}, prefer="openvino"
+        )
+    check(fast, module, example, tolerance=0.03)
+    found = modules(fast)
+    assert found.pop(last) == "f32"
+    assert set(found.values()) == {ran("bf16")}
 
 
 def test_rules_that_say_one_thing_are_that() -> None:
