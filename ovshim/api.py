@@ -152,17 +152,19 @@ def _check_module(module: Any, options: Options) -> None:
                 f"It has no method {name!r}.",
             )
     check_names(options, getattr(module, options.methods[0]))
-    _check_precision(module, options.precision)
+    _check_precision(module, options)
 
 
-def _check_precision(module: nn.Module, asked: str | Mapping[str, str] | None) -> None:
+def _check_precision(module: nn.Module, options: Options) -> None:
     """Raise OptionError for rules that fit nothing, and where NNCF is needed and missing."""
+    asked = options.precision
     if isinstance(asked, Mapping):
         from ovshim.precision import rules
 
         rules.check(asked, module)
     wanted = set(asked.values()) if isinstance(asked, Mapping) else {asked}
-    if wanted & {"int8", "int8_weights", "int4_weights"}:
+    by_auto = asked == "auto" and options.calibration is not None
+    if by_auto or wanted & {"int8", "int8_weights", "int4_weights"}:
         from ovshim.precision import quantize
 
         quantize.require(asked)

@@ -354,10 +354,11 @@ def test_a_tolerance_that_int8_cannot_meet() -> None:
     check(fast, module, images(4), path="eager", reason="proof-failed", tolerance=0.0)
 
 
-def test_without_nncf(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4_weights", "auto", {"head": "int8"}])
+def test_without_nncf(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ovshim.OptionError, match=r"pip install 'ovshim\[int8\]'"):
-        make_int8(make(DigitsCnn))
+        ovshim.accelerate(make(DigitsCnn), precision=precision, calibration=[images(4)])
 
 
 # Manners
