@@ -17,6 +17,7 @@ from torch.utils._device import DeviceContext
 from ovshim import planner
 from ovshim.errors import FallbackError, FallbackWarning, OptionError
 from ovshim.generation import obstacle
+from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import Counter, OutOfRangeError, Plan
 from ovshim.planner import Planner, building_here, known_kind, unfit
@@ -50,10 +51,18 @@ class Dispatcher:
 
     Args:
         original: the user's own method, run in eager; its `resolve()` gives the bound method.
+        divide: see `planner.Planner`.
+        quiet: warn of nothing.
     """
 
     def __init__(
-        self, module: nn.Module, method: str, original: Callable[..., Any], options: Options
+        self,
+        module: nn.Module,
+        method: str,
+        original: Callable[..., Any],
+        options: Options,
+        divide: Callable[[Job, Plan], Plan] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.module = module
         self.original = original
@@ -61,10 +70,11 @@ class Dispatcher:
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
         self._planner = Planner(
-            module, method, original, options, self._plans.__setitem__, self._retire
+            module, method, original, options, self._plans.__setitem__, self._retire, divide
         )
+        self._quiet = quiet
         self._eager_calls: dict[str, Counter] = {}
-        self._earlier_calls = 0
+        self._earlier_calls = {"openvino": 0, "mixed": 0}
         self._warned: set[str] = set()
         self._off = not enabled_in_environment()
 
@@ -88,7 +98,7 @@ class Dispatcher:
                 continue
             served = plan.served
             if served is None:
-                return self._by_eager_plan(plan, args, kwargs)
+                return self._without_graph(plan, tensors, args, kwargs)
             if grad and _gradients_wanted(plan, tensors):
                 by_input = any(tensor.requires_grad for tensor in tensors)
                 why = reason("input-grad" if by_input else "grad")
@@ -124,7 +134,7 @@ class Dispatcher:
             raise FallbackError(why)
         if why.code not in self._warned:
             self._warned.add(why.code)
-            if why.code not in _SILENT:
+            if why.code not in _SILENT and not self._quiet:
                 name = type(self.module).__qualname__
                 warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
 
@@ -134,9 +144,20 @@ class Dispatcher:
             return reason("training")
         return reason("autocast" if _autocast_on() else "special-mode")
 
-    def _by_eager_plan(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan.calls.add()
+    def _without_graph(
+        self,
+        plan: Plan,
+        tensors: Sequence[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         assert plan.reason is not None
+        if plan.parts is not None and not (_grad_enabled() and _gradients_wanted(plan, tensors)):
+            if plan.generation is not None and not plan.generation.holds():
+                return self._stale(plan, args, kwargs)
+            plan.calls.add()
+            return plan.parts(args, kwargs)
+        plan.calls.add()
         often = plan.reason.code == "training" or plan.calls.value % _LOOK_AGAIN == 0
         look_again = plan.generation is not None and often
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
@@ -202,7 +223,7 @@ class Dispatcher:
             why = kind
         if why is None and not isinstance(kind, Reason):
             plan = self._planner.prepare(args, kwargs, kind, leaves)
-            why = plan.reason
+            why = plan.reason if plan.path == "eager" else None
             if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(
                     "example_input",
@@ -233,7 +254,15 @@ class Dispatcher:
     @property
     def openvino_calls(self) -> int:
         """Calls that OpenVINO has served, those of plans that are gone included."""
-        return self._earlier_calls + sum(p.calls.value for p in self.plans if p.served)
+        return self._served_calls("openvino")
+
+    @property
+    def mixed_calls(self) -> int:
+        """Calls that eager has served with parts in OpenVINO, likewise."""
+        return self._served_calls("mixed")
+
+    def _served_calls(self, path: str) -> int:
+        return self._earlier_calls[path] + sum(p.calls.value for p in self.plans if p.path == path)
 
     @property
     def eager_calls(self) -> dict[str, int]:
@@ -242,7 +271,7 @@ class Dispatcher:
 
     def reset_counters(self) -> None:
         """Set every counter back to 0."""
-        self._earlier_calls = 0
+        self._earlier_calls = dict.fromkeys(self._earlier_calls, 0)
         self._eager_calls.clear()
         for plan in self.plans:
             plan.calls = Counter()
@@ -254,8 +283,8 @@ class Dispatcher:
     def _retire(self, plans: Sequence[Plan]) -> None:
         """Keep the counts of plans that go."""
         for plan in plans:
-            if plan.served is not None:
-                self._earlier_calls += plan.calls.value
+            if plan.path != "eager":
+                self._earlier_calls[plan.path] += plan.calls.value
                 plan.calls = Counter()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -72,6 +72,16 @@ class Served:
         return self.builder(computed, given)
 
 
+class Mixed(Protocol):
+    """A module that stays in eager while some of its submodules run in OpenVINO."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
+        """What the module answers."""
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The submodules in OpenVINO, for a report."""
+
+
 @dataclasses.dataclass
 class Plan:
     """How one signature is served, and everything a report says of it.
@@ -79,7 +89,8 @@ class Plan:
     Attributes:
         match: tells whether a call has this signature, and gives its tensors.
         values_fit: tells whether the tensors' values are such as OpenVINO computes rightly.
-        served: None where eager serves; `reason` says why.
+        served: None where eager serves, as a whole or between its parts; `reason` says why.
+        parts: answers where some submodules run in OpenVINO under an eager parent.
         generation: the state of the module that the plan was made for.
         example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
@@ -109,13 +120,16 @@ class Plan:
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     pinned: frozenset[tuple[int, int]] = frozenset()
+    parts: Mixed | None = None
     trouble: BaseException | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: Counter = dataclasses.field(default_factory=Counter)
 
     @property
     def path(self) -> str:
-        return "eager" if self.served is None else "openvino"
+        if self.served is not None:
+            return "openvino"
+        return "eager" if self.parts is None else "mixed"
 
     def covers(self, other: Plan) -> bool:
         """Whether this plan serves the call that another one was made for."""
@@ -141,5 +155,6 @@ class Plan:
             "seconds": {stage: round(spent, 4) for stage, spent in self.seconds.items()},
             "calls": self.calls.value,
             "route": self.route,
+            "parts": [] if self.parts is None else self.parts.to_list(),
             "guards": [*self.size_guards, *map(str, self.value_guards)],
         }

@@ -12,13 +12,13 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from ovshim.guards import sizes_hold
-from ovshim.plan import OutOfRangeError, Served
+from ovshim.plan import OutOfRangeError
 from ovshim.signature import (
     Kind,
     Pattern,
@@ -158,9 +158,23 @@ class Eager:
         return call(*args, **kwargs)
 
 
+class Candidate(Protocol):
+    """What is to answer as eager does.
+
+    Attributes:
+        checked: whether it finds out by itself that an index lies outside of its table.
+    """
+
+    @property
+    def checked(self) -> bool: ...
+
+    def answer(self, given: Sequence[torch.Tensor], /) -> Any:
+        """Its output for these tensors of a call."""
+
+
 def prove(
     eager: Eager,
-    served: Served,
+    served: Candidate,
     tensors: Sequence[torch.Tensor],
     pattern: Pattern,
     size_guards: Sequence[str],
@@ -204,7 +218,7 @@ def prove(
 
 
 def _integer_limits(
-    eager: Eager, served: Served, tensors: Sequence[torch.Tensor], generator: torch.Generator
+    eager: Eager, served: Candidate, tensors: Sequence[torch.Tensor], generator: torch.Generator
 ) -> dict[int, tuple[int, int]]:
     """Which integer tensors must keep to the range that the example shows.
 
@@ -240,7 +254,9 @@ def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
     yield least - span // 4 - 1, most + span // 4 + 1
 
 
-def _agrees(eager: Eager, served: Served, answer: Answer, values: Sequence[torch.Tensor]) -> bool:
+def _agrees(
+    eager: Eager, served: Candidate, answer: Answer, values: Sequence[torch.Tensor]
+) -> bool:
     try:
         eager.judge(answer, served.answer(values))
     except (Mismatch, OutOfRangeError) as error:
@@ -249,7 +265,9 @@ def _agrees(eager: Eager, served: Served, answer: Answer, values: Sequence[torch
     return True
 
 
-def prove_small(eager: Eager, served: Served, tensors: Sequence[torch.Tensor], seen: Look) -> float:
+def prove_small(
+    eager: Eager, served: Candidate, tensors: Sequence[torch.Tensor], seen: Look
+) -> float:
     """One small run, for a plan out of the cache: `seen` is what eager answered to `tensors`.
 
     Raises:
@@ -320,7 +338,7 @@ def _answer_or_none(eager: Eager, tensors: Sequence[torch.Tensor]) -> Answer | N
 
 def _prove_group(
     eager: Eager,
-    served: Served,
+    served: Candidate,
     tensors: Sequence[torch.Tensor],
     pattern: Pattern,
     size_guards: Sequence[str],
