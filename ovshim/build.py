@@ -253,9 +253,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         if entry is not None:
             job.store.discard(entry)
         raise
-    record = record.proved(
-        found.error, found.sizes, found.pinned, found.limits, sizes_of(job.leaves)
-    )
+    record = record.proved(found, sizes_of(job.leaves))
     if entry is not None:
         entry = job.store.amend(entry, "proof", record.proof(job.precision))
     return _plan(job, served, record, generation, "off" if entry is None else "miss", entry)
@@ -424,8 +422,7 @@ def _plan(
         pinned=record.pinned,
         seconds=job.seconds,
     )
-    if job.options.prefer == "faster":
-        decide(job, plan, record, entry)
+    decide(job, plan, record, entry)
     return plan
 
 

@@ -127,6 +127,7 @@ def _divided(job: Job, whole: Plan) -> Plan:
         whole,
         pattern=open_,
         match=compile_matcher(job.kind, open_),
+        served=None,
         parts=parts,
         error=error,
         medians=medians,

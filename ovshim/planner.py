@@ -207,7 +207,7 @@ class Planner:
         if plan.reason is not None and plan.reason.code == "stale":
             family.put_off()  # it changed under the build: there is nothing to keep
             return plan
-        if plan.served is None and self._divide is not None:
+        if plan.path == "eager" and self._divide is not None:
             plan = self._divide(job, plan)
         self._on_gone(family.add(plan))
         self._publish()

@@ -536,6 +536,16 @@ def test_torch_compile_sees_the_original(fast: nn.Module, module: nn.Module) -> 
     torch._dynamo.reset()
 
 
+def test_what_torch_compile_has_made_is_not_taken_from_it() -> None:
+    module = make(Mlp)
+    x = torch.randn(3, 8)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        expected = compiled(x)
+        check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+        same(compiled(x), expected)
+
+
 def test_torch_compile_around_the_call(fast: nn.Module, module: nn.Module) -> None:
     @torch.compile(backend="eager", fullgraph=True)
     def twice(x: Tensor) -> Tensor:
