@@ -311,7 +311,7 @@ class Dispatcher:
             why = kind
         if why is None and not isinstance(kind, Reason):
             plan = self._planner.prepare(args, kwargs, kind, leaves)
-            why = plan.reason if plan.path == "eager" else None
+            why = None if plan.path == "openvino" else plan.reason
             if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(
                     "example_input",

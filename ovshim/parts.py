@@ -91,7 +91,8 @@ def divide(job: Job, whole: Plan) -> Plan:
     """
     assert whole.reason is not None
     slow = whole.reason.code == "slower" and (whole.medians or (0.0,))[0] > _WORTH_DIVIDING_SECONDS
-    if not (slow or whole.reason.code in _DIVISIBLE) or job.module.training:
+    divisible = slow or whole.reason.code in _DIVISIBLE
+    if not divisible or job.options.strict or job.module.training:
         return whole
     modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
     with modes[0], modes[1], torch.autocast("cpu", enabled=False):
@@ -157,8 +158,7 @@ def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
         below: dict[int, nn.Module] = {}
         for module in frontier:
             call = met.get(id(module))
-            short = call is not None and call.seconds < _WORTH_SERVING_SECONDS
-            if call is None or (short and job.options.prefer == "faster"):
+            if call is None or not _is_worth_it(job, module, call):
                 continue
             job.check_time()
             if not _is_served(job, module, call):
@@ -199,6 +199,11 @@ def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Me
         with _seeded():
             parts(args, kwargs)
     return met
+
+
+def _is_worth_it(job: Job, module: nn.Module, call: _Met) -> bool:
+    wanted = job.options.prefer == "openvino" and any(True for _ in module.parameters())
+    return wanted or call.seconds >= _WORTH_SERVING_SECONDS
 
 
 def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:

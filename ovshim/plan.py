@@ -13,6 +13,7 @@ from ovshim.buckets import Bucket
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.lanes import Lane
 from ovshim.matcher import Builder, Matcher
+from ovshim.race import Finish
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, describe, fits
 from ovshim.values import ValueCheck
@@ -20,7 +21,6 @@ from ovshim.values import ValueCheck
 if TYPE_CHECKING:
     from ovshim.generation import Generation
     from ovshim.infer import Engine
-    from ovshim.verdict import Notes
 
 __all__ = ["Counter", "OutOfRangeError", "Plan", "Served"]
 
@@ -73,6 +73,19 @@ class Served:
         if self.checked and not computed[-1]:
             raise OutOfRangeError
         return self.builder(computed, given)
+
+
+class Notes(Protocol):
+    """Keeps what is found out about a plan after its build, for every process."""
+
+    def met(self, sizes: Sequence[Sequence[int]], /) -> None:
+        """Calls of these sizes are answered rightly."""
+
+    def raced(self, bucket: Bucket, finish: Finish, /) -> None:
+        """A race in this bucket came out so."""
+
+    def condemn(self, why: Reason, /) -> None:
+        """The graph is wrong: eager serves from now on."""
 
 
 class Mixed(Protocol):

@@ -116,7 +116,8 @@ class Planner:
             with _Building():
                 output, job.look = self._watched(args, kwargs, leaves)
                 plan = self._make(family, job)
-            return output, (plan.reason if plan.path == "eager" else None) or reason("building")
+            why = None if plan.path == "openvino" else plan.reason
+            return output, why or reason("building")
         finally:
             self._lock.release()
 

@@ -157,7 +157,8 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _draws(call: Callable[[], Any]) -> bool:
-    with _Draws() as mode:
+    mode = _Draws()
+    with mode:
         call()
     return mode.seen
 

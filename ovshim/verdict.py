@@ -20,7 +20,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 
-__all__ = ["Notes", "decide"]
+__all__ = ["EntryNotes", "decide"]
 
 # A race may take a quarter of what is left of the build's time, and never longer than this.
 _RACE_SECONDS = 0.5
@@ -28,7 +28,7 @@ _RACE_SECONDS = 0.5
 _LOW_TOLERANCE = 0.03
 
 
-class Notes:
+class EntryNotes:
     """What is found out about a plan after its build, written to its entry by another thread.
 
     Processes that write at once may lose one another's notes; then something is looked at twice.
@@ -66,7 +66,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     plan.bucket, of_sizes = compile_bucket(record.pattern, record.size_guards)
     plan.tolerance = _LOW_TOLERANCE if job.tolerance is None else job.tolerance
     plan.raced = job.options.prefer == "faster"
-    plan.notes = None if entry is None else Notes(job.store, entry, record)
+    plan.notes = None if entry is None else EntryNotes(job.store, entry, record)
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
     if plan.raced:
         for bucket in plan.lanes:

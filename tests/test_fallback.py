@@ -32,6 +32,7 @@ from modules import (
     ReadsItem,
     UsesHistc,
     WritesInput,
+    by,
     make,
 )
 from torch import Tensor, nn
@@ -72,28 +73,28 @@ TORCHS_OWN = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 def in_place_on_a_view(self: Any, x: Tensor) -> Tensor:
     x[:, 0].zero_()
-    return self.linear(x)
+    return by(self.linear, x)
 
 
 def uniform_noise(self: Any, x: Tensor) -> Tensor:
-    return self.linear(x) + torch.rand(4)
+    return by(self.linear, x) + torch.rand(4)
 
 
 def numpy_inside(self: Any, x: Tensor) -> Tensor:
     import numpy as np
 
-    return self.linear(x) + torch.from_numpy(np.sort(x.detach().numpy(), axis=-1))[:, :4]
+    return by(self.linear, x) + torch.from_numpy(np.sort(x.detach().numpy(), axis=-1))[:, :4]
 
 
 def loops_on_values(self: Any, x: Tensor) -> Tensor:
-    y = self.linear(x)
+    y = by(self.linear, x)
     while y.abs().sum() > 1:
         y = y / 2
     return y
 
 
 def nonzero_size(self: Any, x: Tensor) -> Tensor:
-    return self.linear(x)[x[:, 0] > 0]
+    return by(self.linear, x)[x[:, 0] > 0]
 
 
 MODULES = [
