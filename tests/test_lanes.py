@@ -85,12 +85,13 @@ module.load_state_dict(torch.load({str(tmp_path / "weights.pt")!r}))
 fast = ovshim.accelerate(module, torch.ones(3, 8), prefer="openvino", cache_dir={str(tmp_path)!r})
 if sys.argv[1:] == ["spoil"]:
     spoil(fast)
+x = torch.randn(64, 8)
 with torch.inference_mode():
-    assert torch.allclose(fast(torch.ones(64, 8)), module(torch.ones(64, 8)), atol=1e-5)
+    assert torch.allclose(fast(x), module(x), atol=1e-5)
 print(ovshim.explain(fast).to_dict()["plans"][0]["reason"] or "openvino")
 """
-    assert "openvino" in run_python(script)
     assert "first-use-mismatch" in run_python(script, "spoil")
+    assert "first-use-mismatch" in run_python(script)
 
 
 def test_sizes_are_compared_once_in_each_bucket() -> None:
@@ -123,7 +124,7 @@ def test_what_was_compared_is_kept_with_the_entry(tmp_path: Path) -> None:
     assert lanes._writer is not None
     lanes._writer.submit(int).result(30)
     manifest = json.loads((Path(plans(fast)[0]["cache_path"]) / "manifest.json").read_text())
-    assert [[40, 8]] in manifest["met"]
+    assert [[40, 8]] in manifest["record"]["met"]
     again = accelerated(module, cache_dir=tmp_path)
     engine = spoil(again)
     check(again, module, torch.randn(33, 8))
