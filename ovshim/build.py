@@ -52,6 +52,10 @@ _LADDER = (
     Rung("all sizes open", sizes="all"),
     Rung("static sizes", sizes="none"),
 )
+# Said of a module that stays as it is; where it was changed meanwhile they mean nothing.
+_OF_ONE_MODULE = frozenset(
+    {"nondeterministic", "proof-failed", "capture-failed", "compile-failed", "infer-failed"}
+)
 
 
 def build(job: Job) -> Plan:
@@ -63,7 +67,7 @@ def build(job: Job) -> Plan:
             plan = _build(job)
         except BuildStopped as stopped:
             why = stopped.reason
-            if why.code in ("nondeterministic", "proof-failed") and job.weights_moved():
+            if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
                 why = reason("stale", "weights changed while the plan was made")
             plan = _eager_plan(job, why)
@@ -91,7 +95,7 @@ def _build(job: Job) -> Plan:
     if found is not None:
         return found
     # Whoever else builds the same thing is waited for: its entry is then a hit.
-    with job.store.lock(family, timeout=job.seconds_left()):
+    with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
         found = _from_cache(job, family)
         return found if found is not None else _from_capture(job, family)
 
@@ -164,8 +168,12 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             engine = _compile(job, entry.file("model.xml"), record)
         with job.stage("proof"):
             served, error = _proved_small(job, engine, record)
+        if job.weights_moved():
+            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
         lease.release()
+        if job.weights_moved():  # the entry is as good as before
+            raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
         if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.

@@ -30,8 +30,19 @@ FLOORS: dict[str, set[str]] = {
     "2a": {"runtime"},
     "2b": {"preflight", "verify", "race", "generation"},
     "2c": {"infer", "capture", "precision"},
-    "3": {"build", "job", "record", "trial", "verdict", "dispatch", "plan", "planner", "proof"},
-    "4": {"__init__", "__main__", "api", "handle", "scope", "twin", "bound", "cli"},
+    "3": {
+        "background",
+        "build",
+        "job",
+        "record",
+        "trial",
+        "verdict",
+        "dispatch",
+        "plan",
+        "planner",
+        "proof",
+    },
+    "4": {"__init__", "__main__", "api", "handle", "scope", "serve", "twin", "bound", "cli"},
 }
 HEIGHT = {"0": 0, "1": 1, "2a": 2, "2b": 2, "2c": 3, "3": 4, "4": 5}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
