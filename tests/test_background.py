@@ -219,6 +219,7 @@ def test_a_module_that_changes_meanwhile(
         gate.open.set()
         ovshim.accelerate(module, x, prefer="openvino")
         gate.open.clear()
+        gate.reached.clear()
         gate.builds.clear()
     fast = late(module, x, inplace=True)
     assert gate.reached.wait(30)
@@ -284,8 +285,9 @@ class Noisy(nn.Module):
 def test_looking_at_a_module_draws_no_random_numbers() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
+    x = torch.randn(3, 8)
     torch.manual_seed(3)
-    fast = late(Noisy().eval(), torch.randn(3, 8))
+    fast = late(Noisy().eval(), x)
     ready(fast)
     assert torch.equal(torch.rand(4), expected)
     assert [plan["reason"]["code"] for plan in plans(fast)] == ["random"]
@@ -426,12 +428,12 @@ def test_only_this_threads_warnings_are_kept_back() -> None:
 
     before = list(warnings.filters)  # type: ignore[attr-defined]
     thread = threading.Thread(target=capture)
+    thread.start()
+    assert inside.wait(30)
     with pytest.warns(UserWarning, match="theirs"):
-        thread.start()
-        assert inside.wait(30)
         warnings.warn("theirs", stacklevel=1)
-        done.set()
-        thread.join(30)
+    done.set()
+    thread.join(30)
     assert texts == ["ours", "ours too"]
     after = [f for f in warnings.filters if f[2].__name__ != "_Nobody"]  # type: ignore[attr-defined]
     assert after == before

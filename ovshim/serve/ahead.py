@@ -24,7 +24,7 @@ from torch import nn
 from ovshim.dispatch import in_special_mode
 from ovshim.errors import OptionError
 from ovshim.example import as_call
-from ovshim.serve.flight import FAILURES, Flight, Kept, Modes, dispatcher_of, take_off
+from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, dispatcher_of, take_off
 
 __all__ = ["in_order", "submitted"]
 
@@ -32,8 +32,6 @@ log = logging.getLogger("ovshim")
 
 # Below this a computation is over before another thread is awake.
 _WORTH_A_THREAD_SECONDS = 150e-6
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 # --- map ------------------------------------------------------------------------------------------
@@ -133,8 +131,7 @@ class _Line:
                 return flight.answer(computed)
         except FAILURES as error:
             log.debug("computed ahead in vain: %s", error)
-        args, kwargs = flight.arguments()
-        return self.module(*args, **kwargs)
+        return flight.call(self.module)
 
 
 def _calls(items: Iterable[Any]) -> Iterator[Call | Exception]:
@@ -186,7 +183,7 @@ def submitted(
     elif in_special_mode():
         _settle(future, lambda: module(*args, **kwargs))
     else:
-        lanes.eager.submit(_answer, module, Kept(args, kwargs).arguments, Modes(), future)
+        lanes.eager.submit(_answer, module, Kept((args, kwargs)), Modes(), future)
     return future
 
 
@@ -209,20 +206,13 @@ def _fly(flight: Flight, module: nn.Module, lanes: _Lanes, future: Future[Any]) 
     if computed is not None and flight.holds():
         _settle(future, lambda: flight.answer(computed))
     else:
-        call = (module, flight.arguments, flight.modes)
-        lanes.eager.submit(_settle, future, lambda: _called(*call))
+        modes = flight.modes
+        lanes.eager.submit(_settle, future, lambda: modes.call(flight.call, module))
 
 
-def _answer(
-    module: nn.Module, arguments: Callable[[], Call], modes: Modes, future: Future[Any]
-) -> None:
+def _answer(module: nn.Module, kept: Kept, modes: Modes, future: Future[Any]) -> None:
     if future.set_running_or_notify_cancel():
-        _settle(future, lambda: _called(module, arguments, modes))
-
-
-def _called(module: nn.Module, arguments: Callable[[], Call], modes: Modes) -> Any:
-    args, kwargs = arguments()
-    return modes.call(module, *args, **kwargs)
+        _settle(future, lambda: modes.call(kept.call, module))
 
 
 def _settle(future: Future[Any], work: Callable[[], Any]) -> None:

@@ -3,66 +3,92 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ovshim.dispatch import Dispatcher
-from ovshim.guards import sizes_hold
-from ovshim.plan import Served
+from ovshim.plan import Plan, Served
 from ovshim.serve import sizing
 from ovshim.serve.flight import FAILURES, Flight, take_off
-from ovshim.signature import fits, flatten, sizes_of
+from ovshim.signature import flatten, flatten_call, unflatten_call
 from ovshim.verify import Mismatch, compare, redraw
 
-__all__ = ["Call", "Rows", "call_of"]
+__all__ = ["Call", "NoPlanError", "Rows", "call_of"]
 
 log = logging.getLogger("ovshim")
 
 # So many of the first batches are compared with their calls computed one by one.
 _COMPARED = 2
 
+Tensors = Sequence[torch.Tensor]
+
+
+class NoPlanError(Exception):
+    """OpenVINO does not serve such a batch, for the time being."""
+
 
 class Call:
     """A call that may share a batch with others.
 
     Attributes:
-        rows: the size of dimension 0 of all its tensors.
+        given: its tensors.
+        rows: the size of dimension 0 of all of them.
         key: calls with equal keys are alike.
-        computed: its part of what a batch computed; None until then.
         done: set when its batch has come to an end, whichever.
+        part: the batch's plan, and what that has computed for this call; None until then.
     """
 
-    def __init__(self, flight: Flight, rows: int) -> None:
-        self.flight = flight
+    def __init__(self, dispatcher: Dispatcher, flight: Flight, call: Any, rows: int) -> None:
+        self.served = flight.served
+        self.plan = flight.plan
+        self.given = flight.given
+        self.advised = flight.advised
         self.rows = rows
-        modes = flight.modes
         sizes = tuple(tensor.shape[1:] for tensor in flight.given)
-        self.key = (flight.served, modes.inference, modes.grad, sizes)
-        self.computed: list[torch.Tensor] | None = None
+        self.key = (flight.served, flight.modes.inference, flight.modes.grad, sizes)
         self.done = threading.Event()
+        self.part: tuple[Plan, list[torch.Tensor]] | None = None
+        self._dispatcher = dispatcher
+        self._call = call
 
-    @property
-    def served(self) -> Served:
-        return self.flight.served
+    def with_rows(self, tensors: Tensors) -> tuple[Plan, Served, Tensors]:
+        """What serves such a call with these tensors in place of its own, and they.
 
-    @property
-    def advised(self) -> int:
-        return self.flight.advised
+        Raises:
+            NoPlanError: OpenVINO does not.
+        """
+        leaves, structure = flatten_call(*self._call)
+        others = {id(x): other for x, other in zip(self.given, tensors, strict=True)}
+        call = unflatten_call([others.get(id(leaf), leaf) for leaf in leaves], structure)
+        found = self._dispatcher.ready(*call)
+        if found is None or found[0].served is None:
+            raise NoPlanError
+        return found[0], found[0].served, found[1]
 
-    def seconds(self, size: int) -> float:
-        """What a batch of so many rows takes, made of this call's."""
-        given = self.flight.given
-        batch = [t.index_select(0, torch.arange(size) % len(t)) for t in given]
-        return sizing.seconds_of(lambda: self.served.compute(batch))
+    def seconds(self, rows: int) -> float:
+        """What a batch of so many rows takes, made of this call's; infinite where none is served.
+
+        Raises one of FAILURES.
+        """
+        first = _once_each(self.given, lambda x, _: x.index_select(0, torch.arange(rows) % len(x)))
+        try:
+            _, served, batch = self.with_rows(first)
+        except NoPlanError:
+            return math.inf
+        return sizing.seconds_of(lambda: served.compute(batch))
 
     def answer(self) -> Any:
-        """The module's answer."""
-        assert self.computed is not None
-        return self.flight.answer(self.computed)
+        """The module's answer, of this call's part of a batch."""
+        assert self.part is not None
+        plan, computed = self.part
+        assert plan.served is not None
+        plan.calls.add()
+        return plan.served.builder(computed, self.given)
 
 
 def call_of(
@@ -73,13 +99,12 @@ def call_of(
 ) -> Call | None:
     """The call, if OpenVINO serves it and it has rows that could stand beside others'."""
     flight = take_off(module, dispatcher, args, kwargs, copied=False)
-    if flight is None or not flight.given or any(t.dim() == 0 for t in flight.given):
+    if flight is None or dispatcher is None or any(x.dim() == 0 for x in flight.given):
         return None
-    open_ = all(dims[0] is None for dims in flight.plan.pattern)
-    rows = {tensor.shape[0] for tensor in flight.given}
-    if not open_ or len(rows) != 1 or rows == {0}:
+    rows = {len(tensor) for tensor in flight.given}
+    if len(rows) != 1 or rows == {0}:
         return None
-    return Call(flight, rows.pop())
+    return Call(dispatcher, flight, (args, kwargs), rows.pop())
 
 
 class Rows:
@@ -92,15 +117,18 @@ class Rows:
     Attributes:
         apart: whether each depends on itself alone, and comes back in dimension 0.
         limit: the most of them in a batch.
+
+    Raises (when made):
+        NoPlanError: that cannot be said, for nothing serves two of them.
     """
 
     def __init__(self, call: Call, tolerance: float) -> None:
         self.limit = 1
         self._tolerance = tolerance
         self._compared = 0
-        other = _other_values(call.flight.given)
         try:
-            self.apart = self._answered([call.flight.given, other], call, compared=True) is not None
+            both = [call.given, _other_values(call.given)]
+            self.apart = self._parts(call, both, compared=True) is not None
         except FAILURES as error:
             log.debug("no batches: %s", error)
             self.apart = False
@@ -108,39 +136,37 @@ class Rows:
     def compute(self, calls: Sequence[Call]) -> bool:
         """Compute them as one batch. False where each has to see for itself.
 
-        Raises one of FAILURES.
+        Raises NoPlanError, or one of FAILURES.
         """
-        if not self.apart or not calls[0].flight.holds():
-            return False
         compared = self._compared < _COMPARED
         self._compared += compared
-        parts = self._answered([call.flight.given for call in calls], calls[0], compared)
-        if parts is None:
+        found = self._parts(calls[0], [call.given for call in calls], compared)
+        if found is None:
             self.apart = False
             return False
+        plan, parts = found
         for call, part in zip(calls, parts, strict=True):
-            call.computed = part
+            call.part = plan, part
         return True
 
-    def _answered(
-        self, calls: Sequence[Sequence[torch.Tensor]], like: Call, compared: bool
-    ) -> list[list[torch.Tensor]] | None:
-        """What a batch of these tensors computes, parted; None where that cannot be."""
-        plan, served = like.flight.plan, like.served
-        together = [torch.cat(tensors) for tensors in zip(*calls, strict=True)]
-        sizes = sizes_of(together)
-        open_ = all(fits(mine, dims) for mine, dims in zip(sizes, plan.pattern, strict=True))
-        if not open_ or not sizes_hold(plan.size_guards, sizes):
+    def _parts(
+        self, like: Call, calls: Sequence[Tensors], compared: bool
+    ) -> tuple[Plan, list[list[torch.Tensor]]] | None:
+        """What a batch of these tensors computes, by call; None where it cannot be told apart."""
+        together = _once_each(like.given, lambda _, i: torch.cat([given[i] for given in calls]))
+        plan, served, batch = like.with_rows(together)
+        parts = _parted(served, served.compute(batch), [len(given[0]) for given in calls])
+        if parts is None:
             return None
-        parts = _parted(served, served.compute(together), [len(tensors[0]) for tensors in calls])
-        if parts is None or not compared:
-            return parts
-        alone = [served.compute(tensors) for tensors in calls]
-        return parts if all(map(self._same, alone, parts)) else None
+        pairs = zip(calls, parts, strict=True)
+        if compared and not all(self._same(like, served, given, part) for given, part in pairs):
+            return None
+        return plan, parts
 
-    def _same(self, alone: list[torch.Tensor], part: list[torch.Tensor]) -> bool:
+    def _same(self, like: Call, served: Served, given: Tensors, part: list[torch.Tensor]) -> bool:
         try:
-            compare(*flatten(alone), part, self._tolerance)
+            alone = flatten(like.served.answer(given))
+            compare(*alone, served.builder(part, given), self._tolerance)
         except Mismatch as mismatch:
             log.debug("a batch is not its calls one by one: %s", mismatch)
             return False
@@ -148,20 +174,35 @@ class Rows:
 
 
 def _parted(
-    served: Served, computed: Sequence[torch.Tensor], rows: Sequence[int]
+    served: Served, computed: Tensors, rows: Sequence[int]
 ) -> list[list[torch.Tensor]] | None:
     """What was computed for a batch, as each call's own tensors; None if that has no such rows."""
     verdict = [computed[-1]] if served.checked else []
     outputs = computed[: len(computed) - len(verdict)]
     if any(tensor.dim() == 0 or len(tensor) != sum(rows) for tensor in outputs):
         return None
-    by_output = [tensor.split(list(rows)) for tensor in outputs]
+    by_output = [torch.split(tensor, list(rows)) for tensor in outputs]
     # Clones: a caller who keeps a row should not keep the whole batch, nor see others write to it.
     return [[*(part.clone() for part in parts), *verdict] for parts in zip(*by_output, strict=True)]
 
 
-def _other_values(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _other_values(given: Tensors) -> list[torch.Tensor]:
     """Values of another mean, spread and order: a row that looks beyond itself will show it."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [redraw(tensor, generator) for tensor in given]
-    return [tensor * 0.5 if tensor.dtype.is_floating_point else tensor for tensor in drawn]
+
+    def draw(tensor: torch.Tensor, _: int) -> torch.Tensor:
+        drawn = redraw(tensor, generator)
+        return drawn * 0.5 if tensor.dtype.is_floating_point else drawn
+
+    return _once_each(given, draw)
+
+
+def _once_each(
+    tensors: Tensors, make: Callable[[torch.Tensor, int], torch.Tensor]
+) -> list[torch.Tensor]:
+    """What is made of each and its index; what is one object stays one."""
+    made: dict[int, torch.Tensor] = {}
+    for i, tensor in enumerate(tensors):
+        if id(tensor) not in made:
+            made[id(tensor)] = make(tensor, i)
+    return [made[id(tensor)] for tensor in tensors]

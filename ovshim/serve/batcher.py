@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ovshim.dispatch import Dispatcher
 from ovshim.errors import OptionError
 from ovshim.handle import Handle
 from ovshim.plan import Served
 from ovshim.serve import sizing
-from ovshim.serve.alike import Call, Rows, call_of
+from ovshim.serve.alike import Call, NoPlanError, Rows, call_of
 from ovshim.serve.flight import FAILURES, dispatcher_of
 
 __all__ = ["Batcher"]
@@ -85,9 +86,8 @@ class Batcher:
         max_batch: int | Literal["auto"] = "auto",
         max_delay: float = 0.002,
     ) -> None:
-        _check(fast, max_batch, max_delay)
+        self._dispatcher = _checked(fast, max_batch, max_delay)
         self._fast = fast
-        self._dispatcher = dispatcher_of(fast)
         self._max_batch = max_batch
         self._max_delay = float(max_delay)
         self._rows: weakref.WeakKeyDictionary[Served, Rows] = weakref.WeakKeyDictionary()
@@ -164,14 +164,14 @@ class Batcher:
             self._changed.notify_all()
         if not leads:
             call.done.wait()
-            return call.computed is not None
+            return call.part is not None
         try:
             self._wait(group)
             if len(group.calls) > 1:
                 self._compute(group)
         finally:
             self._end(group)
-        return call.computed is not None
+        return call.part is not None
 
     def _wait(self, group: _Group) -> None:
         """Until the group is full or has waited long enough, and there is room to compute it."""
@@ -197,10 +197,13 @@ class Batcher:
 
     def _compute(self, group: _Group) -> None:
         calls = group.calls
+        rows = self._rows.get(calls[0].served)
         try:
-            done = self._rows[calls[0].served].compute(calls)
-        except FAILURES:
-            return  # one of them is at fault: each finds out for itself whether it is the one
+            done = rows is not None and rows.compute(calls)
+        except (NoPlanError, *FAILURES) as error:
+            # One of them may be at fault: each finds out for itself whether it is the one.
+            log.debug("a batch of %d calls is given up: %s", len(calls), error)
+            return
         if done:
             with self._changed:
                 self._counts["batches"] += 1
@@ -221,33 +224,36 @@ class Batcher:
         rows = self._rows.get(call.served)
         if rows is None:
             with self._learning:
-                rows = self._rows.get(call.served)
-                if rows is None:
-                    rows = self._learn(call)
-        return rows.limit if rows.apart else 1
+                rows = self._rows.get(call.served) or self._learnt(call)
+        return rows.limit if rows is not None and rows.apart else 1
 
-    def _learn(self, call: Call) -> Rows:
-        assert self._dispatcher is not None
-        precision = call.flight.plan.precision
-        rows = Rows(call, self._dispatcher.options.tolerance_for(precision))
+    def _learnt(self, call: Call) -> Rows | None:
+        try:
+            tolerance = self._dispatcher.options.tolerance_for(call.plan.precision)
+            rows = Rows(call, tolerance)
+            if rows.apart and self._max_batch == "auto":
+                rows.limit = sizing.best_size(call.seconds, sizing.free_memory)
+                log.info("batches of up to %d rows", rows.limit)
+        except (NoPlanError, *FAILURES) as error:
+            log.debug("nothing was learnt of batches: %s", error)
+            return None
+        if self._max_batch != "auto":
+            rows.limit = self._max_batch
         if not rows.apart:
             name = type(self._fast).__qualname__
             log.warning("calls of %s share no batches: their rows are not apart", name)
-        elif self._max_batch != "auto":
-            rows.limit = self._max_batch
-        else:
-            rows.limit = sizing.best_size(call.seconds, sizing.free_memory)
-            log.info("batches of up to %d rows", rows.limit)
         self._rows[call.served] = rows
         return rows
 
 
-def _check(fast: Any, max_batch: Any, max_delay: Any) -> None:
+def _checked(fast: Any, max_batch: Any, max_delay: Any) -> Dispatcher:
+    """What serves the module. Raises OptionError."""
     handle = fast.__dict__.get("ovshim") if isinstance(fast, nn.Module) else None
     if not isinstance(handle, Handle):
         remedy = "Give what ovshim.accelerate returns."
         raise OptionError("fast", fast, "an accelerated module", remedy)
-    if dispatcher_of(fast) is None:
+    dispatcher = dispatcher_of(fast)
+    if dispatcher is None:
         methods = handle.options.methods
         remedy = "Batches are of calls of the module itself: add 'forward' to its methods."
         raise OptionError("methods", methods, "names with 'forward' among them", remedy)
@@ -262,6 +268,7 @@ def _check(fast: Any, max_batch: Any, max_delay: Any) -> None:
     if not real or not 0 <= max_delay < math.inf:
         remedy = "Give the seconds that a call may wait for others, for example 0.002."
         raise OptionError("max_delay", max_delay, "a finite number of seconds, 0 or more", remedy)
+    return dispatcher
 
 
 _batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()

@@ -7,7 +7,7 @@ still what it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from ovshim.dispatch import Dispatcher, in_special_mode
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.signature import flatten_call, unflatten_call
 
-__all__ = ["FAILURES", "Flight", "Kept", "Modes", "dispatcher_of", "take_off"]
+__all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "take_off"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What may come out of a computation that eager should answer instead.
 FAILURES = (OutOfRangeError, RuntimeError, ValueError)
@@ -55,27 +57,38 @@ class Modes:
 
 
 class Kept:
-    """The arguments of a call, whatever is written to their tensors before its turn."""
+    """A call to be made later, by its own thread or another, whatever is written to its tensors
+    meanwhile. Those that require grad stay themselves: gradients have to reach them."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self._structure = flatten_call(args, kwargs)
-        self._call = args, kwargs
-        self._leaves = leaves
-        plain = {id(x): x for x in leaves if type(x) is torch.Tensor and not x.requires_grad}
-        self._copies = {key: (x, _version(x), x.clone()) for key, x in plain.items()}
+    def __init__(self, call: Call) -> None:
+        leaves, self._structure = flatten_call(*call)
+        found = {id(x): x for x in leaves if type(x) is torch.Tensor and not x.requires_grad}
+        self._pairs = {key: (x, _copy_of(x)) for key, x in found.items()}
+        self._leaves = [self._pairs[id(x)][1] if id(x) in found else x for x in leaves]
+        self._versions = {key: copy._version for key, (_, copy) in self._pairs.items()}
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments themselves; where one was written to, or may have been, its copy."""
-        copies = self._copies.items()
-        moved = {key: c for key, (x, v, c) in copies if v is None or _version(x) != v}
-        if not moved:
-            return self._call
-        leaves = [moved.get(id(leaf), leaf) for leaf in self._leaves]
-        return unflatten_call(leaves, self._structure)
+    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What stands for these tensors of the call."""
+        return [self._pairs[id(x)][1] if id(x) in self._pairs else _copy_of(x) for x in tensors]
+
+    def call(self, module: Callable[..., Any]) -> Any:
+        """What the module answers. What it writes to its inputs reaches those of the caller.
+
+        Raises what it raises.
+        """
+        args, kwargs = unflatten_call(self._leaves, self._structure)
+        output = module(*args, **kwargs)
+        for key, (original, copy) in self._pairs.items():
+            if copy._version != self._versions[key]:
+                with torch.no_grad():
+                    original.copy_(copy)
+        return output
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A plain copy, whatever mode this thread is in."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 class Flight:
@@ -94,7 +107,7 @@ class Flight:
         self,
         plan: Plan,
         given: Sequence[torch.Tensor],
-        call: tuple[tuple[Any, ...], dict[str, Any]],
+        call: Call,
         copied: bool,
     ) -> None:
         assert plan.served is not None
@@ -102,8 +115,8 @@ class Flight:
         self.given = given
         self.modes = Modes()
         self.served: Served = plan.served
-        self._call = call
-        self._taken = [tensor.clone() for tensor in given] if copied else given
+        self._kept = Kept(call) if copied else None
+        self._taken = given if self._kept is None else self._kept.copies(given)
 
     def compute(self) -> list[torch.Tensor]:
         """What OpenVINO computes. From any thread. Raises one of FAILURES."""
@@ -123,11 +136,10 @@ class Flight:
         """How many such calls OpenVINO advises to have under way."""
         return self.served.engine.advised
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the call as they were when it was made, in copies of its tensors."""
-        copies = {id(x): copy for x, copy in zip(self.given, self._taken, strict=True)}
-        leaves, structure = flatten_call(*self._call)
-        return unflatten_call([copies.get(id(leaf), leaf) for leaf in leaves], structure)
+    def call(self, module: Callable[..., Any]) -> Any:
+        """Make the call after all. Raises what the module raises."""
+        assert self._kept is not None
+        return self._kept.call(module)
 
 
 def take_off(
