@@ -153,7 +153,7 @@ class _World:
         )
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Draws(TorchDispatchMode):
     """Notices random numbers drawn by this thread."""
 
     seen = False
