@@ -17,6 +17,7 @@ from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
 from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
+from ovshim.parts import divide
 from ovshim.report import Report
 from ovshim.shapes import check_names
 from ovshim.twin import make_twin
@@ -169,7 +170,7 @@ class Maker:
         self.options = options
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
-        return Dispatcher(module, self.method, original, self.options)
+        return Dispatcher(module, self.method, original, self.options, divide)
 
 
 def _equip(module: nn.Module, options: Options) -> None:

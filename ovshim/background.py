@@ -85,6 +85,12 @@ class LatePlanner(Planner):
         wait: bool = True,
     ) -> Plan | None:
         """The plan for an example. See `Planner.prepare`; None where nobody waits for it."""
+        if self._late and building_here():
+            with self._lock, torch.no_grad():
+                family = self._families.setdefault((kind, False), Family())
+                plan = self.make(family, self._job(family, args, kwargs, kind, leaves))
+            if plan is not None:
+                return plan
         while self._late and not building_here():
             build, own = self._asked(args, kwargs, kind, leaves)
             if not wait:
@@ -219,6 +225,8 @@ class _Builder:
         """
         if _is_ending():
             raise BuildStopped(reason("building", "the program ends"))
+        if self is not _builder or threading.current_thread() is not self._thread:
+            return  # in a child that a build has forked, or for one that another thread makes
         if self._forks:
             self._stage.release()
             while self._forks:

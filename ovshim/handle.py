@@ -48,6 +48,7 @@ class Handle:
         calls = {"openvino": 0, "mixed": 0, "eager": 0}
         for dispatcher in dispatchers:
             calls["openvino"] += dispatcher.openvino_calls
+            calls["mixed"] += dispatcher.mixed_calls
             for code, count in dispatcher.eager_calls.items():
                 eager[code] = eager.get(code, 0) + count
         calls["eager"] = sum(eager.values())

@@ -153,10 +153,12 @@ class _World:
         )
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices random numbers drawn by this thread."""
 
-    seen = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -166,7 +168,8 @@ class _Draws(TorchDispatchMode):
 
 
 def _draws(call: Callable[[], Any]) -> bool:
-    with _Draws() as mode:
+    mode = _Draws()
+    with mode:
         call()
     return mode.seen
 
@@ -175,11 +178,14 @@ class _Drawing(BaseException):
     """An operator was about to draw random numbers. No Exception: users' code catches those."""
 
 
-class _NoDrawing(TorchDispatchMode):
+class _NoDrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stops this thread before it draws a random number."""
 
     supports_higher_order_operators = True
-    drew = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drew = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -208,7 +214,8 @@ def _would_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def _without_drawing(call: Callable[[], Any]) -> Any:
-    with _NoDrawing() as mode:
+    mode = _NoDrawing()
+    with mode:
         output = call()
     if mode.drew:  # and the module went on, which it could only by catching everything
         raise _Drawing

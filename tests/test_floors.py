@@ -20,6 +20,7 @@ FLOORS: dict[str, set[str]] = {
         "matcher",
         "example",
         "shapes",
+        "buckets",
         "guards",
         "values",
         "watch",
@@ -28,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
         "report",
     },
     "2a": {"runtime"},
-    "2b": {"preflight", "verify", "race", "generation"},
+    "2b": {"preflight", "verify", "race", "generation", "child"},
     "2c": {"infer", "capture", "precision"},
     "3": {
         "background",
@@ -37,12 +38,24 @@ FLOORS: dict[str, set[str]] = {
         "record",
         "trial",
         "verdict",
+        "lanes",
         "dispatch",
         "plan",
         "planner",
         "proof",
     },
-    "4": {"__init__", "__main__", "api", "handle", "scope", "serve", "twin", "bound", "cli"},
+    "4": {
+        "__init__",
+        "__main__",
+        "api",
+        "bound",
+        "cli",
+        "handle",
+        "parts",
+        "scope",
+        "serve",
+        "twin",
+    },
 }
 HEIGHT = {"0": 0, "1": 1, "2a": 2, "2b": 2, "2c": 3, "3": 4, "4": 5}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import filelock
 import platformdirs
 
-from ovshim.cache import entries, files, upkeep
+from ovshim.cache import entries, files, marks, upkeep
 from ovshim.cache.entries import MANIFEST, MARKER, OURS, SCHEMA, Entry, Foreign
 from ovshim.cache.files import Lease
 
@@ -108,6 +109,22 @@ class Store:
         finally:
             if held is not None:
                 upkeep.attempt("unlock", held.release)
+
+    @contextmanager
+    def marked(self, family: str) -> Iterator[None]:
+        """Lets others know, for the block, that this process builds the family."""
+        entries.check_key(family)
+        with contextlib.ExitStack() as stack:
+            if self.root is not None:
+                stack.enter_context(marks.marked(self._room / "marks", family, **_HARD_ONLY))
+            yield
+
+    def died_building(self, family: str) -> bool:
+        """Whether a process died while it built the family. Asked once: its mark goes."""
+        entries.check_key(family)
+        if self.root is None:
+            return False
+        return marks.left_behind(self._room / "marks", family, **_HARD_ONLY)
 
     def entries(self, family: str) -> list[Entry]:
         """The family's sound entries, newest first.

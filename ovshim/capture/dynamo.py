@@ -139,7 +139,7 @@ def _capture(request: Request) -> Captured:
     try:
         return _finish(request, output, args, kwargs)
     finally:
-        _forget_code(request.call)
+        _forget_code(request.call, output.backend_input.backend_id)
 
 
 def _finish(
@@ -291,12 +291,11 @@ def _user_line(error: Any) -> str:
     )
 
 
-def _forget_code(call: Callable[..., Any]) -> None:
-    """Dynamo leaves the graph in the globals of the user's function, and with it every weight."""
+def _forget_code(call: Callable[..., Any], name: str) -> None:
+    """Dynamo leaves the graph in the globals of the user's function, and with it every weight.
+    Others of like names are torch.compile's and in use."""
     function = getattr(call, "__func__", call)
-    names = [n for n in getattr(function, "__globals__", {}) if n.startswith("__compiled_fn_")]
-    for name in names:
-        del function.__globals__[name]
+    getattr(function, "__globals__", {}).pop(name, None)
 
 
 @contextlib.contextmanager

@@ -65,10 +65,23 @@ class Call:
         leaves, structure = flatten_call(*self._call)
         others = {id(x): other for x, other in zip(self.given, tensors, strict=True)}
         call = unflatten_call([others.get(id(leaf), leaf) for leaf in leaves], structure)
-        found = self._dispatcher.ready(*call)
-        if found is None or found[0].served is None:
+        found = self._dispatcher.ready(*call, settled=False)
+        if found is None:
             raise NoPlanError
-        return found[0], found[0].served, found[1]
+        plan, given = found
+        lane = plan.lane(plan.bucket(given))
+        if not (lane.proved or lane.eager):
+            self._meet(call)
+        if plan.served is None or not lane.proved or lane.eager:
+            raise NoPlanError
+        return plan, plan.served, given
+
+    def _meet(self, call: Any) -> None:
+        """Make a call of sizes that were never met: eager answers it too, and is compared."""
+        try:
+            self._dispatcher.call(*call)
+        except Exception as error:  # the user's own, of a call among the batch: it will meet it
+            raise NoPlanError from error
 
     def seconds(self, rows: int) -> float:
         """What a batch of so many rows takes, made of this call's; infinite where none is served.
@@ -98,7 +111,7 @@ def call_of(
     kwargs: dict[str, Any],
 ) -> Call | None:
     """The call, if OpenVINO serves it and it has rows that could stand beside others'."""
-    flight = take_off(module, dispatcher, args, kwargs, copied=False)
+    flight = take_off(module, dispatcher, args, kwargs, copied=False, settled=False)
     if flight is None or dispatcher is None or any(x.dim() == 0 for x in flight.given):
         return None
     rows = {len(tensor) for tensor in flight.given}

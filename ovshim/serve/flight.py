@@ -123,8 +123,9 @@ class Flight:
         return self.modes.call(self.served.compute, self._taken)  # type: ignore[no-any-return]
 
     def holds(self) -> bool:
-        """Whether the module is what it was when this was asked for."""
-        return self.plan.generation is not None and self.plan.generation.holds()
+        """Whether the module is what it was when this was asked for, and the plan serves."""
+        generation = self.plan.generation
+        return self.plan.served is self.served and generation is not None and generation.holds()
 
     def answer(self, computed: list[torch.Tensor]) -> Any:
         """The module's answer, of what was computed."""
@@ -148,11 +149,17 @@ def take_off(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     copied: bool = True,
+    settled: bool = True,
 ) -> Flight | None:
-    """The call, if OpenVINO serves it and `module(...)` does nothing besides; else None."""
+    """The call, if OpenVINO serves it and `module(...)` does nothing besides; else None.
+
+    Args:
+        copied: see `Flight`.
+        settled: see `Dispatcher.ready`.
+    """
     if dispatcher is None or not _is_plain_call(module):
         return None
-    found = dispatcher.ready(args, kwargs)
+    found = dispatcher.ready(args, kwargs, settled)
     return None if found is None else Flight(*found, (args, kwargs), copied)
 
 
