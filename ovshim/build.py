@@ -53,6 +53,10 @@ _LADDER = (
     Rung("all sizes open", sizes="all"),
     Rung("static sizes", sizes="none"),
 )
+# Said of a module that stays as it is; where it was changed meanwhile they mean nothing.
+_OF_ONE_MODULE = frozenset(
+    {"nondeterministic", "proof-failed", "capture-failed", "compile-failed", "infer-failed"}
+)
 
 
 # Found by work that need not be done again: an entry's key holds all that it depends on. Of the
@@ -70,7 +74,7 @@ def build(job: Job) -> Plan:
             plan = _build(job)
         except BuildStopped as stopped:
             why = stopped.reason
-            if why.code in ("nondeterministic", "proof-failed") and job.weights_moved():
+            if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
                 why = reason("stale", "weights changed while the plan was made")
             plan = _eager_plan(job, why)
@@ -102,7 +106,7 @@ def _build(job: Job) -> Plan:
 
 def _alone(job: Job, family: str) -> Plan:
     # Whoever else builds the same thing is waited for: its entry is then a hit.
-    with job.store.lock(family, timeout=job.seconds_left()):
+    with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
         found = _from_cache(job, family)
         if found is not None:
             return found
@@ -128,7 +132,7 @@ def _try_in_child(job: Job, family: str) -> None:
 
 def _keep_verdict(job: Job, family: str, why: Reason) -> None:
     """Let no process look for again what is so for good."""
-    if why.code not in _FOR_GOOD:
+    if why.code not in _FOR_GOOD or job.weights_moved():
         return
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
@@ -213,8 +217,12 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             engine = _compile(job, entry.file("model.xml"), record)
         with job.stage("proof"):
             served, error = _proved_small(job, engine, record)
+        if job.weights_moved():
+            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
         lease.release()
+        if job.weights_moved():  # the entry is as good as before
+            raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
         if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.

@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ovshim import planner
+from ovshim.background import LatePlanner
 from ovshim.errors import FallbackError, FallbackWarning, OptionError
 from ovshim.generation import obstacle
 from ovshim.job import Job
@@ -27,7 +28,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.signature import describe, flatten, flatten_call, sizes_of
 from ovshim.verify import Mismatch, compare
 
-__all__ = ["Dispatcher"]
+__all__ = ["Dispatcher", "in_special_mode"]
 
 log = logging.getLogger("ovshim")
 
@@ -78,7 +79,8 @@ class Dispatcher:
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self._planner = Planner(
+        planner_class = LatePlanner if options.background else Planner
+        self._planner = planner_class(
             module, method, original, options, self._plans.__setitem__, self._retire, divide
         )
         self._quiet = quiet
@@ -120,6 +122,35 @@ class Dispatcher:
                 return self._in_eager(_SPECIAL_VALUES, args, kwargs)
             return self._by_openvino(plan, served, tensors, args, kwargs)
         return self._unplanned(args, kwargs)
+
+    def ready(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], settled: bool = True
+    ) -> tuple[Plan, tuple[torch.Tensor, ...]] | None:
+        """The plan by which OpenVINO would serve this call, and the call's tensors.
+
+        None where `call` would have eager answer: the same questions, and nothing is counted.
+
+        Args:
+            settled: False: also where it is to be found out yet who serves calls of these sizes,
+                and where eager is faster.
+        """
+        if building_here() or self.module.training or in_special_mode():
+            return None
+        grad = _grad_enabled()
+        for plan in self._plans[grad]:
+            tensors = plan.match(args, kwargs)
+            if tensors is None:
+                continue
+            fits = (
+                plan.served is not None
+                and (not settled or plan.bucket(tensors) in plan.open)
+                and not (grad and _gradients_wanted(plan, tensors))
+                and plan.generation is not None
+                and plan.generation.holds()
+                and plan.values_fit(tensors)
+            )
+            return (plan, tensors) if fits else None
+        return None
 
     def _by_openvino(
         self,
@@ -252,7 +283,10 @@ class Dispatcher:
         look_again = plan.generation is not None and often
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
-        return self._in_eager(why, args, kwargs)
+        answer = self._in_eager(why, args, kwargs)
+        if why.code == "eager-refuses":
+            self._planner.drop(plan)  # of an example that was wrong; calls like this one are not
+        return answer
 
     def _failed(self, plan: Plan, error: Exception) -> None:
         """OpenVINO raised while it ran: eager answers. If the engine died of it, for good."""
@@ -294,8 +328,11 @@ class Dispatcher:
         self._note(stale if stale is not None and why.code == "building" else why)
         return output
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True) -> None:
         """Make the plan for an example before any call.
+
+        Args:
+            wait: False: another thread makes it, and what it meets is told by the next call.
 
         Raises:
             OptionError: the module itself refuses the example, or has no such argument as
@@ -310,7 +347,9 @@ class Dispatcher:
         if why is None and isinstance(kind, Reason):
             why = kind
         if why is None and not isinstance(kind, Reason):
-            plan = self._planner.prepare(args, kwargs, kind, leaves)
+            plan = self._planner.prepare(args, kwargs, kind, leaves, wait)
+            if plan is None:
+                return
             why = None if plan.path == "openvino" else plan.reason
             if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(
@@ -319,8 +358,12 @@ class Dispatcher:
                     "what the module itself accepts",
                     f"{why.message} Correct the example.",
                 ) from plan.trouble
-        if why is not None:
+        if why is not None and wait:
             self._tell(why)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until no plan is being made in another thread; whether that was so in time."""
+        return self._planner.wait(timeout)
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""
@@ -377,6 +420,17 @@ class Dispatcher:
             if path is not None:
                 self._earlier_calls[path] += plan.calls.value
                 plan.calls = Counter()
+
+
+def in_special_mode() -> bool:
+    """Whether this thread is under a mode in which only the module's own method is right."""
+    return bool(
+        (_function_modes() and not _only_cpu_devices())
+        or _dispatch_modes()
+        or _autocast_on()
+        or _functorch() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _counts_as(plan: Plan) -> str | None:

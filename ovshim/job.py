@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ovshim.cache import Store
+from ovshim.generation import Generation
 from ovshim.options import Options
 from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
@@ -41,6 +42,10 @@ class Job:
         dynamic: the dimensions of each tensor that should be able to change.
         grad: whether grad mode is on in the calls that the plan is for.
         look: what was seen of a call of the user's own, where there was one.
+        apart: the user's method over a copy of the module, for calls of our own, where the module
+            itself is in use by other threads meanwhile.
+        began: the state of the module when the job was made, where other threads may change it.
+        pause: called between stages; may wait, or raise BuildStopped.
     """
 
     module: nn.Module
@@ -53,6 +58,9 @@ class Job:
     dynamic: Dims
     grad: bool
     look: Look | None = None
+    apart: Any = None
+    began: Generation | None = None
+    pause: Callable[[], None] | None = None
     precision_run: str | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -65,9 +73,11 @@ class Job:
         self._weights = self._versions()
 
     def weights_moved(self) -> bool:
-        """Whether a weight or a buffer was written to or replaced since the job was made: what was
-        captured is then neither of what the fingerprint says nor of what stands now."""
-        return self._versions() != self._weights
+        """Whether a weight or a buffer was written to or replaced since the job was made (or, where
+        `began` tells, anything else of the module): what was captured is then neither of what the
+        fingerprint says nor of what stands now."""
+        changed = self.began is not None and not self.began.holds()
+        return changed or self._versions() != self._weights
 
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
@@ -98,6 +108,9 @@ class Job:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def check_time(self) -> None:
+        """Raises BuildStopped where no time is left."""
+        if self.pause is not None:
+            self.pause()
         if self.seconds_left() == 0.0:
             raise BuildStopped(reason("build-too-slow", f"{self.options.max_build_seconds:g} s"))
 

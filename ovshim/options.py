@@ -124,6 +124,9 @@ class Options:
     """Further properties for OpenVINO's ``compile_model``, name to text, number or bool. Those
     that another option sets are refused."""
 
+    background: bool = False
+    """Make plans in another thread; eager answers until they are proved."""
+
     inplace: bool = False
     """Accelerate the module itself instead of a twin."""
 
@@ -169,6 +172,7 @@ class OptionFields(TypedDict, total=False):
     streams: int | None
     threads: int | None
     properties: Mapping[str, Scalar]
+    background: bool
     inplace: bool
     methods: Sequence[str]
     strict: bool
@@ -382,6 +386,7 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
         "streams": _count,
         "threads": _count,
         "properties": _properties,
+        "background": _flag,
         "inplace": _flag,
         "methods": _methods,
         "strict": _flag,

@@ -92,6 +92,8 @@ def divide(job: Job, whole: Plan) -> Plan:
     assert whole.reason is not None
     slow = whole.reason.code == "slower" and (whole.medians or (0.0,))[0] > _WORTH_DIVIDING_SECONDS
     divisible = slow or whole.reason.code in _DIVISIBLE
+    if job.apart is not None and whole.reason.code == "random":
+        divisible = False  # to compare two answers the generators of all threads would be set
     if not divisible or job.options.strict or job.module.training:
         return whole
     modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
@@ -196,7 +198,7 @@ def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Me
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         args, kwargs = job.arguments(job.copies())
-        with _seeded():
+        with _seeded(job):
             parts(args, kwargs)
     return met
 
@@ -256,7 +258,7 @@ class _Candidate:
     def answer(self, values: Sequence[torch.Tensor]) -> Any:
         given = iter(values)
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self.job.leaves]
-        with serving(), _seeded():
+        with serving(), _seeded(self.job):
             return self.parts(*self.job.arguments(leaves))
 
 
@@ -268,7 +270,7 @@ def _proved(job: Job, parts: Parts) -> float:
     """
 
     def seeded(*args: Any, **kwargs: Any) -> Any:
-        with _seeded():
+        with _seeded(job):
             return job.call(*args, **kwargs)
 
     eager = Eager(job.module, job.method, seeded, job.kind, job.leaves, job.tolerance)
@@ -301,8 +303,11 @@ def _raced(job: Job, parts: Parts) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
+def _seeded(job: Job) -> Iterator[None]:
     """Random numbers that are the same each time, and the user's own left untouched."""
+    if job.apart is not None:
+        yield  # other threads draw meanwhile, and this module does not
+        return
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -67,12 +67,19 @@ class Served:
             OutOfRangeError: an index lies outside of its table.
             EngineDead, ValueError: see `infer.Engine.run`.
         """
+        return self.builder(self.compute(given), given)
+
+    def compute(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the graph computes of them: `builder` makes the output of it.
+
+        Raises as `answer` does.
+        """
         inputs = self.inputs
         taken = given if inputs is None else [given[i] for i in inputs]
         computed = self.engine.run(taken)
         if self.checked and not computed[-1]:
             raise OutOfRangeError
-        return self.builder(computed, given)
+        return computed
 
 
 class Notes(Protocol):

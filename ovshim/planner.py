@@ -40,6 +40,7 @@ class Family:
         self.plans: list[Plan] = []
         self.stale = 0
         self.wait = 0
+        self.build: Any = None  # what another thread is making
 
     def add(self, plan: Plan) -> list[Plan]:
         """A plan for more sizes takes the place of those that it covers, which are returned."""
@@ -122,9 +123,17 @@ class Planner:
             self._lock.release()
 
     def prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> Plan:
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+        leaves: Sequence[Any],
+        wait: bool = True,
+    ) -> Plan | None:
         """The plan for an example, made before any call. Calls to come are taken for inference.
+
+        Args:
+            wait: False: None, and the plan later, where another thread makes plans.
 
         Raises:
             OptionError: `dynamic_shapes` does not fit the example.
@@ -132,6 +141,18 @@ class Planner:
         with self._lock, torch.no_grad(), _Building():
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until nothing is being made in other threads; whether that was so in time."""
+        return True
+
+    def drop(self, plan: Plan) -> None:
+        """Drop one plan."""
+        with self._lock:
+            for family in self._families.values():
+                family.plans = [known for known in family.plans if known is not plan]
+            self._on_gone([plan])
+            self._publish()
 
     def drop_stale(self) -> None:
         """Drop the plans that the module's present state contradicts."""
@@ -204,14 +225,17 @@ class Planner:
     def _make(self, family: Family, job: Job) -> Plan:
         from ovshim.build import build  # with it come OpenVINO and the cache of its plugins
 
-        plan = build(job)
-        if plan.reason is not None and plan.reason.code == "stale":
-            family.put_off()  # it changed under the build: there is nothing to keep
-            return plan
-        if plan.path == "eager" and self._divide is not None:
-            plan = self._divide(job, plan)
-        self._on_gone(family.add(plan))
-        self._publish()
+        with _Building():
+            plan = build(job)
+            stale = plan.reason is not None and plan.reason.code == "stale"
+            if plan.path == "eager" and not stale and self._divide is not None:
+                plan = self._divide(job, plan)
+        with self._lock:
+            if stale:
+                family.put_off()  # it changed under the build: there is nothing to keep
+            elif family in self._families.values():  # not if all was dropped meanwhile
+                self._on_gone(family.add(plan))
+                self._publish()
         return plan
 
     def _publish(self) -> None:

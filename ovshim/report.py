@@ -51,7 +51,7 @@ class Report:
         for plan in self.plans:
             lines += ["", *_plan_lines(plan)]
         if not self.plans:
-            lines.append("  no plan yet: the first call makes one")
+            lines.append("  no plan yet")
         return "\n".join(lines)
 
     def html(self) -> str:

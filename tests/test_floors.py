@@ -32,6 +32,7 @@ FLOORS: dict[str, set[str]] = {
     "2b": {"preflight", "verify", "race", "generation", "child"},
     "2c": {"infer", "capture", "precision"},
     "3": {
+        "background",
         "build",
         "job",
         "record",
@@ -43,7 +44,18 @@ FLOORS: dict[str, set[str]] = {
         "planner",
         "proof",
     },
-    "4": {"__init__", "__main__", "api", "handle", "parts", "scope", "twin", "bound", "cli"},
+    "4": {
+        "__init__",
+        "__main__",
+        "api",
+        "bound",
+        "cli",
+        "handle",
+        "parts",
+        "scope",
+        "serve",
+        "twin",
+    },
 }
 HEIGHT = {"0": 0, "1": 1, "2a": 2, "2b": 2, "2c": 3, "3": 4, "4": 5}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

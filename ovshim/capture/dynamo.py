@@ -15,7 +15,6 @@ import contextlib
 import functools
 import gc
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +30,7 @@ from ovshim.capture import (
     frontend,
     rewrites,
 )
+from ovshim.capture.hush import hushed
 from ovshim.capture.ranges import check_ranges
 from ovshim.capture.sizes import read_sizes
 from ovshim.capture.sources import Sources
@@ -225,10 +225,9 @@ def _configured() -> Iterator[list[str]]:
         stack.enter_context(
             torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         )
-        seen = stack.enter_context(warnings.catch_warnings(record=True))
-        warnings.simplefilter("always")
+        seen = stack.enter_context(hushed())
         yield effects
-        effects += [str(w.message) for w in seen if "side effects" in str(w.message)]
+        effects += [text for text in seen if "side effects" in text]
 
 
 def _refuse_effects(effects: list[str]) -> None:
