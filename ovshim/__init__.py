@@ -11,6 +11,7 @@ import logging
 from ovshim.api import accelerate, explain
 from ovshim.errors import (
     ArtifactError,
+    CalibrationError,
     DeviceWarning,
     FallbackError,
     FallbackWarning,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "CalibrationError",
     "Device",
     "DeviceWarning",
     "FallbackError",

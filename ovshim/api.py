@@ -159,6 +159,20 @@ def _check_module(module: Any, options: Options) -> None:
                 f"It has no method {name!r}.",
             )
     check_names(options, getattr(module, options.methods[0]))
+    _check_precision(module, options.precision)
+
+
+def _check_precision(module: nn.Module, asked: str | Mapping[str, str] | None) -> None:
+    """Raise OptionError for rules that fit nothing, and where NNCF is needed and missing."""
+    if isinstance(asked, Mapping):
+        from ovshim.precision import rules
+
+        rules.check(asked, module)
+    wanted = set(asked.values()) if isinstance(asked, Mapping) else {asked}
+    if wanted & {"int8", "int8_weights", "int4_weights"}:
+        from ovshim.precision import quantize
+
+        quantize.require(asked)
 
 
 class Maker:
@@ -168,6 +182,10 @@ class Maker:
     def __init__(self, method: str, options: Options) -> None:
         self.method = method
         self.options = options
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loaders with workers and functions defined on the spot do not pickle; their items do.
+        return {"method": self.method, "options": self.options.portable()}
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
         return Dispatcher(module, self.method, original, self.options, divide)

@@ -24,15 +24,18 @@ from ovshim import proof, runtime
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture, distinct_tensors
 from ovshim.child import try_in_child
+from ovshim.eager import Eager
+from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
+from ovshim.lowering import lowered, lowering_of, refuse_overflow, rest_of, warnings_of
 from ovshim.matcher import Output, compile_builder, compile_matcher
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import Eager, ProofFailedError
+from ovshim.proof import ProofFailedError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record, Rung
 from ovshim.signature import Pattern, sizes_of
@@ -66,7 +69,8 @@ _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) |
 
 
 def build(job: Job) -> Plan:
-    """The plan for a job. Never raises but for KeyboardInterrupt and its like."""
+    """The plan for a job. Never raises but for KeyboardInterrupt and its like, and OptionError for
+    calibration data that is none."""
     # Under inference mode every tensor made here would be one for ever, and without versions.
     modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
     with modes[0], modes[1], torch.autocast("cpu", enabled=False):
@@ -79,6 +83,8 @@ def build(job: Job) -> Plan:
                 why = reason("stale", "weights changed while the plan was made")
             plan = _eager_plan(job, why)
             plan.trouble = stopped.__cause__
+        except OptionError:
+            raise
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
             plan = _eager_plan(job, reason("build-failed", f"{type(error).__name__}: {error}"))
@@ -93,6 +99,7 @@ def build(job: Job) -> Plan:
 
 def _build(job: Job) -> Plan:
     _refuse_at_sight(job)
+    job.lowering = lowering_of(job)
     with job.stage("fingerprint"):
         family, trouble = _family(job)
     if family is None:
@@ -169,6 +176,7 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         return None, job.store.problem or "the cache is off"
     options = job.options
     decisive = [job.precision, options.device, sorted(options.properties.items()), job.tolerance]
+    decisive += [] if job.lowering is None else [job.lowering.key]
     try:
         found = fingerprint(
             job.module,
@@ -214,7 +222,7 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         return None
     try:
         with job.stage("compile"):
-            engine = _compile(job, entry.file("model.xml"), record)
+            engine = _compile(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
             served, error = _proved_small(job, engine, record)
         if job.weights_moved():
@@ -261,6 +269,8 @@ def _from_capture(job: Job, family: str | None) -> Plan:
         trained = [name for name, inner in job.module.named_modules() if inner.training]
         by_training = trained and seen.reason.code in ("random", "mutates-buffer")
         raise BuildStopped(reason("training", trained[0]) if by_training else seen.reason)
+    with job.stage("preflight"):
+        refuse_overflow(job)
     dtypes = [leaf.dtype for leaf in seen.leaves if isinstance(leaf, torch.Tensor)]
     if job.options.precision is None and torch.float64 in dtypes:
         raise BuildStopped(reason("double-precision"))
@@ -278,6 +288,8 @@ def _from_capture(job: Job, family: str | None) -> Plan:
             log.info("%s, %s: %s", type(job.module).__qualname__, rung.name or "as is", stopped)
             # The reason to show is what the usual way met; retries add nothing to it.
             first = first or stopped
+            if job.lowering is not None and job.lowering.samples is not None:
+                break  # it is int8 that is not exact enough, and no other way of building is
     assert first is not None
     raise first
 
@@ -294,12 +306,17 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
         generation = _generation(job, record)
+    if job.lowering is not None:
+        with job.stage("lower"):
+            captured, told = lowered(job, captured)
+            record = dataclasses.replace(record, lowered=told)
+    with job.stage("capture"):
         source, entry, keep = _publish(job, family, captured, record)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
     try:
         with job.stage("compile"):
-            engine = _compile(job, source, record)
+            engine = _compile(job, source, record, entry)
         weakref.finalize(engine, keep)
         served = _served(job, engine, record, seen)
         with job.stage("proof"):
@@ -323,7 +340,9 @@ def _captured(job: Job, rung: Rung, outputs: tuple[int, ...]) -> Captured:
         "none": tuple(frozenset[int]() for _ in job.tensors),
     }[rung.sizes]
     try:
-        return capture(Request(job.module, job.call, job.kind, job.copies(), dims, outputs))
+        marked = job.lowering is not None and job.lowering.marked
+        request = Request(job.module, job.call, job.kind, job.copies(), dims, outputs, marked)
+        return capture(request)
     except CaptureError as refused:
         raise BuildStopped(refused.reason) from refused
 
@@ -377,28 +396,28 @@ def _generation(job: Job, record: Record) -> Generation:
         raise BuildStopped(reason("untracked-weights", str(error))) from error
 
 
-def _compile(job: Job, source: Path, record: Record) -> Engine:
-    options = job.options
-    threads = options.threads or torch.get_num_threads()
-    safe = runtime.safe_precision(
-        job.precision,
-        device=options.device,
-        hint=options.hint,
-        streams=options.streams,
-        threads=threads,
-    )
-    settings = runtime.settings(
-        device=options.device,
-        precision=safe,
-        hint=options.hint,
-        streams=options.streams,
-        threads=threads,
-        properties={**dict(record.rung.properties), **options.properties},
-    )
+def _compile(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
+    if job.precision == "int8":
+        precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
+    else:
+        precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
+    return _compiled(job, source, record, precision)
+
+
+def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
+    """The graph compiled with a precision as the hint.
+
+    Raises:
+        BuildStopped: OpenVINO cannot.
+    """
+    safe = runtime.safe_precision(precision, **job.placement)
+    properties = {**dict(record.rung.properties), **job.options.properties}
+    settings = runtime.settings(precision=safe, **job.placement, properties=properties)
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
     try:
-        compiled = runtime.compile_model(source, options.device, settings)
+        compiled = runtime.compile_model(source, job.options.device, settings)
         job.precision_run = runtime.precision_run(compiled)
+        job.modules_run, job.warnings = warnings_of(job, compiled)
         verdict = (torch.bool,) if record.checked else ()
         return Engine(compiled, inputs, (*record.dtypes, *verdict))
     except (RuntimeError, TypeError, ValueError) as error:
@@ -435,8 +454,9 @@ def _eager_of(job: Job) -> Eager:
 
 def _proved(job: Job, served: Served, record: Record) -> proof.Proof:
     sizes = (record.pattern, record.size_guards)
+    samples = [] if job.lowering is None else job.lowering.to_prove_with(record.pattern)
     try:
-        return proof.prove(_eager_of(job), served, job.tensors, *sizes, job.check_time)
+        return proof.prove(_eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
     except ProofFailedError as failed:
         raise BuildStopped(reason("proof-failed", str(failed))) from failed
     except EngineDead as dead:
@@ -469,9 +489,14 @@ def _plan(
         precision=job.precision,
         example=sizes_of(job.leaves),
         precision_run=job.precision_run,
+        lowered=record.lowered,
+        modules=job.modules_run,
+        warnings=job.warnings,
         error=record.error,
         cache=cache,
         cache_path=None if entry is None else str(entry.path),
+        family=None if entry is None else entry.family,
+        bytes=None if entry is None else sum(f["size"] for f in entry.manifest["files"].values()),
         route=record.route,
         rung=record.rung.name or None,
         size_guards=record.size_guards,

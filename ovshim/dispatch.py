@@ -259,6 +259,14 @@ class Dispatcher:
                 name = type(self.module).__qualname__
                 warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
 
+    def _tell_precision(self) -> None:
+        """Warn, once each, of plans that run in another precision than was asked for."""
+        for plan in self.plans:
+            for warning in plan.warnings if plan.served is not None else ():
+                if str(warning) not in self._warned:
+                    self._warned.add(str(warning))
+                    warnings.warn(warning, stacklevel=_users_level())
+
     def _mode(self) -> Reason:
         """The reason for the state that torch or the module is in."""
         if self.module.training:
@@ -325,6 +333,7 @@ class Dispatcher:
         if isinstance(kind, Reason):
             return self._in_eager(kind, args, kwargs)
         output, why = self._planner.answer(args, kwargs, kind, leaves)
+        self._tell_precision()
         self._note(stale if stale is not None and why.code == "building" else why)
         return output
 
@@ -350,6 +359,7 @@ class Dispatcher:
             plan = self._planner.prepare(args, kwargs, kind, leaves, wait)
             if plan is None:
                 return
+            self._tell_precision()
             why = None if plan.path == "openvino" else plan.reason
             if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(

@@ -2,6 +2,7 @@
 
     OvshimError
       OptionError (ValueError)        a value that cannot be right
+        CalibrationError              no calibration data, or data that does not fit the calls
       FallbackError (RuntimeError)    strict only: what would have fallen back, with its reason
       ArtifactError                   a file or directory that cannot be loaded or saved
     OvshimWarning (UserWarning)
@@ -65,6 +66,10 @@ class OptionError(OvshimError, ValueError):
         except Exception:  # any type may raise anything from its own __reduce__
             value = _shown(value)
         return type(self), (self.name, value, self.allowed, self.remedy)
+
+
+class CalibrationError(OptionError):
+    """No calibration data, or data that does not fit the calls it is for."""
 
 
 class FallbackError(OvshimError, RuntimeError):

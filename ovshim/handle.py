@@ -55,7 +55,7 @@ class Handle:
         return Report(
             module=type(self._module).__qualname__,
             device=self.options.device,
-            precision=plans[0].precision if plans else self.options.precision or "own",
+            precision=plans[0].precision if plans else _asked(self.options),
             calls=calls,
             eager=eager,
             plans=[plan.to_dict() for plan in plans],
@@ -140,3 +140,8 @@ class Handle:
     def _dispatchers(self) -> Sequence[Dispatcher]:
         bound = installed(self._module).values()
         return [b.dispatcher for b in bound if isinstance(b.dispatcher, Dispatcher)]
+
+
+def _asked(options: Options) -> str:
+    asked = options.precision or "own"
+    return asked if isinstance(asked, str) else "rules"

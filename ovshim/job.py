@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from ovshim.cache import Store
+from ovshim.errors import PrecisionWarning
 from ovshim.generation import Generation
 from ovshim.options import Options
+from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
@@ -32,6 +34,15 @@ class BuildStopped(Exception):
         self.reason = why
 
 
+class Placement(TypedDict):
+    """Where and how OpenVINO computes; streams: None leaves them to OpenVINO."""
+
+    device: str
+    hint: str
+    streams: int | None
+    threads: int
+
+
 @dataclasses.dataclass
 class Job:
     """What is to be built.
@@ -46,6 +57,10 @@ class Job:
             itself is in use by other threads meanwhile.
         began: the state of the module when the job was made, where other threads may change it.
         pause: called between stages; may wait, or raise BuildStopped.
+        lenient: whether a call of the user's began it, who then gets eager and not an error.
+        lowering: what is to be made of the graph, beyond a hint to OpenVINO.
+        precision_run, modules_run: what the compiled graph runs in, most of it and by module.
+        warnings: where that is not what was asked for.
     """
 
     module: nn.Module
@@ -61,7 +76,11 @@ class Job:
     apart: Any = None
     began: Generation | None = None
     pause: Callable[[], None] | None = None
+    lenient: bool = False
+    lowering: Lowering | None = None
     precision_run: str | None = None
+    modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    warnings: Sequence[PrecisionWarning] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -85,9 +104,25 @@ class Job:
 
     @property
     def precision(self) -> str:
-        if self.options.precision is not None:
-            return self.options.precision
+        """What was asked for, "rules" for rules; where nothing was, the module's own."""
+        asked = self.options.precision
+        if asked is None:
+            return self.own_precision
+        return asked if isinstance(asked, str) else "rules"
+
+    @property
+    def own_precision(self) -> str:
         return _OWN_PRECISION.get(own_dtype(self.module), "fp32")
+
+    @property
+    def placement(self) -> Placement:
+        options = self.options
+        return {
+            "device": options.device,
+            "hint": options.hint,
+            "streams": options.streams,
+            "threads": options.threads or torch.get_num_threads(),
+        }
 
     @property
     def tolerance(self) -> float | None:
@@ -95,6 +130,10 @@ class Job:
         own = _OWN_PRECISION.get(own_dtype(self.module))
         if self.options.tolerance is None and own == self.precision and own != "fp32":
             return None
+        asked = self.options.precision
+        if isinstance(asked, Mapping):
+            used = {asked.get("default", self.own_precision), *asked.values()}
+            return max(self.options.tolerance_for(precision) for precision in used)
         return self.options.tolerance_for(self.precision)
 
     @contextlib.contextmanager
@@ -129,6 +168,11 @@ class Job:
         """Eager's answer to these leaves."""
         args, kwargs = self.arguments(leaves)
         return self.call(*args, **kwargs)
+
+    def leaves_with(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """The example's leaves with other tensors in the place of its own."""
+        given = iter(tensors)
+        return [next(given) if isinstance(x, torch.Tensor) else x for x in self.leaves]
 
     def copies(self) -> list[Any]:
         """The example's leaves with copies of their tensors; what is one object stays one."""

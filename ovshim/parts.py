@@ -23,6 +23,7 @@ from torch import nn
 from ovshim import proof
 from ovshim.bound import install, installed, uninstall
 from ovshim.dispatch import Dispatcher
+from ovshim.eager import Eager
 from ovshim.errors import OptionError
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
@@ -30,7 +31,7 @@ from ovshim.matcher import compile_matcher
 from ovshim.options import Options
 from ovshim.plan import Plan
 from ovshim.planner import serving
-from ovshim.proof import Eager, ProofFailedError
+from ovshim.proof import ProofFailedError
 from ovshim.race import race
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
 from ovshim.twin import make_twin
@@ -94,7 +95,9 @@ def divide(job: Job, whole: Plan) -> Plan:
     divisible = slow or whole.reason.code in _DIVISIBLE
     if job.apart is not None and whole.reason.code == "random":
         divisible = False  # to compare two answers the generators of all threads would be set
-    if not divisible or job.options.strict or job.module.training:
+    # Calibration data and rules are of the whole: a part would want its own.
+    plain = job.options.precision in (None, "fp32", "bf16", "fp16")
+    if not divisible or not plain or job.options.strict or job.module.training:
         return whole
     modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
     with modes[0], modes[1], torch.autocast("cpu", enabled=False):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ovshim.buckets import Bucket
+from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.lanes import Lane
 from ovshim.matcher import Builder, Matcher
@@ -122,6 +123,11 @@ class Plan:
         example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
         raced: whether buckets are raced against eager before OpenVINO serves them.
+        lowered, modules: how the graph was lowered, and what each module of it runs in, by path,
+            where precision was asked for by rules.
+        warnings: where that is not what was asked for.
+        candidates: what was tried for `precision="auto"`, one row each.
+        family, bytes: of its entry in the cache, the key and the size on disk.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
         trouble: the exception behind the reason, where there was one.
@@ -146,6 +152,12 @@ class Plan:
     cache_path: str | None = None
     route: str | None = None
     rung: str | None = None
+    lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    warnings: Sequence[PrecisionWarning] = ()
+    candidates: Sequence[Mapping[str, Any]] = ()
+    family: str | None = None
+    bytes: int | None = None
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -197,6 +209,9 @@ class Plan:
             "path": self.path,
             "reason": self.reason.to_dict() if self.reason and self.path != "openvino" else None,
             "precision_run": self.precision_run,
+            "preset": self.lowered.get("preset"),
+            "modules": dict(self.modules),
+            "candidates": [dict(row) for row in self.candidates],
             "error": self.error,
             "speedup": self.speedup,
             "cache": self.cache,

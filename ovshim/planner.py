@@ -217,16 +217,18 @@ class Planner:
             leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
             dynamic=dims,
             grad=torch.is_grad_enabled(),
+            lenient=lenient,
         )
         for plan in family.plans:
             job.open_sizes(plan.pattern, plan.pinned)
         return job
 
     def _make(self, family: Family, job: Job) -> Plan:
-        from ovshim.build import build  # with it come OpenVINO and the cache of its plugins
+        # With it come OpenVINO and the cache of its plugins.
+        from ovshim.auto import build, build_auto
 
         with _Building():
-            plan = build(job)
+            plan = build_auto(job) if job.options.precision == "auto" else build(job)
             stale = plan.reason is not None and plan.reason.code == "stale"
             if plan.path == "eager" and not stale and self._divide is not None:
                 plan = self._divide(job, plan)

@@ -7,35 +7,37 @@ which the candidate is wrong, stays what it is in the example: it is *pinned*.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from ovshim.buckets import open_groups
+from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
 from ovshim.plan import OutOfRangeError
 from ovshim.signature import (
     Kind,
     Pattern,
-    Structure,
     TensorLeaf,
     flatten,
     sizes_of,
-    unflatten_call,
 )
 from ovshim.values import WIDEST
-from ovshim.verify import Mismatch, compare, compare_flat, redraw, relative_errors, resize
+from ovshim.verify import (
+    Mismatch,
+    compare,
+    compare_flat,
+    redraw,
+    resize,
+)
 
 if TYPE_CHECKING:
     from ovshim.preflight import Look
 
 __all__ = [
-    "Eager",
     "Proof",
     "ProofFailedError",
     "alike",
@@ -46,12 +48,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("ovshim")
-
-# A module in bf16 or fp16 is compared with its fp32 upcast, and may be this much further from it
-# than eager in its own dtype is.
-_OWN_DTYPE_MARGIN = 1.5
-# Where a module in bf16 or fp16 has no upcast that runs: the options' default for those.
-_LOW_TOLERANCE = 0.03
 
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -80,86 +76,6 @@ class Proof:
     limits: Mapping[int, tuple[int, int]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """Eager's output, flattened, beside the fp32 upcast's where precision calls for one."""
-
-    leaves: list[Any]
-    structure: Structure
-    exact: list[Any] | None
-
-
-class Eager:
-    """Asks the module itself, and judges a candidate's answer by it.
-
-    Args:
-        tolerance: largest relative L2 error; None for a module in bf16 or fp16 that runs in its
-            own precision: then the fp32 upcast of the module is the measure.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        method: str,
-        call: Callable[..., Any],
-        kind: Kind,
-        leaves: Sequence[Any],
-        tolerance: float | None,
-    ) -> None:
-        self.call = call
-        self.kind = kind
-        self.leaves = leaves
-        self.tolerance = tolerance
-        self._upcast: Callable[..., Any] | None = None
-        if tolerance is None:
-            exact = copy.deepcopy(module).float()
-            self._upcast = getattr(type(exact), method).__get__(exact)
-
-    def answer(self, tensors: Sequence[torch.Tensor]) -> Answer:
-        """Eager's output for these tensors. Raises what the module raises."""
-        leaves, structure = flatten(self._run(self.call, tensors))
-        return Answer(leaves, structure, self.exact(tensors))
-
-    def exact(self, tensors: Sequence[torch.Tensor]) -> list[Any] | None:
-        """The fp32 upcast's output, where it is the measure."""
-        if self._upcast is None:
-            return None
-        floats = {torch.bfloat16, torch.float16}
-        upcast = {id(t): t.float() if t.dtype in floats else t for t in tensors}
-        try:
-            return flatten(self._run(self._upcast, [upcast[id(t)] for t in tensors]))[0]
-        except Exception as error:  # a module of several dtypes may not run in one
-            log.debug("the fp32 upcast does not run: %s", error)
-            return None
-
-    def judge(self, answer: Answer, candidate: Any) -> float:
-        """The candidate's largest error.
-
-        Raises:
-            Mismatch: it is not what eager answers.
-        """
-        if answer.exact is None or self.tolerance is not None:
-            allowed = _LOW_TOLERANCE if self.tolerance is None else self.tolerance
-            return compare(answer.leaves, answer.structure, candidate, allowed)
-        # Alike in structure, dtype, shape and NaNs; how far off is a matter of the upcast.
-        compare(answer.leaves, answer.structure, candidate, float("inf"))
-        mine = relative_errors(answer.exact, answer.leaves)
-        others = relative_errors(answer.exact, flatten(candidate)[0])
-        for i, (own, other) in enumerate(zip(mine, others, strict=True)):
-            if not other <= _OWN_DTYPE_MARGIN * own + 1e-6:
-                raise Mismatch(f"output {i} is off by {other:.2g} from fp32, eager by {own:.2g}")
-        return max(others, default=0.0)
-
-    def _run(self, call: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
-        given = iter(tensors)
-        leaves = [
-            next(given) if isinstance(leaf, TensorLeaf) else constant
-            for leaf, constant in zip(self.kind.leaves, self.leaves, strict=True)
-        ]
-        args, kwargs = unflatten_call(leaves, self.kind.structure)
-        return call(*args, **kwargs)
-
-
 class Candidate(Protocol):
     """What is to answer as eager does.
 
@@ -181,19 +97,22 @@ def prove(
     pattern: Pattern,
     size_guards: Sequence[str],
     check_time: Callable[[], None],
+    samples: Sequence[Sequence[torch.Tensor]] = (),
 ) -> Proof:
     """The whole proof.
 
     Args:
         tensors: those of the example.
         check_time: raises when the build has no time left.
+        samples: tensors of other calls, which stand in for the example with values drawn anew:
+            int8 is right within the range that calibration has shown it.
 
     Raises:
         ProofFailedError: the candidate is wrong on the example's sizes.
     """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for draw in range(3):
+    for draw in range(1 if samples else 3):
         check_time()
         try:
             if draw == 0:
@@ -204,25 +123,51 @@ def prove(
         except (Mismatch, OutOfRangeError) as mismatch:
             what = "the example" if draw == 0 else "other values"
             raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
+    fitting = [sample for sample in samples if sizes_hold(size_guards, sizes_of(sample))]
+    worst = max(worst, _prove_samples(eager, served, fitting, check_time))
     met = [sizes_of(tensors)]
     pinned: set[tuple[int, int]] = set()
     for group in open_groups(pattern, size_guards):
         check_time()
-        error, sizes = _prove_group(eager, served, tensors, pattern, size_guards, group, generator)
+        drawn = None if samples else generator
+        error, sizes = _prove_group(eager, served, tensors, pattern, size_guards, group, drawn)
         if error is None:
             pinned.update(group)
         else:
             worst = max(worst, error)
             met.append(sizes)
     check_time()
-    limits = _integer_limits(eager, served, tensors, generator)
+    limits = _integer_limits(eager, served, tensors, fitting, generator)
     return Proof(worst, min(met, key=_amount), tuple(met), frozenset(pinned), limits)
 
 
+def _prove_samples(
+    eager: Eager,
+    served: Candidate,
+    samples: Sequence[Sequence[torch.Tensor]],
+    check_time: Callable[[], None],
+) -> float:
+    """The error on samples: 99 of 100 are no further off."""
+    pairs = []
+    try:
+        for sample in samples:
+            check_time()
+            answer, candidate = eager.answer(sample), served.answer(sample)
+            compare(answer.leaves, answer.structure, candidate, float("inf"))
+            pairs.append((answer.leaves, flatten(candidate)[0]))
+        return eager.judge_samples(pairs) if pairs else 0.0
+    except (Mismatch, OutOfRangeError) as mismatch:
+        raise ProofFailedError(f"on calibration data: {mismatch}") from mismatch
+
+
 def _integer_limits(
-    eager: Eager, served: Candidate, tensors: Sequence[torch.Tensor], generator: torch.Generator
+    eager: Eager,
+    served: Candidate,
+    tensors: Sequence[torch.Tensor],
+    samples: Sequence[Sequence[torch.Tensor]],
+    generator: torch.Generator,
 ) -> dict[int, tuple[int, int]]:
-    """Which integer tensors must keep to the range that the example shows.
+    """Which integer tensors must keep to the range that the example and the samples show.
 
     Each is asked all over the range that a plan lets in. If eager refuses that, it is an index, and
     the graph checks it itself (but a traced graph does not: then the example's range it is)."""
@@ -231,7 +176,8 @@ def _integer_limits(
         wide = tensor.dtype in (torch.int32, torch.int64) and tensor.numel() > 0
         if not wide or any(tensor is earlier for earlier in tensors[:t]):
             continue
-        least, most = int(tensor.min()), int(tensor.max())
+        seen = [tensor, *(sample[t] for sample in samples if sample[t].numel() > 0)]
+        least, most = int(min(x.min() for x in seen)), int(max(x.max() for x in seen))
         for low, high in _ranges(least, most):
             drawn = torch.randint(low, high, tensor.shape, generator=generator)
             drawn.view(-1)[:1], drawn.view(-1)[-1:] = low, high
@@ -345,17 +291,20 @@ def _prove_group(
     pattern: Pattern,
     size_guards: Sequence[str],
     group: Sequence[tuple[int, int]],
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> tuple[float | None, Sizes]:
-    """The error at another size of this group, or None where none can be proved."""
+    """The error at another size of this group, or None where none can be proved. With a generator
+    the values are drawn anew."""
     t, d = group[0]
     for size in _other_sizes(tensors[t].shape[d]):
         other = resize_all(tensors, pattern, dict.fromkeys(group, size))
         if not sizes_hold(size_guards, sizes_of(other)):
             continue
-        if _answer_or_none(eager, other) is None:
+        answer = _answer_or_none(eager, other)
+        if answer is None:
             return None, ()
-        answer, other = _redrawn(eager, other, generator)
+        if generator is not None:
+            answer, other = _redrawn(eager, other, generator)
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
         except (Mismatch, OutOfRangeError, RuntimeError) as error:

@@ -1,14 +1,14 @@
-"""Which of two ways is faster, measured in interleaved rounds."""
+"""Which of several ways is faster, measured in interleaved rounds."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["Finish", "race"]
+__all__ = ["Finish", "race", "rounds"]
 
 # A sample lasts at least this long, so that the clock and one interruption do not decide it.
 _SAMPLE_SECONDS = 200e-6
@@ -44,28 +44,40 @@ class Finish:
 def race(eager: Callable[[], Any], candidate: Callable[[], Any], budget: float) -> Finish:
     """Let both run.
 
-    Rounds alternate between the two, and so does who goes first: what slows the machine down for a
-    while slows both. Their number adapts to the calls' own time.
-
     Args:
         budget: seconds that the whole race should take; a few rounds are run in any case.
     """
-    ways = (eager, candidate)
+    samples = rounds((eager, candidate), budget)
+    ratios = [mine / other for mine, other in zip(*samples, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Finish(statistics.median(samples[0]), statistics.median(samples[1]), low, high)
+
+
+def rounds(
+    ways: Sequence[Callable[[], Any]], budget: float, fewest: int = _FEWEST_ROUNDS
+) -> list[list[float]]:
+    """Seconds a call, of each way in each round.
+
+    In a round all run, in an order that turns around from round to round: what slows the machine
+    down for a while slows all. Their number adapts to the calls' own time.
+
+    Args:
+        budget: seconds that it all should take; but `fewest` rounds are run in any case.
+    """
     repeats = []
     for way in ways:
         way()  # the first call allocates, packs weights and warms caches
         spent = _time(way, 1)
         repeats.append(max(1, round(_SAMPLE_SECONDS / max(spent, 1e-7))))
-    samples: tuple[list[float], list[float]] = ([], [])
+    samples: list[list[float]] = [[] for _ in ways]
+    order = range(len(ways))
     started = time.perf_counter()
     for n in range(_MOST_ROUNDS):
-        if n >= _FEWEST_ROUNDS and time.perf_counter() - started > budget:
+        if n >= fewest and time.perf_counter() - started > budget:
             break
-        for which in (0, 1) if n % 2 else (1, 0):
+        for which in order if n % 2 else reversed(order):
             samples[which].append(_time(ways[which], repeats[which]))
-    ratios = [mine / other for mine, other in zip(*samples, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return Finish(statistics.median(samples[0]), statistics.median(samples[1]), low, high)
+    return samples
 
 
 def _time(call: Callable[[], Any], repeats: int) -> float:

@@ -154,6 +154,18 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "OpenVINO failed while it was running the compiled graph.",
             "Try another device, or report the module and the message.",
         ),
+        "calibration-unfit": Sentence(
+            "The calibration data holds no calls of this kind.",
+            "Give calibration data with the arguments, dtypes, ranks and sizes of these calls.",
+        ),
+        "no-module-paths": Sentence(
+            "Which module each operation comes from is not known, so that rules cannot be applied.",
+            "Give one precision for the whole module.",
+        ),
+        "overflow": Sentence(
+            "Values are beyond 65504, the largest that float16 holds.",
+            "Give precision='bf16', or keep those modules in fp32 by rules.",
+        ),
         "proof-failed": Sentence(
             "OpenVINO's outputs did not match those of eager.",
             "Raise tolerance= if that error is acceptable, or choose a higher precision.",

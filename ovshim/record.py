@@ -52,6 +52,8 @@ class Record:
         met: all sizes at which it was found right.
         verdict: why eager serves in its place, where that was found for good.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
+        lowered: what became of the captured graph by `lowering`, as reports show it.
+        rest: for int8, the precision that the rest is fastest in, by processor and threads.
     """
 
     pattern: Pattern
@@ -70,6 +72,8 @@ class Record:
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
     verdict: Reason | None = None
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung, asked: Dims) -> Record:
@@ -141,6 +145,7 @@ class Record:
             "checked": self.checked,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
+            "lowered": dict(self.lowered),
         }
 
     def variant(self, kind: Kind) -> str:
@@ -193,6 +198,8 @@ class Record:
             met=tuple(map(_sizes, entry.manifest.get("met") or proof.get("met", ()))),
             verdict=None if verdict is None else _reason(verdict),
             race=dict(entry.manifest.get("race") or {}),
+            lowered=dict(graph["lowered"]),
+            rest=dict(entry.manifest.get("rest") or {}),
         )
 
 

@@ -74,7 +74,10 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     else:
         error = "" if plan["error"] is None else f", error {plan['error']:.1e}"
         route = f", captured by {plan['route']}" if plan["route"] else ""
-        lines.append(f"    OpenVINO in {plan['precision_run']}{error}{route}")
+        preset = f" ({plan['preset']})" if plan["preset"] else ""
+        lines.append(f"    OpenVINO in {plan['precision_run']}{preset}{error}{route}")
+        lines += [f"      {path or '(root)'}: {ran}" for path, ran in plan["modules"].items()]
+    lines += [_candidate_line(row) for row in plan["candidates"]]
     if plan["speedup"] is not None:
         lines.append(f"    {plan['speedup']:.2f}x eager's speed")
     seconds = ", ".join(f"{stage} {spent:.2f}" for stage, spent in plan["seconds"].items())
@@ -86,3 +89,20 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"    {len(plan['guards'])} guards: {'; '.join(plan['guards'][:4])}")
     lines.append(f"    calls: {plan['calls']}")
     return lines
+
+
+def _candidate_line(row: Mapping[str, Any]) -> str:
+    """One row of the table of what was tried for `precision="auto"`."""
+
+    def cell(value: Any, text: str) -> str:
+        return "" if value is None else text.format(value)
+
+    cells = [
+        f"{row['precision']:<5}",
+        f"{cell(row['error'], 'error {:.1e}'):<13}",
+        f"{cell(row['p99'], 'p99 {:.1e}'):<11}",
+        f"{cell(row['speedup'], '{:.2f}x'):>6}",
+        f"{cell(row['bytes'] and row['bytes'] / 1e6, '{:.1f} MB'):>9}",
+    ]
+    chosen = "chosen" if row["chosen"] else f"not chosen: {row['why']}"
+    return f"      {'  '.join(cells)}  {chosen}"

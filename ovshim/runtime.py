@@ -11,7 +11,7 @@ import platform
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .errors import OptionError
 
 _log = logging.getLogger("ovshim")
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "dynamic": "dynamic"}
 _CAPABILITIES = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
 
 # These hand properties on to the devices they stand for; BATCH takes them itself.
@@ -204,9 +204,10 @@ def settings(
 ) -> dict[str, Any]:
     """OpenVINO's properties for `compile_model`, by name.
 
-    ``precision``: fp32, bf16 or fp16; ``hint``: latency or throughput; ``streams``, ``threads``:
-    None leaves them to OpenVINO; ``properties``: the user's own, which win. CACHE_DIR is never set:
-    the key of that cache leaves the precision out, and its blobs carry no checksum.
+    ``precision``: fp32, bf16, fp16, or dynamic (each operation in its own type); ``hint``: latency
+    or throughput; ``streams``, ``threads``: None leaves them to OpenVINO; ``properties``: the
+    user's own, which win. CACHE_DIR is never set: the key of that cache leaves the precision out,
+    and its blobs carry no checksum.
     """
     ours: dict[str, Any] = {
         # Never left to the default, which is bf16 without a word wherever the CPU has it.
@@ -271,26 +272,48 @@ def precision_run(compiled: Any) -> str:
     Where there is nothing to multiply, the other nodes count; ``unknown`` when the device shows
     no graph.
     """
-    try:
-        nodes = compiled.get_runtime_model().get_ops()
-    except RuntimeError as error:
-        _log.debug("No execution graph: %s", error)
-        return "unknown"
     compute: Counter[str] = Counter()
     other: Counter[str] = Counter()
+    for kind, ran, _ in executed(compiled):
+        (compute if kind in _COMPUTE else other)[ran] += 1
+    count = compute or other
+    # Of equals the first by name, so that the answer does not depend on the order of nodes.
+    return min(count, key=lambda ran: (-count[ran], ran)) if count else "unknown"
+
+
+def executed(compiled: Any) -> Iterator[tuple[str, str, str]]:
+    """The operations of the execution graph that do more than convert or move: the kind of each,
+    what it runs in, and the names of the operations that it was made of, separated by commas."""
+    try:
+        nodes = compiled.get_runtime_model().get_ordered_ops()
+    except RuntimeError as error:
+        _log.debug("No execution graph: %s", error)
+        return
     for node in nodes:
         info = node.get_rt_info()
         if "layerType" not in info or "runtimePrecision" not in info:
             continue
         kind = info["layerType"].astype(str)
         ran = info["runtimePrecision"].astype(str)
-        if kind in _COMPUTE:
-            compute["i8" if ran == "u8" else ran] += 1
-        elif kind not in _SCAFFOLDING:
-            other[ran] += 1
-    count = compute or other
-    # Of equals the first by name, so that the answer does not depend on the order of nodes.
-    return min(count, key=lambda ran: (-count[ran], ran)) if count else "unknown"
+        if kind not in _SCAFFOLDING:
+            names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else ""
+            yield kind, _computed_in(node, ran) if kind in _COMPUTE else ran, names
+
+
+def _computed_in(node: Any, ran: str) -> str:
+    """What a product runs in. With compressed weights the plugin names the weights' type, also
+    where they are multiplied as floats."""
+    if ran not in ("i8", "u8", "i4", "u4"):
+        return ran
+    source = node.input(0).get_source_output()
+    types = source.get_node().get_rt_info()["outputPrecisions"].astype(str).split(",")
+    given = types[source.get_index()] if len(types) > source.get_index() else types[0]
+    return given if given in ("f32", "bf16", "f16") else "i8"
+
+
+def computes(kind: str) -> bool:
+    """Whether operations of this kind of the execution graph multiply: their precision decides."""
+    return kind in _COMPUTE
 
 
 @functools.cache

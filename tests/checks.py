@@ -180,6 +180,14 @@ def quietly() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_it_runs() -> Iterator[None]:
+    """Let be what the processor makes of precisions that it does not have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ovshim.PrecisionWarning)
+        yield
+
+
 def run_python(source: str, *arguments: str, **environment: str) -> str:
     """What a fresh Python prints that runs the source; it can import the tests' own modules."""
     process = start_python(source, *arguments, **environment)

@@ -13,6 +13,7 @@ import pytest
 from ovshim import errors
 from ovshim.errors import (
     ArtifactError,
+    CalibrationError,
     DeviceWarning,
     FallbackError,
     FallbackWarning,
@@ -30,6 +31,11 @@ EXAMPLES: list[tuple[Exception, dict[str, Any], str]] = [
         OptionError("precision", "int3", "'fp32' or None", "Leave it out."),
         {"name": "precision", "value": "int3", "allowed": "'fp32' or None"},
         "Leave it out.",
+    ),
+    (
+        CalibrationError("calibration", None, "example inputs", "Give some ten."),
+        {"name": "calibration", "value": None, "allowed": "example inputs"},
+        "Give some ten.",
     ),
     (FallbackError(REASON), {"reason": REASON}, REASON.remedy),
     (FallbackWarning(REASON, "Net"), {"reason": REASON, "module": "Net"}, REASON.remedy),
@@ -93,16 +99,15 @@ def test_a_long_value_is_cut() -> None:
 def test_the_tree_is_the_one_drawn_in_the_docstring() -> None:
     """Indentation in the docstring is inheritance; brackets name the builtin beside it."""
     drawn: dict[str, set[str]] = {}
-    parent = ""
+    parents: dict[int, str] = {}
     for line in (inspect.getdoc(errors) or "").split("\n"):
         row = re.match(r"    ( *)(\w+)(?: \((\w+)\))?(  |$)", line)
         if row:
             indent, name, beside = row[1], row[2], row[3]
             drawn[name] = {beside} if beside else set()
             if indent:
-                drawn[name].add(parent)
-            else:
-                parent = name
+                drawn[name].add(parents[len(indent) - 2])
+            parents[len(indent)] = name
     public = {
         name: thing
         for name, thing in vars(errors).items()

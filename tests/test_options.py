@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import enum
+import itertools
 import math
 import pickle
 import typing
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovshim.errors import OptionError
+from ovshim.errors import CalibrationError, OptionError
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
 
 
@@ -41,11 +42,22 @@ UNDERSTOOD = [
     ("precision", "BF16", "bf16"),
     ("precision", "f16", "fp16"),
     ("precision", "half", "fp16"),
+    ("precision", "int8_weights", "int8_weights"),
+    ("precision", "INT4_WEIGHTS", "int4_weights"),
+    ("precision", "auto", "auto"),
+    ("precision", {"default": "FP16", "head": "f32"}, {"default": "fp16", "head": "fp32"}),
     ("tolerance", None, None),
     ("tolerance", "strict", 0.002),
     ("tolerance", "loose", 0.05),
     ("tolerance", 1, 1.0),
     ("tolerance", np.float64(0.25), 0.25),
+    ("calibration", None, None),
+    ("calibration", [1, 2], [1, 2]),
+    ("calibration", range(3), range(3)),
+    ("calibration", iter([1, 2]), (1, 2)),
+    ("calibration", itertools.count(), tuple(range(300))),
+    ("transform", None, None),
+    ("transform", len, len),
     ("dynamic_batch", False, False),
     ("dynamic_shapes", [{0: "batch"}, None], ({0: "batch"}, None)),
     ("dynamic_shapes", {"x": ["batch", None]}, {"x": ("batch", None)}),
@@ -86,12 +98,25 @@ REFUSED = [
     ("precision", "int3", "Leave it out"),
     ("precision", torch.float16, "Leave it out"),
     ("precision", "", "Leave it out"),
+    ("precision", {}, "Leave it out"),
+    ("precision", {"head": "int3"}, '"default"'),
+    ("precision", {"head": "auto"}, '"default"'),
+    ("precision", {"head": "int4_weights"}, '"default"'),
+    ("precision", {"": "fp32"}, '"default"'),
+    ("precision", {3: "fp32"}, '"default"'),
     ("tolerance", 0, "relative L2"),
     ("tolerance", -1e-3, "relative L2"),
     ("tolerance", math.nan, "relative L2"),
     ("tolerance", math.inf, "relative L2"),
     ("tolerance", True, "relative L2"),
     ("tolerance", "exact", "relative L2"),
+    ("tolerance", max, "relative L2"),
+    ("calibration", 3, "into a list"),
+    ("calibration", "images", "into a list"),
+    ("calibration", {"x": [1, 2]}, "into a list"),
+    ("calibration", torch.ones(2, 3), "into a list"),
+    ("calibration", [], "some ten inputs"),
+    ("transform", 0, "item[0]"),
     ("dynamic_batch", 1, "dynamic_batch=True"),
     ("dynamic_batch", None, "dynamic_batch=True"),
     ("dynamic_shapes", "batch", "batch"),
@@ -142,11 +167,40 @@ def test_refused_with_value_allowed_and_remedy(name: str, value: Any, remedy: st
         Options(**{name: value})
     error = caught.value
     assert error.name == name
-    assert error.value == value or error.value is value
+    assert error.value is value or error.value == value
     assert error.allowed
     assert remedy in error.remedy
     assert str(error).startswith(f"{name}=")
     assert str(error).endswith(error.remedy)
+
+
+@pytest.mark.parametrize("precision", ["int8", {"default": "fp32", "head": "int8"}])
+def test_int8_needs_calibration_data(precision: Any) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        Options(precision=precision)
+    assert caught.value.name == "calibration"
+    assert stored(precision=precision, calibration=[1]) == precision
+
+
+def test_a_generator_without_items_is_no_calibration_data() -> None:
+    with pytest.raises(CalibrationError):
+        Options(calibration=iter(()))
+
+
+def test_a_generator_is_gone_through_once() -> None:
+    options = Options(calibration=(n for n in range(3)))
+    assert dataclasses.replace(options, strict=True).calibration == (0, 1, 2)
+    assert pickle.loads(pickle.dumps(options)).calibration == (0, 1, 2)
+
+
+def test_a_function_as_tolerance_is_for_auto() -> None:
+    assert stored(tolerance=max, precision="auto") is max
+
+
+def test_rules_keep_their_order() -> None:
+    """The last match wins, so that the order is half of what they say."""
+    rules = {"b.*": "fp32", "default": "bf16", "a": "fp16"}
+    assert list(stored(precision=rules).items()) == list(rules.items())
 
 
 def test_every_field_has_cases() -> None:

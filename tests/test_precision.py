@@ -1,11 +1,12 @@
 """Precision: the module's own, what `precision=` asks for, what runs, and what is let pass."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from checks import check, falls_back, paths, plans, quietly, same, served, settle
+from checks import as_it_runs, check, falls_back, paths, plans, quietly, same, served, settle
 from modules import Attention, DigitsCnn, Mlp, Recurrent, make, small_bert
 from torch import Tensor, nn
 
@@ -110,7 +111,11 @@ def test_a_tolerance_that_suffices(tolerance: Any) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_of_an_fp32_module(precision: str) -> None:
     module = make(Wide)
-    fast = ovshim.accelerate(module, torch.randn(16, 64), precision=precision, prefer="openvino")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast = ovshim.accelerate(
+            module, torch.randn(16, 64), precision=precision, prefer="openvino"
+        )
     x = torch.randn(16, 64)
     actual = check(fast, module, x, tolerance=0.03)
     assert actual.dtype == torch.float32
@@ -118,6 +123,14 @@ def test_lower_precision_of_an_fp32_module(precision: str) -> None:
     report = ovshim.explain(fast).to_dict()
     assert report["precision"] == precision
     assert told["precision_run"] in {*LOWER, "f32"}
+    said = [entry.message for entry in caught]
+    if told["precision_run"] == {"bf16": "bf16", "fp16": "f16"}[precision]:
+        assert said == []
+    else:
+        (warning,) = said
+        assert isinstance(warning, ovshim.PrecisionWarning)
+        assert warning.value == precision
+        assert f"runs it in {told['precision_run']}" in str(warning)
     with torch.inference_mode():
         off = error(actual, module(x))
     if told["precision_run"] in LOWER:
@@ -125,6 +138,15 @@ def test_lower_precision_of_an_fp32_module(precision: str) -> None:
         assert 1e-5 < told["error"] < 0.03
     else:
         assert off < 1e-5
+
+
+def test_nothing_is_said_where_nothing_is_multiplied() -> None:
+    """A warning, which the tests take for an error, would be about what a hint is not for."""
+    module = make(lambda: nn.Sequential(nn.Embedding(10, 8), nn.LayerNorm(8)))  # type: ignore[arg-type]
+    ids = torch.randint(0, 10, (2, 5))
+    for precision in ("bf16", "fp16"):
+        fast = ovshim.accelerate(module, ids, precision=precision, prefer="openvino")
+        check(fast, module, ids, tolerance=0.03)
 
 
 def test_precision_is_part_of_the_plan_and_of_the_cache() -> None:
@@ -170,7 +192,7 @@ def upcast_error(module: nn.Module, x: Tensor) -> float:
 
 def computes_in(hint: str) -> str:
     """What the processor makes of a module in fp32 with that precision asked for."""
-    with quietly():
+    with quietly(), as_it_runs():
         fast = ovshim.accelerate(
             make(Wide), torch.randn(4, 64), precision=hint, prefer="openvino", cache_dir=False
         )

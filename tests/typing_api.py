@@ -31,7 +31,7 @@ def options_by_name() -> None:
 def options_are_read() -> None:
     options = Options(device="CPU")
     assert_type(options.device, str)
-    assert_type(options.precision, str | None)
+    assert_type(options.precision, str | Mapping[str, str] | None)
     assert_type(options.tolerance_for("fp32"), float)
     assert_type(options.properties, Mapping[str, str | int | float | bool])
 

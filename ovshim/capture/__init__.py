@@ -3,7 +3,8 @@
     dynamo     torch's own full-graph capture, with its guards: right, or it refuses
     traced     `torch.jit.trace` of the module itself, where Dynamo refuses for a harmless reason
 
-`frontend` turns what either of them traced into an `ov.Model`.
+`frontend` turns what either of them traced into an `ov.Model`, whose operations `names` knows by
+their modules.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Request:
         dynamic: for each tensor, the dimensions that should be able to change.
         outputs: which leaves of the output the graph should compute, in order: the tensors, and the
             numbers, which it computes where they depend on sizes.
+        marked: whether the graph's operations are to say which module they come from
+            (`names`).
     """
 
     module: nn.Module
@@ -64,6 +67,7 @@ class Request:
     leaves: Sequence[Any]
     dynamic: tuple[frozenset[int], ...]
     outputs: tuple[int, ...]
+    marked: bool = False
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,7 +170,8 @@ def _finish(
     places = [request.kind.tensors.index(i) for i in inputs]
     flat = FlatModule(request, run, lambda: checked.in_range)
     traced = frontend.trace(flat, tensors)
-    model = frontend.convert(traced, [pattern[t] for t in places])
+    origin = _origins(request, graph) if request.marked else None
+    model = frontend.convert(traced, [pattern[t] for t in places], origin)
     traced_code = output.graph_capture_output.traced_code
     code = tuple(sorted({c.co_qualname for c in traced_code} | {_qualname(request.call)}))
     return Captured(
@@ -258,6 +260,32 @@ def _qualname(call: Callable[..., Any]) -> str:
 
 def _placeholders(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+_ROOT = re.compile(r"L\['\w+'\]\.?")
+
+
+def _origins(request: Request, graph: torch.fx.GraphModule) -> frontend.Origin:
+    """Tells from which of the user's modules a traced node comes: its source range names the line
+    of the graph's generated code, that line the node that Dynamo recorded, and this its modules."""
+    known = {path for path, _ in request.module.named_modules(remove_duplicate=False)}
+    first, lines = graph._prologue_start, graph._lineno_map
+    nodes = list(graph.graph.nodes)
+    file = re.escape(graph.forward.__code__.co_filename)
+    frame = re.compile(rf"^{file}\((\d+)\)", re.MULTILINE)
+
+    def origin(traced: Any) -> str | None:
+        found = frame.search(traced.sourceRange())
+        place = lines.get(int(found[1]) - first) if found else None
+        stack = None if place is None else nodes[place].meta.get("nn_module_stack")
+        if stack is None:
+            return None
+        path = _ROOT.sub("", list(stack.values())[-1][0], count=1) if stack else ""
+        while path not in known:  # a module that is kept in a plain list has no path of its own
+            path = path.rpartition(".")[0]
+        return path
+
+    return origin
 
 
 def _where(node: torch.fx.Node) -> str:

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ovshim import runtime
-from ovshim.capture import CaptureError, FlatModule
+from ovshim.capture import CaptureError, FlatModule, names
 from ovshim.capture.hush import hushed
 from ovshim.reasons import reason
 
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["convert", "trace"]
+__all__ = ["Origin", "convert", "trace"]
 
 log = logging.getLogger("ovshim")
+
+# From a node of a traced graph to the path of its module; None where nobody knows.
+Origin = Callable[[Any], str | None]
 
 _OPERATOR = re.compile(r"\b(?:aten|prim|prims|torchvision|quantized|fb|higher_order)::\w+")
 
@@ -51,18 +54,23 @@ def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.Script
     return traced  # type: ignore[no-any-return]
 
 
-def convert(traced: torch.jit.ScriptModule, shapes: Sequence[Sequence[int | None]]) -> ov.Model:
+def convert(
+    traced: torch.jit.ScriptModule,
+    shapes: Sequence[Sequence[int | None]],
+    origin: Origin | None = None,
+) -> ov.Model:
     """The OpenVINO model of a traced graph, its constants sharing torch's memory.
 
     Args:
         shapes: sizes of each input, None where they may change.
+        origin: where it is given, operations are marked with their modules.
 
     Raises:
         CaptureError: an operator is unknown to OpenVINO, or its frontend fails otherwise.
     """
     ov = runtime.openvino()
     try:
-        model = _by_frontend(traced)
+        model = _by_frontend(traced, origin)
     except _InterfaceMovedError as moved:
         log.info("OpenVINO's PyTorch frontend has moved (%s): ov.convert_model serves", moved)
         model = _guarded(lambda: runtime.openvino().convert_model(traced))
@@ -80,18 +88,46 @@ class _InterfaceMovedError(Exception):
     """The frontend's Python interface is not the one this was written for."""
 
 
-def _by_frontend(traced: torch.jit.ScriptModule) -> ov.Model:
+def _by_frontend(traced: torch.jit.ScriptModule, origin: Origin | None) -> ov.Model:
     runtime.openvino()
     try:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-        decoder = TorchScriptPythonDecoder(traced)
+        decoder = (_marking(origin) if origin else TorchScriptPythonDecoder)(traced)
         frontend = FrontEndManager().load_by_framework("pytorch")
         convert = frontend.convert, frontend.load
     except (ImportError, AttributeError, TypeError) as error:
         raise _InterfaceMovedError(str(error)) from error
     return _guarded(lambda: convert[0](convert[1](decoder)))
+
+
+def _marking(origin: Origin) -> Any:
+    """A decoder whose operations are marked with the modules that they come from."""
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    class Marking(TorchScriptPythonDecoder):  # type: ignore[misc]
+        # Theirs makes decoders of its own class for the nodes within.
+        def visit_subgraph(self, node_visitor: Callable[[Any], None]) -> None:
+            for node in self.graph_element.nodes():
+                decoder = Marking(
+                    self.pt_module,
+                    node,
+                    alias_db=self.alias_db,
+                    shared_memory=self._shared_memory,
+                    constant_cache=self.constant_cache,
+                    module_extensions=self.module_extensions,
+                )
+                self.m_decoders.append(decoder)
+                node_visitor(decoder)
+
+        def mark_node(self, node: Any) -> Any:
+            path = origin(self.graph_element)
+            if path is not None:
+                names.mark(node, path, self.graph_element.kind())
+            return super().mark_node(node)
+
+    return Marking
 
 
 def _guarded(call: Any) -> Any:
