@@ -29,9 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--patience",
         type=float,
-        default=60.0,
+        default=15.0,
         metavar="SECONDS",
-        help="for how long each group may wait for the machine to be quiet (default: 60)",
+        help="for how long each group may wait for the machine to be quiet (default: 15)",
     )
     group.addoption(
         "--write-docs",
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patience = config.getoption("--patience")
     config.stash[_BOARD] = Board(
         small=quick,
-        effort=Effort(0.5, 3, 7, 1, 0.0) if quick else Effort(20.0, 11, 101, 3, patience),
+        effort=Effort(0.5, 3, 7, 1, 0.0) if quick else Effort(8.0, 11, 61, 2, patience),
         starts=2 if quick else 7,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )

@@ -17,6 +17,7 @@ from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
 from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
+from ovshim.parts import divide
 from ovshim.report import Report
 from ovshim.shapes import check_names
 from ovshim.twin import make_twin
@@ -76,7 +77,8 @@ def accelerate(
 
     Raises:
         OptionError: a value that cannot be right.
-        FallbackError: `strict=True`, and eager would have to serve the example.
+        FallbackError: `strict=True`, and eager would have to serve the example. (With
+            `background=True` the next such call raises it.)
     """
     chosen = resolve(options, dict(fields))
     if module is None:
@@ -86,7 +88,8 @@ def accelerate(
             )
         return _decorator(chosen)
     _check_module(module, chosen)
-    if enabled_in_environment():
+    # In the background not even OpenVINO is waited for, and a CPU there is everywhere.
+    if enabled_in_environment() and not (chosen.background and chosen.device == "CPU"):
         runtime.check_device(chosen.device)
     call = (
         None
@@ -98,7 +101,7 @@ def accelerate(
     if call is not None:
         dispatcher = installed(fast)[chosen.methods[0]].dispatcher
         assert isinstance(dispatcher, Dispatcher)
-        dispatcher.prepare(*call)
+        dispatcher.prepare(*call, wait=not chosen.background)
     return fast
 
 
@@ -126,7 +129,11 @@ def explain(
             "example_input", None, FORMS, "Give an example of a call of this plain module."
         )
     chosen = dataclasses.replace(
-        resolve(None, dict(fields)), inplace=False, cache_dir=False, strict=False
+        resolve(None, dict(fields)),
+        inplace=False,
+        cache_dir=False,
+        strict=False,
+        background=False,
     )
     with warnings.catch_warnings():
         # Nothing runs in eager yet: the report itself is what there is to say.
@@ -183,7 +190,7 @@ class Maker:
         return {"method": self.method, "options": self.options.portable()}
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
-        return Dispatcher(module, self.method, original, self.options)
+        return Dispatcher(module, self.method, original, self.options, divide)
 
 
 def _equip(module: nn.Module, options: Options) -> None:

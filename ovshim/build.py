@@ -23,6 +23,7 @@ import torch
 from ovshim import proof, runtime
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture, distinct_tensors
+from ovshim.child import try_in_child
 from ovshim.eager import Eager
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
@@ -55,6 +56,16 @@ _LADDER = (
     Rung("all sizes open", sizes="all"),
     Rung("static sizes", sizes="none"),
 )
+# Said of a module that stays as it is; where it was changed meanwhile they mean nothing.
+_OF_ONE_MODULE = frozenset(
+    {"nondeterministic", "proof-failed", "capture-failed", "compile-failed", "infer-failed"}
+)
+
+
+# Found by work that need not be done again: an entry's key holds all that it depends on. Of the
+# second sort it may depend on the call's sizes too.
+_OF_SIZES = frozenset({"proof-failed", "compile-failed"})
+_FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
 
 
 def build(job: Job) -> Plan:
@@ -67,7 +78,7 @@ def build(job: Job) -> Plan:
             plan = _build(job)
         except BuildStopped as stopped:
             why = stopped.reason
-            if why.code in ("nondeterministic", "proof-failed") and job.weights_moved():
+            if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
                 why = reason("stale", "weights changed while the plan was made")
             plan = _eager_plan(job, why)
@@ -94,13 +105,55 @@ def _build(job: Job) -> Plan:
     if family is None:
         log.info("%s is not cached: %s", type(job.module).__qualname__, trouble)
         return _from_capture(job, None)
-    found = _from_cache(job, family)
-    if found is not None:
-        return found
+    if job.store.died_building(family):
+        _try_in_child(job, family)
+    with job.store.marked(family):
+        return _from_cache(job, family) or _alone(job, family)
+
+
+def _alone(job: Job, family: str) -> Plan:
     # Whoever else builds the same thing is waited for: its entry is then a hit.
-    with job.store.lock(family, timeout=job.seconds_left()):
+    with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
         found = _from_cache(job, family)
-        return found if found is not None else _from_capture(job, family)
+        if found is not None:
+            return found
+        try:
+            return _from_capture(job, family)
+        except BuildStopped as stopped:
+            _keep_verdict(job, family, stopped.reason)
+            raise
+
+
+def _try_in_child(job: Job, family: str) -> None:
+    """An earlier process died in this build. A child goes first: if it dies of it too, nobody
+    tries again; if not, what it has built is there."""
+    log.info("%s: an earlier build ended its process", type(job.module).__qualname__)
+    with TRACE_LOCK:  # no other thread may be at it when the process forks
+        outcome = try_in_child(lambda: _alone(job, family), job.seconds_left())
+    if outcome == "crashed":
+        why = reason("crashed-before")
+        _keep_verdict(job, family, why)
+        raise BuildStopped(why)
+    job.check_time()
+
+
+def _keep_verdict(job: Job, family: str, why: Reason) -> None:
+    """Let no process look for again what is so for good."""
+    if why.code not in _FOR_GOOD or job.weights_moved():
+        return
+    exact = why.code in _OF_SIZES
+    pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
+    record = Record(pattern, (), (), "", (), (), verdict=why)
+    head = {
+        "module": type(job.module).__qualname__,
+        "method": job.method,
+        "graph": record.graph(job.kind),
+        "verdict": why.to_dict(),
+    }
+    try:
+        job.store.publish(family, record.variant(job.kind), lambda directory: None, head)
+    except StoreError as error:
+        log.debug("a verdict is not cached: %s", error)
 
 
 def _refuse_at_sight(job: Job) -> None:
@@ -163,7 +216,7 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         log.debug("the entry %s is for something else: %s", entry.path, failed)
         return None
     if record.verdict is not None:
-        return _eager_plan(job, record.verdict, entry)
+        return _eager_plan(job, record.verdict, entry, record.pattern)
     lease = job.store.hold(entry)
     if lease is None:
         return None
@@ -172,8 +225,12 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             engine = _compile(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
             served, error = _proved_small(job, engine, record)
+        if job.weights_moved():
+            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
         lease.release()
+        if job.weights_moved():  # the entry is as good as before
+            raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
         if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.
@@ -270,9 +327,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         if entry is not None:
             job.store.discard(entry)
         raise
-    record = record.proved(
-        found.error, found.sizes, found.pinned, found.limits, sizes_of(job.leaves)
-    )
+    record = record.proved(found, sizes_of(job.leaves))
     if entry is not None:
         entry = job.store.amend(entry, "proof", record.proof(job.precision))
     return _plan(job, served, record, generation, "off" if entry is None else "miss", entry)
@@ -449,14 +504,15 @@ def _plan(
         pinned=record.pinned,
         seconds=job.seconds,
     )
-    if job.options.prefer == "faster":
-        decide(job, plan, record, entry)
+    decide(job, plan, record, entry)
     return plan
 
 
-def _eager_plan(job: Job, why: Reason, entry: Entry | None = None) -> Plan:
-    """A plan for every size of this kind, because the reason is one of the module's."""
-    pattern: Pattern = tuple((None,) * tensor.dim() for tensor in job.tensors)
+def _eager_plan(
+    job: Job, why: Reason, entry: Entry | None = None, pattern: Pattern | None = None
+) -> Plan:
+    """A plan that eager serves: for every size of this kind, where the reason is the module's."""
+    pattern = pattern or tuple((None,) * tensor.dim() for tensor in job.tensors)
     try:
         generation = Generation(job.module)
     except ValueError:  # weights that count no versions: nothing to watch, the reason stays

@@ -347,6 +347,7 @@ CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
         "streams": _count,
         "threads": _count,
         "properties": _properties,
+        "background": _flag,
         "inplace": _flag,
         "methods": _methods,
         "strict": _flag,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,15 +16,19 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ovshim import planner
+from ovshim.background import LatePlanner
 from ovshim.errors import FallbackError, FallbackWarning, OptionError
 from ovshim.generation import obstacle
+from ovshim.job import Job
+from ovshim.lanes import Lane
 from ovshim.options import Options, enabled_in_environment
-from ovshim.plan import Counter, OutOfRangeError, Plan
+from ovshim.plan import Counter, OutOfRangeError, Plan, Served
 from ovshim.planner import Planner, building_here, known_kind, unfit
 from ovshim.reasons import Reason, reason
-from ovshim.signature import describe, flatten_call, sizes_of
+from ovshim.signature import describe, flatten, flatten_call, sizes_of
+from ovshim.verify import Mismatch, compare
 
-__all__ = ["Dispatcher"]
+__all__ = ["Dispatcher", "in_special_mode"]
 
 log = logging.getLogger("ovshim")
 
@@ -39,10 +44,16 @@ _LOOK_AGAIN = 8
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
-    | {"stale", "special-values", "out-of-range"}
+    | {"stale", "special-values", "out-of-range", "taking-turns"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}
+
+
+_OUT_OF_RANGE = reason("out-of-range")
+_SLOWER = reason("slower")
+_SPECIAL_VALUES = reason("special-values")
+_TAKING_TURNS = reason("taking-turns")
 
 
 class Dispatcher:
@@ -50,21 +61,31 @@ class Dispatcher:
 
     Args:
         original: the user's own method, run in eager; its `resolve()` gives the bound method.
+        divide: see `planner.Planner`.
+        quiet: warn of nothing.
     """
 
     def __init__(
-        self, module: nn.Module, method: str, original: Callable[..., Any], options: Options
+        self,
+        module: nn.Module,
+        method: str,
+        original: Callable[..., Any],
+        options: Options,
+        divide: Callable[[Job, Plan], Plan] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.module = module
         self.original = original
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self._planner = Planner(
-            module, method, original, options, self._plans.__setitem__, self._retire
+        planner_class = LatePlanner if options.background else Planner
+        self._planner = planner_class(
+            module, method, original, options, self._plans.__setitem__, self._retire, divide
         )
+        self._quiet = quiet
         self._eager_calls: dict[str, Counter] = {}
-        self._earlier_calls = 0
+        self._earlier_calls = {"openvino": 0, "mixed": 0}
         self._warned: set[str] = set()
         self._off = not enabled_in_environment()
 
@@ -88,24 +109,134 @@ class Dispatcher:
                 continue
             served = plan.served
             if served is None:
-                return self._by_eager_plan(plan, args, kwargs)
+                return self._without_graph(plan, tensors, args, kwargs)
             if grad and _gradients_wanted(plan, tensors):
                 by_input = any(tensor.requires_grad for tensor in tensors)
                 why = reason("input-grad" if by_input else "grad")
                 return self._in_eager(why, args, kwargs)
+            if plan.bucket(tensors) not in plan.open:
+                return self._in_lane(plan, tensors, args, kwargs)
             if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
                 return self._stale(plan, args, kwargs)
             if not plan.values_fit(tensors):
-                return self._in_eager(reason("special-values"), args, kwargs)
-            try:
-                answer = served.answer(tensors)
-            except OutOfRangeError:
-                return self._in_eager(reason("out-of-range"), args, kwargs)
-            except (RuntimeError, ValueError) as error:
-                return self._failed(plan, error, args, kwargs)
-            plan.calls.add()
-            return answer
+                return self._in_eager(_SPECIAL_VALUES, args, kwargs)
+            return self._by_openvino(plan, served, tensors, args, kwargs)
         return self._unplanned(args, kwargs)
+
+    def ready(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], settled: bool = True
+    ) -> tuple[Plan, tuple[torch.Tensor, ...]] | None:
+        """The plan by which OpenVINO would serve this call, and the call's tensors.
+
+        None where `call` would have eager answer: the same questions, and nothing is counted.
+
+        Args:
+            settled: False: also where it is to be found out yet who serves calls of these sizes,
+                and where eager is faster.
+        """
+        if building_here() or self.module.training or in_special_mode():
+            return None
+        grad = _grad_enabled()
+        for plan in self._plans[grad]:
+            tensors = plan.match(args, kwargs)
+            if tensors is None:
+                continue
+            fits = (
+                plan.served is not None
+                and (not settled or plan.bucket(tensors) in plan.open)
+                and not (grad and _gradients_wanted(plan, tensors))
+                and plan.generation is not None
+                and plan.generation.holds()
+                and plan.values_fit(tensors)
+            )
+            return (plan, tensors) if fits else None
+        return None
+
+    def _by_openvino(
+        self,
+        plan: Plan,
+        served: Served,
+        tensors: Sequence[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        try:
+            answer = served.answer(tensors)
+        except OutOfRangeError:
+            return self._in_eager(_OUT_OF_RANGE, args, kwargs)
+        except (RuntimeError, ValueError) as error:
+            self._failed(plan, error)
+            return self.original(*args, **kwargs)
+        plan.calls.add()
+        return answer
+
+    # --- sizes for which it is not settled who serves -----------------------------------------
+
+    def _in_lane(
+        self,
+        plan: Plan,
+        tensors: Sequence[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call of sizes that eager is faster for, or that were hardly met before."""
+        bucket, served = plan.bucket(tensors), plan.served
+        lane = plan.lane(bucket)
+        turn = lane.turn()
+        if served is None or lane.eager:
+            return self._without_graph(plan, tensors, args, kwargs)
+        started = time.perf_counter()
+        if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
+            return self._stale(plan, args, kwargs)
+        if not plan.values_fit(tensors):
+            return self._in_eager(_SPECIAL_VALUES, args, kwargs)
+        if turn == "both":
+            return self._compared(plan, served, lane, tensors, args, kwargs)
+        if turn == "openvino":
+            answer = self._by_openvino(plan, served, tensors, args, kwargs)
+        else:
+            answer = self._in_eager(_TAKING_TURNS, args, kwargs)
+        finish = lane.timed(turn, time.perf_counter() - started)
+        plan.settle()
+        if finish is not None and plan.notes is not None:
+            plan.notes.raced(bucket, finish)
+        return answer
+
+    def _compared(
+        self,
+        plan: Plan,
+        served: Served,
+        lane: Lane,
+        tensors: Sequence[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Both answer sizes that are met for the first time; a graph that is wrong there goes."""
+        expected = self.original(*args, **kwargs)
+        try:
+            answer = served.answer(tensors)
+            with torch.no_grad():
+                compare(*flatten(expected), answer, plan.tolerance)
+        except OutOfRangeError:
+            self._note(_OUT_OF_RANGE)
+            return expected
+        except Mismatch as mismatch:
+            self._retire([plan])
+            plan.served = None
+            plan.reason = reason("first-use-mismatch", f"{sizes_of(tensors)}: {mismatch}")
+            if plan.notes is not None:
+                plan.notes.condemn(plan.reason)
+            self._note(plan.reason)
+            return expected
+        except (RuntimeError, ValueError) as error:
+            self._failed(plan, error)
+            return expected
+        lane.passed()
+        plan.settle()
+        if plan.notes is not None:
+            plan.notes.met(sizes_of(tensors))
+        plan.calls.add()
+        return answer
 
     # --- eager --------------------------------------------------------------------------------
 
@@ -124,7 +255,7 @@ class Dispatcher:
             raise FallbackError(why)
         if why.code not in self._warned:
             self._warned.add(why.code)
-            if why.code not in _SILENT:
+            if why.code not in _SILENT and not self._quiet:
                 name = type(self.module).__qualname__
                 warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
 
@@ -142,18 +273,30 @@ class Dispatcher:
             return reason("training")
         return reason("autocast" if _autocast_on() else "special-mode")
 
-    def _by_eager_plan(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan.calls.add()
-        assert plan.reason is not None
-        often = plan.reason.code == "training" or plan.calls.value % _LOOK_AGAIN == 0
+    def _without_graph(
+        self,
+        plan: Plan,
+        tensors: Sequence[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        why = plan.reason or _SLOWER
+        if plan.parts is not None and not (_grad_enabled() and _gradients_wanted(plan, tensors)):
+            if plan.generation is not None and not plan.generation.holds():
+                return self._stale(plan, args, kwargs)
+            plan.calls.add()
+            return plan.parts(args, kwargs)
+        plan.eager_calls.add()
+        often = why.code == "training" or plan.eager_calls.value % _LOOK_AGAIN == 0
         look_again = plan.generation is not None and often
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
-        return self._in_eager(plan.reason, args, kwargs)
+        answer = self._in_eager(why, args, kwargs)
+        if why.code == "eager-refuses":
+            self._planner.drop(plan)  # of an example that was wrong; calls like this one are not
+        return answer
 
-    def _failed(
-        self, plan: Plan, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _failed(self, plan: Plan, error: Exception) -> None:
         """OpenVINO raised while it ran: eager answers. If the engine died of it, for good."""
         from ovshim.infer import EngineDead
 
@@ -162,7 +305,7 @@ class Dispatcher:
         if isinstance(error, EngineDead):
             self._retire([plan])
             plan.served, plan.reason = None, why
-        return self._in_eager(why, args, kwargs)
+        self._note(why)
 
     # --- calls without a plan -----------------------------------------------------------------
 
@@ -194,8 +337,11 @@ class Dispatcher:
         self._note(stale if stale is not None and why.code == "building" else why)
         return output
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True) -> None:
         """Make the plan for an example before any call.
+
+        Args:
+            wait: False: another thread makes it, and what it meets is told by the next call.
 
         Raises:
             OptionError: the module itself refuses the example, or has no such argument as
@@ -210,9 +356,11 @@ class Dispatcher:
         if why is None and isinstance(kind, Reason):
             why = kind
         if why is None and not isinstance(kind, Reason):
-            plan = self._planner.prepare(args, kwargs, kind, leaves)
+            plan = self._planner.prepare(args, kwargs, kind, leaves, wait)
+            if plan is None:
+                return
             self._tell_precision()
-            why = plan.reason
+            why = None if plan.path == "openvino" else plan.reason
             if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(
                     "example_input",
@@ -220,8 +368,12 @@ class Dispatcher:
                     "what the module itself accepts",
                     f"{why.message} Correct the example.",
                 ) from plan.trouble
-        if why is not None:
+        if why is not None and wait:
             self._tell(why)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until no plan is being made in another thread; whether that was so in time."""
+        return self._planner.wait(timeout)
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""
@@ -243,7 +395,17 @@ class Dispatcher:
     @property
     def openvino_calls(self) -> int:
         """Calls that OpenVINO has served, those of plans that are gone included."""
-        return self._earlier_calls + sum(p.calls.value for p in self.plans if p.served)
+        return self._served_calls("openvino")
+
+    @property
+    def mixed_calls(self) -> int:
+        """Calls that eager has served with parts in OpenVINO, likewise."""
+        return self._served_calls("mixed")
+
+    def _served_calls(self, path: str) -> int:
+        return self._earlier_calls[path] + sum(
+            plan.calls.value for plan in self.plans if _counts_as(plan) == path
+        )
 
     @property
     def eager_calls(self) -> dict[str, int]:
@@ -252,7 +414,7 @@ class Dispatcher:
 
     def reset_counters(self) -> None:
         """Set every counter back to 0."""
-        self._earlier_calls = 0
+        self._earlier_calls = dict.fromkeys(self._earlier_calls, 0)
         self._eager_calls.clear()
         for plan in self.plans:
             plan.calls = Counter()
@@ -264,9 +426,28 @@ class Dispatcher:
     def _retire(self, plans: Sequence[Plan]) -> None:
         """Keep the counts of plans that go."""
         for plan in plans:
-            if plan.served is not None:
-                self._earlier_calls += plan.calls.value
+            path = _counts_as(plan)
+            if path is not None:
+                self._earlier_calls[path] += plan.calls.value
                 plan.calls = Counter()
+
+
+def in_special_mode() -> bool:
+    """Whether this thread is under a mode in which only the module's own method is right."""
+    return bool(
+        (_function_modes() and not _only_cpu_devices())
+        or _dispatch_modes()
+        or _autocast_on()
+        or _functorch() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _counts_as(plan: Plan) -> str | None:
+    """What the calls are that a plan has counted as its own."""
+    if plan.served is not None:
+        return "openvino"
+    return None if plan.parts is None else "mixed"
 
 
 def _only_cpu_devices() -> bool:

@@ -84,7 +84,7 @@ class FallbackError(OvshimError, RuntimeError):
 
 
 class FallbackWarning(OvshimWarning):
-    """A module, or some of its calls, runs in eager: once per module and reason.
+    """A module, a part of it, or some of its calls run in eager: once per module and reason.
 
     ``reason`` says why, ``module`` is the name of the module's class or its path.
     """
@@ -95,7 +95,7 @@ class FallbackWarning(OvshimWarning):
         self.module = module
 
     def __str__(self) -> str:
-        return f"{self.module} runs in eager. {self.reason}"
+        return f"{self.module} runs in eager, as a whole or in part. {self.reason}"
 
 
 class _About(Exception):

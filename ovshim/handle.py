@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +14,8 @@ from ovshim.options import Options
 from ovshim.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
 __all__ = ["Handle"]
 
@@ -46,6 +48,7 @@ class Handle:
         calls = {"openvino": 0, "mixed": 0, "eager": 0}
         for dispatcher in dispatchers:
             calls["openvino"] += dispatcher.openvino_calls
+            calls["mixed"] += dispatcher.mixed_calls
             for code, count in dispatcher.eager_calls.items():
                 eager[code] = eager.get(code, 0) + count
         calls["eager"] = sum(eager.values())
@@ -84,6 +87,54 @@ class Handle:
         for example in examples:
             for dispatcher in self._dispatchers:
                 dispatcher.prepare(*as_call(example, None))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no plan is being made in another thread (see `background`).
+
+        Returns whether that was so within `timeout` seconds; None: however long it takes.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for dispatcher in self._dispatchers:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not dispatcher.wait(left):
+                return False
+        return True
+
+    def map(self, items: Iterable[Any], in_flight: int | None = None) -> Iterator[Any]:
+        """The module's answers to `items`, in order, with several calls under way at once.
+
+        What reaches OpenVINO is computed ahead of its turn, from copies of the inputs; all that
+        eager has to answer is answered at its turn, in the thread that asks for the answer.
+
+        Args:
+            items: each in the forms of `example_input`.
+            in_flight: how many calls at once; None: as many as OpenVINO advises (with
+                `hint="throughput"` or `streams=`, several), and one where calls are too short for
+                more to pay.
+
+        Raises:
+            OptionError: `in_flight` is no count; at its turn, an item in none of the forms.
+        """
+        from ovshim.serve.ahead import in_order
+
+        return in_order(self._module, items, in_flight)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call the module, and have the answer as a future.
+
+        What reaches OpenVINO runs in a thread of a pool; what eager has to answer, in one thread
+        of its own, one call after the other. Gradient and inference mode are the caller's. Under
+        modes that belong to a thread alone (autocast, a function mode) the call is made at once.
+        """
+        from ovshim.serve.ahead import submitted
+
+        return submitted(self, self._module, args, kwargs)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """`submit` for asyncio: the answer, while the event loop goes on."""
+        import asyncio
+
+        return await asyncio.wrap_future(self.submit(*args, **kwargs))
 
     @property
     def _dispatchers(self) -> Sequence[Dispatcher]:

@@ -171,6 +171,8 @@ class Engine:
             if dtype not in known.values():
                 raise TypeError(f"{dtype} has no counterpart among OpenVINO's element types.")
         self.dead: str | None = None
+        # How many calls at once make the most of it.
+        self.advised = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._tensor: Any = ov.Tensor
         self._infer: Any = InferRequest.infer
         self._compiled = compiled

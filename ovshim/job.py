@@ -13,6 +13,7 @@ from torch import nn
 
 from ovshim.cache import Store
 from ovshim.errors import PrecisionWarning
+from ovshim.generation import Generation
 from ovshim.options import Options
 from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look
@@ -52,6 +53,10 @@ class Job:
         dynamic: the dimensions of each tensor that should be able to change.
         grad: whether grad mode is on in the calls that the plan is for.
         look: what was seen of a call of the user's own, where there was one.
+        apart: the user's method over a copy of the module, for calls of our own, where the module
+            itself is in use by other threads meanwhile.
+        began: the state of the module when the job was made, where other threads may change it.
+        pause: called between stages; may wait, or raise BuildStopped.
         lenient: whether a call of the user's began it, who then gets eager and not an error.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
@@ -68,6 +73,9 @@ class Job:
     dynamic: Dims
     grad: bool
     look: Look | None = None
+    apart: Any = None
+    began: Generation | None = None
+    pause: Callable[[], None] | None = None
     lenient: bool = False
     lowering: Lowering | None = None
     precision_run: str | None = None
@@ -84,9 +92,11 @@ class Job:
         self._weights = self._versions()
 
     def weights_moved(self) -> bool:
-        """Whether a weight or a buffer was written to or replaced since the job was made: what was
-        captured is then neither of what the fingerprint says nor of what stands now."""
-        return self._versions() != self._weights
+        """Whether a weight or a buffer was written to or replaced since the job was made (or, where
+        `began` tells, anything else of the module): what was captured is then neither of what the
+        fingerprint says nor of what stands now."""
+        changed = self.began is not None and not self.began.holds()
+        return changed or self._versions() != self._weights
 
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
@@ -137,6 +147,9 @@ class Job:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def check_time(self) -> None:
+        """Raises BuildStopped where no time is left."""
+        if self.pause is not None:
+            self.pause()
         if self.seconds_left() == 0.0:
             raise BuildStopped(reason("build-too-slow", f"{self.options.max_build_seconds:g} s"))
 

@@ -80,6 +80,9 @@ class Options:
     """Further properties for OpenVINO's ``compile_model``, name to text, number or bool. Those
     that another option sets are refused."""
 
+    background: bool = False
+    """Make plans in another thread; eager answers until they are proved."""
+
     inplace: bool = False
     """Accelerate the module itself instead of a twin."""
 
@@ -137,6 +140,7 @@ class OptionFields(TypedDict, total=False):
     streams: int | None
     threads: int | None
     properties: Mapping[str, Scalar]
+    background: bool
     inplace: bool
     methods: Sequence[str]
     strict: bool

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ovshim.buckets import Bucket
 from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
+from ovshim.lanes import Lane
 from ovshim.matcher import Builder, Matcher
+from ovshim.race import Finish
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, describe, fits
 from ovshim.values import ValueCheck
@@ -65,12 +68,42 @@ class Served:
             OutOfRangeError: an index lies outside of its table.
             EngineDead, ValueError: see `infer.Engine.run`.
         """
+        return self.builder(self.compute(given), given)
+
+    def compute(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the graph computes of them: `builder` makes the output of it.
+
+        Raises as `answer` does.
+        """
         inputs = self.inputs
         taken = given if inputs is None else [given[i] for i in inputs]
         computed = self.engine.run(taken)
         if self.checked and not computed[-1]:
             raise OutOfRangeError
-        return self.builder(computed, given)
+        return computed
+
+
+class Notes(Protocol):
+    """Keeps what is found out about a plan after its build, for every process."""
+
+    def met(self, sizes: Sequence[Sequence[int]], /) -> None:
+        """Calls of these sizes are answered rightly."""
+
+    def raced(self, bucket: Bucket, finish: Finish, /) -> None:
+        """A race in this bucket came out so."""
+
+    def condemn(self, why: Reason, /) -> None:
+        """The graph is wrong: eager serves from now on."""
+
+
+class Mixed(Protocol):
+    """A module that stays in eager while some of its submodules run in OpenVINO."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
+        """What the module answers."""
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The submodules in OpenVINO, for a report."""
 
 
 @dataclasses.dataclass
@@ -80,10 +113,16 @@ class Plan:
     Attributes:
         match: tells whether a call has this signature, and gives its tensors.
         values_fit: tells whether the tensors' values are such as OpenVINO computes rightly.
-        served: None where eager serves; `reason` says why.
+        served: None where eager serves, as a whole or between its parts; `reason` says why.
+        bucket: the bucket of a call's tensors.
+        lanes: who serves which bucket; `open` holds those that OpenVINO serves beyond doubt.
+        tolerance: largest relative L2 error, for sizes met for the first time.
+        notes: keeps with the entry what is found out later; None where nothing is cached.
+        parts: answers where some submodules run in OpenVINO under an eager parent.
         generation: the state of the module that the plan was made for.
         example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
+        raced: whether buckets are raced against eager before OpenVINO serves them.
         lowered, modules: how the graph was lowered, and what each module of it runs in, by path,
             where precision was asked for by rules.
         warnings: where that is not what was asked for.
@@ -92,6 +131,7 @@ class Plan:
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
         trouble: the exception behind the reason, where there was one.
+        calls, eager_calls: served by OpenVINO (or with parts in it), and given to eager.
         seconds: what each stage of the build took.
     """
 
@@ -121,13 +161,36 @@ class Plan:
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     pinned: frozenset[tuple[int, int]] = frozenset()
+    bucket: Callable[[Sequence[torch.Tensor]], Bucket] = len
+    lanes: dict[Bucket, Lane] = dataclasses.field(default_factory=dict)
+    open: set[Bucket] = dataclasses.field(default_factory=set)
+    raced: bool = False
+    tolerance: float = 0.0
+    notes: Notes | None = None
+    parts: Mixed | None = None
     trouble: BaseException | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: Counter = dataclasses.field(default_factory=Counter)
+    eager_calls: Counter = dataclasses.field(default_factory=Counter)
 
     @property
     def path(self) -> str:
-        return "eager" if self.served is None else "openvino"
+        if self.served is not None:
+            return (
+                "eager" if self.lanes and all(x.eager for x in self.lanes.values()) else "openvino"
+            )
+        return "eager" if self.parts is None else "mixed"
+
+    def lane(self, bucket: Bucket) -> Lane:
+        """The lane of that bucket, a new one for sizes that were never met."""
+        lane = self.lanes.get(bucket)
+        if lane is None:
+            lane = self.lanes.setdefault(bucket, Lane(proved=False, raced=not self.raced))
+        return lane
+
+    def settle(self) -> None:
+        """Let the lanes that are open be found by the hot path."""
+        self.open = {bucket for bucket, lane in list(self.lanes.items()) if lane.open}
 
     def covers(self, other: Plan) -> bool:
         """Whether this plan serves the call that another one was made for."""
@@ -144,7 +207,7 @@ class Plan:
         return {
             "signature": describe(self.kind, self.pattern),
             "path": self.path,
-            "reason": self.reason.to_dict() if self.reason else None,
+            "reason": self.reason.to_dict() if self.reason and self.path != "openvino" else None,
             "precision_run": self.precision_run,
             "preset": self.lowered.get("preset"),
             "modules": dict(self.modules),
@@ -154,7 +217,8 @@ class Plan:
             "cache": self.cache,
             "cache_path": self.cache_path,
             "seconds": {stage: round(spent, 4) for stage, spent in self.seconds.items()},
-            "calls": self.calls.value,
+            "calls": self.calls.value + self.eager_calls.value,
             "route": self.route,
+            "parts": [] if self.parts is None else self.parts.to_list(),
             "guards": [*self.size_guards, *map(str, self.value_guards)],
         }

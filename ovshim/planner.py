@@ -7,8 +7,9 @@ its plans, and one that changes again and again waits longer and longer for the 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -23,7 +24,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Planner", "building_here", "known_kind", "unfit"]
+__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
@@ -39,6 +40,7 @@ class Family:
         self.plans: list[Plan] = []
         self.stale = 0
         self.wait = 0
+        self.build: Any = None  # what another thread is making
 
     def add(self, plan: Plan) -> list[Plan]:
         """A plan for more sizes takes the place of those that it covers, which are returned."""
@@ -67,6 +69,7 @@ class Planner:
         original: the user's own method; its `resolve()` gives the bound method.
         on_change: called, under the lock, with the plans for each grad mode whenever they change.
         on_gone: called with plans that serve no longer.
+        divide: makes a mixed plan of one that eager serves, where that gains something.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Planner:
         options: Options,
         on_change: Callable[[bool, tuple[Plan, ...]], None],
         on_gone: Callable[[Sequence[Plan]], None],
+        divide: Callable[[Job, Plan], Plan] | None = None,
     ) -> None:
         self.module = module
         self.method = method
@@ -87,6 +91,7 @@ class Planner:
         self._lock = threading.RLock()
         self._on_change = on_change
         self._on_gone = on_gone
+        self._divide = divide
 
     @property
     def plans(self) -> list[Plan]:
@@ -112,14 +117,23 @@ class Planner:
             with _Building():
                 output, job.look = self._watched(args, kwargs, leaves)
                 plan = self._make(family, job)
-            return output, plan.reason or reason("building")
+            why = None if plan.path == "openvino" else plan.reason
+            return output, why or reason("building")
         finally:
             self._lock.release()
 
     def prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> Plan:
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+        leaves: Sequence[Any],
+        wait: bool = True,
+    ) -> Plan | None:
         """The plan for an example, made before any call. Calls to come are taken for inference.
+
+        Args:
+            wait: False: None, and the plan later, where another thread makes plans.
 
         Raises:
             OptionError: `dynamic_shapes` does not fit the example.
@@ -127,6 +141,18 @@ class Planner:
         with self._lock, torch.no_grad(), _Building():
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until nothing is being made in other threads; whether that was so in time."""
+        return True
+
+    def drop(self, plan: Plan) -> None:
+        """Drop one plan."""
+        with self._lock:
+            for family in self._families.values():
+                family.plans = [known for known in family.plans if known is not plan]
+            self._on_gone([plan])
+            self._publish()
 
     def drop_stale(self) -> None:
         """Drop the plans that the module's present state contradicts."""
@@ -201,12 +227,17 @@ class Planner:
         # With it come OpenVINO and the cache of its plugins.
         from ovshim.auto import build, build_auto
 
-        plan = build_auto(job) if job.options.precision == "auto" else build(job)
-        if plan.reason is not None and plan.reason.code == "stale":
-            family.put_off()  # it changed under the build: there is nothing to keep
-            return plan
-        self._on_gone(family.add(plan))
-        self._publish()
+        with _Building():
+            plan = build_auto(job) if job.options.precision == "auto" else build(job)
+            stale = plan.reason is not None and plan.reason.code == "stale"
+            if plan.path == "eager" and not stale and self._divide is not None:
+                plan = self._divide(job, plan)
+        with self._lock:
+            if stale:
+                family.put_off()  # it changed under the build: there is nothing to keep
+            elif family in self._families.values():  # not if all was dropped meanwhile
+                self._on_gone(family.add(plan))
+                self._publish()
         return plan
 
     def _publish(self) -> None:
@@ -266,6 +297,16 @@ def building_here() -> bool:
     """Whether this thread is inside a build: what it calls has to be eager, for eager is the
     measure there, also where one accelerated module calls another."""
     return getattr(_here, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[None]:
+    """Within a build: calls are served here as they will be, for what is measured are plans."""
+    depth, _here.depth = getattr(_here, "depth", 0), 0
+    try:
+        yield
+    finally:
+        _here.depth = depth
 
 
 class _Building:

@@ -52,7 +52,11 @@ class Look:
 
 
 def look(
-    module: nn.Module, call: Callable[[], Any], inputs: Sequence[torch.Tensor], restore: bool
+    module: nn.Module,
+    call: Callable[[], Any],
+    inputs: Sequence[torch.Tensor],
+    restore: bool,
+    apart: bool = False,
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
@@ -60,6 +64,10 @@ def look(
         restore: put buffers and generators back to what they were, because this is a trial and not
             a call of the user's, which keeps every effect it has. Attributes are the caller's
             business (`Look.undo`).
+        apart: the module is a copy that nobody else has, and other threads go on meanwhile. The
+            generators are theirs too: they are neither compared nor put back. An operator that
+            would draw from torch's is not run. (What Python's or NumPy's give shows in the output:
+            two calls then differ.)
 
     Raises:
         whatever the module raises.
@@ -69,10 +77,13 @@ def look(
     found.undo = world.put_back_attributes
     started = time.perf_counter()
     try:
-        output = call()
+        output = _without_drawing(call) if apart else call()
+    except _Drawing:
+        output = None
+        found.reason = reason("random")
     finally:
         found.seconds = time.perf_counter() - started
-        found.reason = world.difference(call if restore else None)
+        found.reason = found.reason or world.difference(call if restore else None, apart)
         if restore:
             world.put_back()
     found.leaves, found.structure = flatten(output)
@@ -100,7 +111,7 @@ class _World:
         self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
         self.drew = False
 
-    def difference(self, call: Callable[[], Any] | None) -> Reason | None:
+    def difference(self, call: Callable[[], Any] | None, apart: bool) -> Reason | None:
         """What the call has changed. `call` may be called again to find out."""
         for i, (tensor, version) in enumerate(self.inputs):
             if _version(tensor) != version:
@@ -113,7 +124,7 @@ class _World:
             if changed:
                 where = f"{name}.{changed}" if name else changed
                 return reason("mutates-attribute", where)
-        self.drew = self._drawn(call)
+        self.drew = not apart and self._drawn(call)
         return reason("random") if self.drew else None
 
     def put_back(self) -> None:
@@ -142,10 +153,12 @@ class _World:
         )
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices random numbers drawn by this thread."""
 
-    seen = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -155,9 +168,58 @@ class _Draws(TorchDispatchMode):
 
 
 def _draws(call: Callable[[], Any]) -> bool:
-    with _Draws() as mode:
+    mode = _Draws()
+    with mode:
         call()
     return mode.seen
+
+
+class _Drawing(BaseException):
+    """An operator was about to draw random numbers. No Exception: users' code catches those."""
+
+
+class _NoDrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops this thread before it draws a random number."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drew = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tags = getattr(func, "tags", ())  # higher-order operators have none
+        if torch.Tag.nondeterministic_seeded in tags and _would_draw(func, args, kwargs):
+            self.drew = True
+            raise _Drawing
+        return func(*args, **kwargs)
+
+
+def _would_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Not attention without dropout, and nothing that is told not to train."""
+    names = [argument.name for argument in func._schema.arguments]
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    for name in ("dropout_p", "training", "train"):
+        if name in given:
+            return bool(given[name])
+    return True
+
+
+def _without_drawing(call: Callable[[], Any]) -> Any:
+    mode = _NoDrawing()
+    with mode:
+        output = call()
+    if mode.drew:  # and the module went on, which it could only by catching everything
+        raise _Drawing
+    return output
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ovshim.buckets import open_groups
 from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
-from ovshim.plan import OutOfRangeError, Served
+from ovshim.plan import OutOfRangeError
 from ovshim.signature import (
     Kind,
     Pattern,
@@ -63,6 +63,7 @@ class Proof:
     Attributes:
         error: the largest relative L2 error of all outputs of all runs.
         sizes: the smallest sizes among those proved, for the short proof of a cache hit.
+        met: all sizes proved.
         pinned: (tensor, dimension) that must keep the example's size.
         limits: the smallest and the largest integer that a tensor may hold, by the tensor's index,
             where the candidate is wrong beyond those of the example.
@@ -70,13 +71,28 @@ class Proof:
 
     error: float
     sizes: Sizes
+    met: tuple[Sizes, ...]
     pinned: frozenset[tuple[int, int]]
     limits: Mapping[int, tuple[int, int]]
 
 
+class Candidate(Protocol):
+    """What is to answer as eager does.
+
+    Attributes:
+        checked: whether it finds out by itself that an index lies outside of its table.
+    """
+
+    @property
+    def checked(self) -> bool: ...
+
+    def answer(self, given: Sequence[torch.Tensor], /) -> Any:
+        """Its output for these tensors of a call."""
+
+
 def prove(
     eager: Eager,
-    served: Served,
+    served: Candidate,
     tensors: Sequence[torch.Tensor],
     pattern: Pattern,
     size_guards: Sequence[str],
@@ -109,9 +125,9 @@ def prove(
             raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
     fitting = [sample for sample in samples if sizes_hold(size_guards, sizes_of(sample))]
     worst = max(worst, _prove_samples(eager, served, fitting, check_time))
-    smallest = sizes_of(tensors)
+    met = [sizes_of(tensors)]
     pinned: set[tuple[int, int]] = set()
-    for group in _groups(pattern, size_guards):
+    for group in open_groups(pattern, size_guards):
         check_time()
         drawn = None if samples else generator
         error, sizes = _prove_group(eager, served, tensors, pattern, size_guards, group, drawn)
@@ -119,15 +135,15 @@ def prove(
             pinned.update(group)
         else:
             worst = max(worst, error)
-            smallest = min(smallest, sizes, key=_amount)
+            met.append(sizes)
     check_time()
     limits = _integer_limits(eager, served, tensors, fitting, generator)
-    return Proof(worst, smallest, frozenset(pinned), limits)
+    return Proof(worst, min(met, key=_amount), tuple(met), frozenset(pinned), limits)
 
 
 def _prove_samples(
     eager: Eager,
-    served: Served,
+    served: Candidate,
     samples: Sequence[Sequence[torch.Tensor]],
     check_time: Callable[[], None],
 ) -> float:
@@ -146,7 +162,7 @@ def _prove_samples(
 
 def _integer_limits(
     eager: Eager,
-    served: Served,
+    served: Candidate,
     tensors: Sequence[torch.Tensor],
     samples: Sequence[Sequence[torch.Tensor]],
     generator: torch.Generator,
@@ -186,7 +202,9 @@ def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
     yield least - span // 4 - 1, most + span // 4 + 1
 
 
-def _agrees(eager: Eager, served: Served, answer: Answer, values: Sequence[torch.Tensor]) -> bool:
+def _agrees(
+    eager: Eager, served: Candidate, answer: Answer, values: Sequence[torch.Tensor]
+) -> bool:
     try:
         eager.judge(answer, served.answer(values))
     except (Mismatch, OutOfRangeError) as error:
@@ -195,7 +213,9 @@ def _agrees(eager: Eager, served: Served, answer: Answer, values: Sequence[torch
     return True
 
 
-def prove_small(eager: Eager, served: Served, tensors: Sequence[torch.Tensor], seen: Look) -> float:
+def prove_small(
+    eager: Eager, served: Candidate, tensors: Sequence[torch.Tensor], seen: Look
+) -> float:
     """One small run, for a plan out of the cache: `seen` is what eager answered to `tensors`.
 
     Raises:
@@ -266,7 +286,7 @@ def _answer_or_none(eager: Eager, tensors: Sequence[torch.Tensor]) -> Answer | N
 
 def _prove_group(
     eager: Eager,
-    served: Served,
+    served: Candidate,
     tensors: Sequence[torch.Tensor],
     pattern: Pattern,
     size_guards: Sequence[str],
@@ -312,7 +332,7 @@ def tied(
     to compare. Eager mostly refuses to see one of them changed alone, so that alone it could not
     be proved; a call in which they differ gets a plan of its own.
     """
-    groups = _groups(pattern, size_guards)
+    groups = open_groups(pattern, size_guards)
     guards = list(size_guards)
     for n, group in enumerate(groups):
         (t, d), size = group[0], sizes[group[0][0]][group[0][1]]
@@ -322,25 +342,6 @@ def tied(
                 guards.append(f"s{t}[{d}] == s{match[0][0]}[{d}]")
                 break
     return tuple(guards)
-
-
-_EQUAL = re.compile(r"s(\d+)\[(\d+)\] == s(\d+)\[(\d+)\]")
-
-
-def _groups(pattern: Pattern, size_guards: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Open dimensions, those that guards hold equal together."""
-    root = {(t, d): (t, d) for t, s in enumerate(pattern) for d, n in enumerate(s) if n is None}
-    for guard in size_guards:
-        match = _EQUAL.fullmatch(guard)
-        if match:
-            a, b, c, e = map(int, match.groups())
-            if (a, b) in root and (c, e) in root:
-                old, new = root[a, b], root[c, e]
-                root = {place: new if held == old else held for place, held in root.items()}
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for place, held in root.items():
-        groups.setdefault(held, []).append(place)
-    return list(groups.values())
 
 
 def redraw_all(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

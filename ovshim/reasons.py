@@ -195,6 +195,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "For sizes met for the first time, OpenVINO's outputs did not match those of eager.",
             "Report the module and the sizes, or make those dimensions static.",
         ),
+        "taking-turns": Sentence(
+            "Eager and OpenVINO take turns while calls of sizes that are new are timed.",
+            "Nothing needs doing: after some calls the faster one serves.",
+        ),
         "slower": Sentence(
             "Eager is faster for this call on this processor.",
             "Give prefer='openvino' to run it in OpenVINO all the same.",

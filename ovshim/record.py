@@ -13,6 +13,7 @@ import torch
 from ovshim.cache import Entry
 from ovshim.capture import Captured
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold, to_json
+from ovshim.proof import Proof
 from ovshim.reasons import TABLE, Reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, TensorLeaf, fits
@@ -48,6 +49,7 @@ class Record:
             their dtypes.
         limits: the smallest and the largest integer that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
+        met: all sizes at which it was found right.
         verdict: why eager serves in its place, where that was found for good.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
@@ -67,6 +69,7 @@ class Record:
     limits: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     error: float = 0.0
     sizes: tuple[tuple[int, ...], ...] = ()
+    met: tuple[tuple[tuple[int, ...], ...], ...] = ()
     verdict: Reason | None = None
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -97,22 +100,20 @@ class Record:
             rung=rung,
         )
 
-    def proved(
-        self,
-        error: float,
-        sizes: tuple[tuple[int, ...], ...],
-        pinned: frozenset[tuple[int, int]],
-        limits: Mapping[int, tuple[int, int]],
-        example: Sequence[Sequence[int]],
-    ) -> Record:
+    def proved(self, found: Proof, example: Sequence[Sequence[int]]) -> Record:
         """The record with what a proof at the sizes of `example` has found."""
         pattern = tuple(
-            tuple(example[t][d] if (t, d) in pinned else n for d, n in enumerate(dims))
+            tuple(example[t][d] if (t, d) in found.pinned else n for d, n in enumerate(dims))
             for t, dims in enumerate(self.pattern)
         )
-        pinned |= self.pinned
         return dataclasses.replace(
-            self, pattern=pattern, error=error, sizes=sizes, pinned=pinned, limits=limits
+            self,
+            pattern=pattern,
+            error=found.error,
+            sizes=found.sizes,
+            met=found.met,
+            pinned=found.pinned | self.pinned,
+            limits=found.limits,
         )
 
     def opens(self, asked: Dims) -> bool:
@@ -157,6 +158,7 @@ class Record:
         return {
             "error": self.error,
             "sizes": [list(dims) for dims in self.sizes],
+            "met": [list(map(list, sizes)) for sizes in self.met],
             "pattern": [list(dims) for dims in self.pattern],
             "pinned": sorted(map(list, self.pinned)),
             "limits": {str(t): list(limit) for t, limit in self.limits.items()},
@@ -192,7 +194,8 @@ class Record:
             pinned=frozenset((int(t), int(d)) for t, d in proof.get("pinned", ())),
             limits={int(t): (int(a), int(b)) for t, (a, b) in proof.get("limits", {}).items()},
             error=float(proof.get("error", 0.0)),
-            sizes=tuple(tuple(map(int, dims)) for dims in proof.get("sizes", ())),
+            sizes=_sizes(proof.get("sizes", ())),
+            met=tuple(map(_sizes, entry.manifest.get("met") or proof.get("met", ()))),
             verdict=None if verdict is None else _reason(verdict),
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
@@ -202,6 +205,10 @@ class Record:
 
 def _pattern(stored: Sequence[Sequence[Any]]) -> Pattern:
     return tuple(tuple(None if n is None else int(n) for n in dims) for dims in stored)
+
+
+def _sizes(stored: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, dims)) for dims in stored)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -51,7 +51,7 @@ class Report:
         for plan in self.plans:
             lines += ["", *_plan_lines(plan)]
         if not self.plans:
-            lines.append("  no plan yet: the first call makes one")
+            lines.append("  no plan yet")
         return "\n".join(lines)
 
     def html(self) -> str:
@@ -64,7 +64,11 @@ class Report:
 def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines = [f"  {plan['signature'] or 'no arguments'}"]
     reason = plan["reason"]
-    if reason is not None:
+    if plan["path"] == "mixed":
+        lines.append(f"    eager, with {len(plan['parts'])} submodules in OpenVINO")
+        lines += [f"      {part['module']} ({part['class']})" for part in plan["parts"]]
+        lines.append(f"    not as a whole: {reason['message']}")
+    elif reason is not None:
         lines.append(f"    eager: {reason['message']}")
         lines.append(f"    remedy: {reason['remedy']}")
     else:

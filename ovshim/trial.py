@@ -47,7 +47,13 @@ def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> 
     """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
     given = job.copies() if leaves is None else leaves
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
-    seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)
+    if job.apart is None:
+        seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)
+    else:
+        args, kwargs = job.arguments(given)
+        call = job.apart.resolve()
+        module = job.apart.module
+        seen = look(module, lambda: call(*args, **kwargs), tensors, restore=False, apart=True)
     if not keep:
         seen.undo()
     return seen
@@ -59,6 +65,10 @@ def settled(job: Job) -> Look | None:
     first = trial(job, keep=True)
     second = trial(job)
     if second.reason is None:
+        if job.apart is not None:
+            # The copy has settled, the module has not: it does by a call as from any thread.
+            job.call_with(job.copies())
+            raise BuildStopped(reason("stale", "the module's first call has changed it"))
         return second
     first.undo()
     return None

@@ -1,31 +1,84 @@
-"""Whether a plan serves: it runs against eager once on each sort of machine, and that is kept."""
+"""Whether a plan serves, size by size: it runs against eager once on each sort of machine, and what
+was found is kept with the entry."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ovshim import runtime
-from ovshim.cache import Entry
+from ovshim.buckets import Bucket, compile_bucket
+from ovshim.cache import Entry, Store
 from ovshim.job import Job
+from ovshim.lanes import Lane, later
 from ovshim.plan import Plan
 from ovshim.race import Finish, race
-from ovshim.reasons import reason
+from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 
-__all__ = ["decide"]
+__all__ = ["EntryNotes", "decide"]
 
 # A race may take a quarter of what is left of the build's time, and never longer than this.
 _RACE_SECONDS = 0.5
+# What a module in bf16 or fp16, whose measure is its upcast, may be off at sizes met later.
+_LOW_TOLERANCE = 0.03
+
+
+class EntryNotes:
+    """What is found out about a plan after its build, written to its entry by another thread.
+
+    Processes that write at once may lose one another's notes; then something is looked at twice.
+    """
+
+    def __init__(self, store: Store, entry: Entry, record: Record) -> None:
+        self._store = store
+        self._entry = entry
+        self._race = dict(record.race)
+        self._met = [list(map(list, sizes)) for sizes in record.met]
+
+    def met(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Calls of these sizes are answered rightly."""
+        self._met.append(list(map(list, sizes)))
+        self._write("met", list(self._met))
+
+    def raced(self, bucket: Bucket, finish: Finish) -> None:
+        """A race in this bucket came out so. What was not decided is run again by the next
+        process, on a quieter machine perhaps."""
+        if finish.decided:
+            self._race[_where(bucket)] = list(dataclasses.astuple(finish))
+            self._write("race", dict(self._race))
+
+    def condemn(self, why: Reason) -> None:
+        """The graph is wrong: eager serves from now on, in every process."""
+        self._write("verdict", why.to_dict())
+
+    def _write(self, section: str, value: Any) -> None:
+        later(lambda: self._store.amend(self._entry, section, value))
 
 
 def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
-    """Let the plan run against eager, or read what an earlier race on such a machine found."""
-    where = f"{runtime.processor()} threads={torch.get_num_threads()} sizes={sizes_of(job.leaves)}"
-    finish = _known_finish(record.race.get(where))
+    """Lay out the plan's lanes: all sizes that were proved are open if OpenVINO is preferred; else
+    those that have won, and the example's sizes are raced now."""
+    plan.bucket, of_sizes = compile_bucket(record.pattern, record.size_guards)
+    plan.tolerance = _LOW_TOLERANCE if job.tolerance is None else job.tolerance
+    plan.raced = job.options.prefer == "faster"
+    plan.notes = None if entry is None else EntryNotes(job.store, entry, record)
+    plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
+    if plan.raced:
+        for bucket in plan.lanes:
+            known = _known_finish(record.race.get(_where(bucket)))
+            if known is not None:
+                plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
+        _race_example(job, plan, record, of_sizes(sizes_of(job.leaves)))
+    plan.settle()
+
+
+def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> None:
+    finish = _known_finish(record.race.get(_where(bucket)))
     if finish is None:
         args, kwargs = job.arguments()
 
@@ -34,21 +87,26 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
             tensors = plan.match(args, kwargs)
             holds = plan.generation is not None and plan.generation.holds()
             if tensors is not None and plan.served and holds and plan.values_fit(tensors):
+                plan.bucket(tensors)
                 return plan.served.answer(tensors)
             return None
 
         with job.stage("race"):
             budget = max(0.0, min(_RACE_SECONDS, job.seconds_left() / 4))
             finish = race(lambda: job.call(*args, **kwargs), candidate, budget)
-        # What was not decided is run again by the next process, on a quieter machine perhaps.
-        if entry is not None and finish.decided:
-            job.store.amend(entry, "race", {**record.race, where: dataclasses.astuple(finish)})
+        if plan.notes is not None:
+            plan.notes.raced(bucket, finish)
     plan.medians = (finish.eager, finish.candidate)
     plan.speedup = finish.eager / finish.candidate
+    plan.lanes[bucket] = Lane(True, raced=True, eager=finish.lost)
     if finish.lost:
-        plan.served = None
         text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
         plan.reason = reason("slower", text)
+
+
+def _where(bucket: Bucket) -> str:
+    """A race is valid on one sort of processor, for one number of threads, for like sizes."""
+    return f"{runtime.processor()} threads={torch.get_num_threads()} bucket={bucket}"
 
 
 def _known_finish(stored: Any) -> Finish | None:

@@ -253,10 +253,10 @@ def test_side_effects_are_told_in_a_warning() -> None:
 
 
 def test_a_graph_is_left_in_the_globals_under_a_known_name(capture: Capture) -> None:
-    left = [name for name in Captured.forward.__globals__ if name.startswith("__compiled_fn_")]
-    assert left
-    dynamo._forget_code(capture.module.forward)
-    assert not any(name in Captured.forward.__globals__ for name in left)
+    left = capture.output.backend_input.backend_id
+    assert left in Captured.forward.__globals__
+    dynamo._forget_code(capture.module.forward, left)
+    assert left not in Captured.forward.__globals__
 
 
 def test_symbolic_numbers_answer_without_a_guard(capture: Capture) -> None:

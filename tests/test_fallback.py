@@ -32,6 +32,7 @@ from modules import (
     ReadsItem,
     UsesHistc,
     WritesInput,
+    by,
     make,
 )
 from torch import Tensor, nn
@@ -72,28 +73,28 @@ TORCHS_OWN = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 def in_place_on_a_view(self: Any, x: Tensor) -> Tensor:
     x[:, 0].zero_()
-    return self.linear(x)
+    return by(self.linear, x)
 
 
 def uniform_noise(self: Any, x: Tensor) -> Tensor:
-    return self.linear(x) + torch.rand(4)
+    return by(self.linear, x) + torch.rand(4)
 
 
 def numpy_inside(self: Any, x: Tensor) -> Tensor:
     import numpy as np
 
-    return self.linear(x) + torch.from_numpy(np.sort(x.detach().numpy(), axis=-1))[:, :4]
+    return by(self.linear, x) + torch.from_numpy(np.sort(x.detach().numpy(), axis=-1))[:, :4]
 
 
 def loops_on_values(self: Any, x: Tensor) -> Tensor:
-    y = self.linear(x)
+    y = by(self.linear, x)
     while y.abs().sum() > 1:
         y = y / 2
     return y
 
 
 def nonzero_size(self: Any, x: Tensor) -> Tensor:
-    return self.linear(x)[x[:, 0] > 0]
+    return by(self.linear, x)[x[:, 0] > 0]
 
 
 MODULES = [
@@ -534,6 +535,16 @@ def test_torch_compile_sees_the_original(fast: nn.Module, module: nn.Module) -> 
     assert counts(fast)["openvino"] == before["openvino"]
     settle(fast, module, torch.randn(3, 8))
     torch._dynamo.reset()
+
+
+def test_what_torch_compile_has_made_is_not_taken_from_it() -> None:
+    module = make(Mlp)
+    x = torch.randn(3, 8)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        expected = compiled(x)
+        check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+        same(compiled(x), expected)
 
 
 def test_torch_compile_around_the_call(fast: nn.Module, module: nn.Module) -> None:

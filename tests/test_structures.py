@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from checks import check, counts, falls_back, paths, plans, quietly, same, served, settle
-from modules import Detections, DictToDataclass, Nest, Points, ToNamedTuple, make
+from modules import Detections, DictToDataclass, Nest, Points, ToNamedTuple, by, make
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -379,7 +379,7 @@ def test_a_mutable_dataclass_output_is_made_anew() -> None:
 
 def test_an_object_of_the_modules_own_in_the_output_stays_it() -> None:
     def forward(self: Any, x: Tensor) -> Any:
-        return self.linear(x), self.settings
+        return by(self.linear, x), self.settings
 
     module = make(Of, forward)
     module.settings = {"a": 1}
@@ -413,7 +413,7 @@ def test_a_module_that_returns_its_only_input() -> None:
 
 def test_a_view_of_an_input_is_not_owned_by_another() -> None:
     """What is written to the output of `x.t()` is written to `x`."""
-    module = make(Of, lambda self, x: (self.linear(x), x.t()))
+    module = make(Of, lambda self, x: (by(self.linear, x), x.t()))
     with falls_back("aliases-input"):
         fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
         x = torch.randn(3, 8)
@@ -568,7 +568,7 @@ def test_float64_stays_in_eager_unless_asked_for(where: str) -> None:
 
 
 def test_modules_as_simple_namespaces() -> None:
-    module = make(Of, lambda self, x: types.SimpleNamespace(y=self.linear(x)))
+    module = make(Of, lambda self, x: types.SimpleNamespace(y=by(self.linear, x)))
     with falls_back("unknown-leaf"):
         fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
         check(fast, module, torch.randn(3, 8), path="eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import filelock
 import platformdirs
 
-from ovshim.cache import entries, files, upkeep
+from ovshim.cache import entries, files, marks, upkeep
 from ovshim.cache.entries import MANIFEST, MARKER, OURS, SCHEMA, Entry, Foreign
 from ovshim.cache.files import Lease
 
@@ -25,6 +26,8 @@ MAX_SIZE = 10 * 10**9  # bytes
 _log = logging.getLogger("ovshim")
 
 _AMEND_SECONDS = 5.0
+# How often one who waits for a lock looks whether it should still wait.
+_LOOK_UP_SECONDS = 0.5
 
 # Without flock newer releases fall back to lock files that outlive their process; better none.
 _HARD_ONLY: dict[str, Any] = (
@@ -72,25 +75,30 @@ class Store:
         return self.root is not None
 
     @contextmanager
-    def lock(self, family: str, timeout: float) -> Iterator[bool]:
+    def lock(
+        self, family: str, timeout: float, meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[bool]:
         """Holds the family's lock for the block: True. After `timeout` seconds without: False.
 
         False also where locks do not work. It serves to do a work once, nothing depends on it.
-        Not re-entrant.
+        Not re-entrant. `meanwhile` is called now and then while it waits; what it raises, this
+        raises.
         """
         entries.check_key(family)
-        with self._locked(f"{family}.lock", timeout) as held:
+        with self._locked(f"{family}.lock", timeout, meanwhile) as held:
             yield held
 
     @contextmanager
-    def _locked(self, name: str, timeout: float) -> Iterator[bool]:
+    def _locked(
+        self, name: str, timeout: float, meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[bool]:
         held: filelock.BaseFileLock | None = None
         if self.root is not None:
             path = self._room / "locks" / name
             try:
                 path.parent.mkdir(mode=0o700, exist_ok=True)
                 lock = filelock.FileLock(path, thread_local=False, **_HARD_ONLY)
-                lock.acquire(timeout=max(0.0, timeout))
+                _acquire(lock, timeout, meanwhile)
                 held = lock
             except filelock.Timeout:
                 _log.debug("somebody else holds %s", path)
@@ -101,6 +109,22 @@ class Store:
         finally:
             if held is not None:
                 upkeep.attempt("unlock", held.release)
+
+    @contextmanager
+    def marked(self, family: str) -> Iterator[None]:
+        """Lets others know, for the block, that this process builds the family."""
+        entries.check_key(family)
+        with contextlib.ExitStack() as stack:
+            if self.root is not None:
+                stack.enter_context(marks.marked(self._room / "marks", family, **_HARD_ONLY))
+            yield
+
+    def died_building(self, family: str) -> bool:
+        """Whether a process died while it built the family. Asked once: its mark goes."""
+        entries.check_key(family)
+        if self.root is None:
+            return False
+        return marks.left_behind(self._room / "marks", family, **_HARD_ONLY)
 
     def entries(self, family: str) -> list[Entry]:
         """The family's sound entries, newest first.
@@ -278,6 +302,20 @@ class Store:
         if topic not in self._said:
             self._said.add(topic)
             _log.warning(message, *values)
+
+
+def _acquire(
+    lock: filelock.BaseFileLock, timeout: float, meanwhile: Callable[[], None] | None
+) -> None:
+    """Raises filelock.Timeout after `timeout` seconds, and what `meanwhile` raises."""
+    deadline = time.monotonic() + timeout
+    while meanwhile is not None and deadline - time.monotonic() > _LOOK_UP_SECONDS:
+        try:
+            lock.acquire(timeout=_LOOK_UP_SECONDS)
+            return
+        except filelock.Timeout:
+            meanwhile()
+    lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def _max_size() -> int:

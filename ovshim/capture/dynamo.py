@@ -16,7 +16,6 @@ import functools
 import gc
 import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +31,7 @@ from ovshim.capture import (
     frontend,
     rewrites,
 )
+from ovshim.capture.hush import hushed
 from ovshim.capture.ranges import check_ranges
 from ovshim.capture.sizes import read_sizes
 from ovshim.capture.sources import Sources
@@ -140,7 +140,7 @@ def _capture(request: Request) -> Captured:
     try:
         return _finish(request, output, args, kwargs)
     finally:
-        _forget_code(request.call)
+        _forget_code(request.call, output.backend_input.backend_id)
 
 
 def _finish(
@@ -227,10 +227,9 @@ def _configured() -> Iterator[list[str]]:
         stack.enter_context(
             torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         )
-        seen = stack.enter_context(warnings.catch_warnings(record=True))
-        warnings.simplefilter("always")
+        seen = stack.enter_context(hushed())
         yield effects
-        effects += [str(w.message) for w in seen if "side effects" in str(w.message)]
+        effects += [text for text in seen if "side effects" in text]
 
 
 def _refuse_effects(effects: list[str]) -> None:
@@ -320,12 +319,11 @@ def _user_line(error: Any) -> str:
     )
 
 
-def _forget_code(call: Callable[..., Any]) -> None:
-    """Dynamo leaves the graph in the globals of the user's function, and with it every weight."""
+def _forget_code(call: Callable[..., Any], name: str) -> None:
+    """Dynamo leaves the graph in the globals of the user's function, and with it every weight.
+    Others of like names are torch.compile's and in use."""
     function = getattr(call, "__func__", call)
-    names = [n for n in getattr(function, "__globals__", {}) if n.startswith("__compiled_fn_")]
-    for name in names:
-        del function.__globals__[name]
+    getattr(function, "__globals__", {}).pop(name, None)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 
 from ovshim import runtime
 from ovshim.capture import CaptureError, FlatModule, names
+from ovshim.capture.hush import hushed
 from ovshim.reasons import reason
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.Script
         CaptureError: torch cannot trace it.
     """
     try:
-        with warnings.catch_warnings():
-            # Of what the tracer says, guards and proof find out what matters; what the user's own
-            # code says, eager has said already; and torch's wrappers read deprecated properties.
-            warnings.simplefilter("ignore")
+        # Of what the tracer says, guards and proof find out what matters; what the user's own code
+        # says, eager has said already; and torch's wrappers read deprecated properties.
+        with hushed():
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
                 flat, tuple(tensors), strict=False, check_trace=False
             )

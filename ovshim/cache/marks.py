@@ -1,0 +1,64 @@
+"""Marks: who is building what.
+
+A conversion can kill its process. Whoever builds holds a locked file meanwhile; one that is there
+and not locked was left by a process that died in its build.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+__all__ = ["left_behind", "marked"]
+
+_log = logging.getLogger("ovshim")
+
+
+@contextmanager
+def marked(directory: Path, family: str, **options: Any) -> Iterator[None]:
+    """Holds a mark for the block. Where it cannot be made there is none, and a log line."""
+    path = directory / f"{family}.{uuid.uuid4().hex}"
+    lock = None
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        lock = filelock.FileLock(path, **options)
+        lock.acquire(timeout=0)
+    except (OSError, NotImplementedError) as error:
+        _log.debug("no mark at %s: %s", path, error)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            _remove(path, lock)
+
+
+def left_behind(directory: Path, family: str, **options: Any) -> bool:
+    """Whether a process has died in a build of this family. Its mark is taken away."""
+    found = False
+    for path in directory.glob(f"{family}.*"):
+        lock = filelock.FileLock(path, **options)
+        try:
+            lock.acquire(timeout=0)
+        except (OSError, NotImplementedError) as error:  # a Timeout, somebody is at it, is one too
+            _log.debug("%s is in use: %s", path, error)
+            continue
+        _remove(path, lock)
+        found = True
+    return found
+
+
+def _remove(path: Path, lock: filelock.BaseFileLock) -> None:
+    # Before it is unlocked: nobody must find it free.
+    try:
+        path.unlink(missing_ok=True)
+        lock.release()
+    except OSError as error:  # on Windows a locked file cannot be removed
+        _log.debug("%s: %s", path, error)
+        lock.release()
+        path.unlink(missing_ok=True)

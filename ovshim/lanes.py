@@ -1,0 +1,116 @@
+"""Lanes: who serves the calls of one bucket of sizes, OpenVINO or eager.
+
+A plan is proved at a few sizes and raced at one. When calls of another bucket come, the first is
+answered by both and compared, and, unless OpenVINO is preferred anyway, the next take turns and are
+timed: the race costs nobody a call. What was found is kept with the entry.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ovshim.race import Finish
+
+__all__ = ["Lane", "later"]
+
+log = logging.getLogger("ovshim")
+
+# Pairs of calls, one by each, after which the one to serve is chosen. The first pair is left out:
+# kernels for these sizes are chosen in it, and memory taken.
+_PAIRS = 8
+
+Turn = Literal["both", "eager", "openvino"]
+
+
+class Lane:
+    """The calls of one bucket.
+
+    Args:
+        proved: whether calls of this bucket have been compared with eager.
+        raced: whether who serves is settled; `eager` says for whom.
+
+    Attributes:
+        open: whether OpenVINO serves and nothing is left to find out: the hot path's one question.
+        eager: whether eager is faster here.
+    """
+
+    __slots__ = ("_samples", "eager", "open", "proved")
+
+    def __init__(self, proved: bool, raced: bool, eager: bool = False) -> None:
+        self.proved = proved
+        self.eager = eager
+        self.open = proved and raced and not eager
+        self._samples: tuple[list[float], list[float]] | None = None if raced else ([], [])
+
+    def turn(self) -> Turn:
+        """Who answers the next call."""
+        if self.eager:
+            return "eager"
+        if not self.proved:
+            return "both"
+        samples = self._samples
+        if samples is None or len(samples[0]) >= len(samples[1]):
+            return "openvino"
+        return "eager"
+
+    def passed(self) -> None:
+        """A call was answered by both, and alike."""
+        self.proved = True
+        self.open = self._samples is None and not self.eager
+
+    def timed(self, turn: Turn, seconds: float) -> Finish | None:
+        """Take the time of a call; returns how the race came out when it is over.
+
+        Threads may do so at once: samples are paired by their order, which is all that matters."""
+        samples = self._samples
+        if samples is None or turn == "both":
+            return None
+        samples[turn == "openvino"].append(seconds)
+        if min(map(len, samples)) <= _PAIRS:
+            return None
+        finish = _finish(*(own[1 : _PAIRS + 1] for own in samples))
+        self._samples = None
+        self.eager = finish.lost
+        self.open = not finish.lost
+        return finish
+
+
+def _finish(eager: list[float], candidate: list[float]) -> Finish:
+    ratios = [mine / other for mine, other in zip(eager, candidate, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return Finish(statistics.median(eager), statistics.median(candidate), low, high)
+
+
+_writer: concurrent.futures.ThreadPoolExecutor | None = None
+
+
+def later(write: Callable[[], Any]) -> None:
+    """Run `write` in another thread, soon: no call should wait for a disk."""
+    global _writer
+    try:
+        if _writer is None:
+            _writer = concurrent.futures.ThreadPoolExecutor(1, "ovshim-writer")
+        _writer.submit(_logged, write)
+    except RuntimeError as error:  # the interpreter is ending
+        log.debug("not written: %s", error)
+
+
+def _logged(write: Callable[[], Any]) -> None:
+    try:
+        write()
+    except Exception:  # nobody waits for it: a cache that fails costs time only
+        log.debug("a note in the cache was not written", exc_info=True)
+
+
+def _forget_writer() -> None:
+    global _writer
+    _writer = None  # its thread is not in this child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_writer)

@@ -1,0 +1,323 @@
+"""The mixed way: submodules that run in OpenVINO under a parent that stays in eager.
+
+What keeps a module in eager is mostly one place of it: an operator that OpenVINO lacks, a branch on
+values. The parts beside that place can still be served. They are looked for from the top: a
+submodule that has a plan of its own is taken whole, of one that has none the children are tried.
+All this happens in a twin of the module that nobody else sees; the user's own tree stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ovshim import proof
+from ovshim.bound import install, installed, uninstall
+from ovshim.dispatch import Dispatcher
+from ovshim.eager import Eager
+from ovshim.errors import OptionError
+from ovshim.infer import EngineDead
+from ovshim.job import BuildStopped, Job
+from ovshim.matcher import compile_matcher
+from ovshim.options import Options
+from ovshim.plan import Plan
+from ovshim.planner import serving
+from ovshim.proof import ProofFailedError
+from ovshim.race import race
+from ovshim.signature import flatten_call, sizes_of, unflatten_call
+from ovshim.twin import make_twin
+
+__all__ = ["Parts", "divide"]
+
+log = logging.getLogger("ovshim")
+
+# What keeps a whole in eager and need not keep its parts. Not what a second tree would hide from
+# the user: attributes written to, hooks that are given the module.
+_DIVISIBLE = frozenset(
+    {"unsupported-op", "value-dependent", "random", "aliases-input", "mutates-input"}
+    | {"capture-failed", "compile-failed", "infer-failed", "proof-failed", "unknown-leaf"}
+)
+# A whole that loses to eager is divided if there is this much to win.
+_WORTH_DIVIDING_SECONDS = 2e-3
+# A part that eager answers within this time cannot win what its own call costs.
+_WORTH_SERVING_SECONDS = 60e-6
+_RACE_SECONDS = 0.5
+
+
+class Parts:
+    """A module some of whose submodules run in OpenVINO.
+
+    Args:
+        tree: a twin of the module, ours alone.
+    """
+
+    def __init__(self, tree: nn.Module, method: str) -> None:
+        self.tree = tree
+        self.call: Callable[..., Any] = getattr(tree, method)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module's own method answers, in eager but for the parts."""
+        return self.call(*args, **kwargs)
+
+    def served(self) -> list[str]:
+        """Paths of the submodules that OpenVINO serves, as `named_modules()` gives them."""
+        return [name for name, inner in self.tree.named_modules() if installed(inner)]
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Each of them with its plans, for a report."""
+        return [
+            {
+                "module": name,
+                "class": type(inner).__qualname__,
+                "plans": [plan.to_dict() for part in _parts_of(inner) for plan in part.plans],
+            }
+            for name, inner in self.tree.named_modules()
+            if installed(inner)
+        ]
+
+
+def divide(job: Job, whole: Plan) -> Plan:
+    """A mixed plan in the place of `whole`, which eager serves, where one is proved and faster.
+
+    Never raises but for KeyboardInterrupt and its like.
+    """
+    assert whole.reason is not None
+    slow = whole.reason.code == "slower" and (whole.medians or (0.0,))[0] > _WORTH_DIVIDING_SECONDS
+    divisible = slow or whole.reason.code in _DIVISIBLE
+    if job.apart is not None and whole.reason.code == "random":
+        divisible = False  # to compare two answers the generators of all threads would be set
+    # Calibration data and rules are of the whole: a part would want its own.
+    plain = job.options.precision in (None, "fp32", "bf16", "fp16")
+    if not divisible or not plain or job.options.strict or job.module.training:
+        return whole
+    modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
+    with modes[0], modes[1], torch.autocast("cpu", enabled=False):
+        try:
+            return _divided(job, whole)
+        except (BuildStopped, ProofFailedError, EngineDead) as stopped:
+            log.debug("%s is not divided: %s", type(job.module).__qualname__, stopped)
+        except Exception:  # a fault of ours, or the module's own: the whole stays in eager
+            log.debug("%s could not be divided", type(job.module).__qualname__, exc_info=True)
+    return whole
+
+
+def _divided(job: Job, whole: Plan) -> Plan:
+    tree = make_twin(job.module)
+    for inner in tree.modules():  # a twin brings along what is accelerated in its original
+        for name in installed(inner):
+            uninstall(inner, name)
+    parts = Parts(tree, job.method)
+    with job.stage("parts"):
+        _serve_parts(job, tree, parts)
+    if not parts.served():
+        return whole
+    with job.stage("proof"):
+        error = _proved(job, parts)
+    medians = None
+    if job.options.prefer == "faster":
+        with job.stage("race"):
+            medians = _raced(job, parts)
+    if medians is not None and medians[0] <= medians[1]:
+        return whole
+    open_ = tuple((None,) * tensor.dim() for tensor in job.tensors)
+    return dataclasses.replace(
+        whole,
+        pattern=open_,
+        match=compile_matcher(job.kind, open_),
+        served=None,
+        parts=parts,
+        error=error,
+        medians=medians,
+        speedup=None if medians is None else medians[0] / medians[1],
+        example=sizes_of(job.leaves),
+    )
+
+
+# --- finding them -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Met:
+    """How one call of the whole calls a submodule: the first arguments, and all the seconds."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    seconds: float = 0.0
+    started: float = 0.0
+
+
+def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
+    """Put plans on the largest submodules that can have one."""
+    frontier = _children(tree)
+    while frontier:
+        met = _meet(job, parts, frontier)
+        below: dict[int, nn.Module] = {}
+        for module in frontier:
+            call = met.get(id(module))
+            if call is None or not _is_worth_it(job, module, call):
+                continue
+            job.check_time()
+            if not _is_served(job, module, call):
+                below.update((id(child), child) for child in _children(module))
+        frontier = list(below.values())
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    """The submodules next below that are called; those that only hold others are passed through."""
+    found: dict[int, nn.Module] = {}
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found.update((id(inner), inner) for inner in _children(child))
+        elif not isinstance(child, torch.jit.ScriptModule):
+            found[id(child)] = child
+    return list(found.values())
+
+
+def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Met]:
+    """Call the whole on the example, and see how these submodules are called."""
+    met: dict[int, _Met] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) not in met:
+            leaves, structure = flatten_call(args, kwargs)
+            copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+            met[id(module)] = _Met(*unflatten_call(copies, structure))
+        met[id(module)].started = time.perf_counter()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        met[id(module)].seconds += time.perf_counter() - met[id(module)].started
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        args, kwargs = job.arguments(job.copies())
+        with _seeded(job):
+            parts(args, kwargs)
+    return met
+
+
+def _is_worth_it(job: Job, module: nn.Module, call: _Met) -> bool:
+    wanted = job.options.prefer == "openvino" and any(True for _ in module.parameters())
+    return wanted or call.seconds >= _WORTH_SERVING_SECONDS
+
+
+def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
+    """Whether a submodule has got a plan in OpenVINO; if not, it is as it was."""
+    options = dataclasses.replace(
+        job.options,
+        methods=("forward",),
+        dynamic_shapes=None,
+        strict=False,
+        inplace=False,
+        max_build_seconds=max(job.seconds_left(), 1e-3),
+    )
+    bound = install(module, "forward", _PartMaker(options))
+    dispatcher = bound.dispatcher
+    assert isinstance(dispatcher, Dispatcher)
+    with contextlib.suppress(OptionError):  # it refuses its own arguments when asked again
+        dispatcher.prepare(call.args, call.kwargs)
+    if any(plan.served is not None for plan in dispatcher.plans):
+        return True
+    uninstall(module, "forward")
+    return False
+
+
+class _PartMaker:
+    """Makes the dispatcher of a part: of its troubles the report tells, and no warning."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
+        return Dispatcher(module, "forward", original, self.options, quiet=True)
+
+
+def _parts_of(module: nn.Module) -> list[Dispatcher]:
+    found = (bound.dispatcher for bound in installed(module).values())
+    return [dispatcher for dispatcher in found if isinstance(dispatcher, Dispatcher)]
+
+
+# --- whether they may serve -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """The mixed module, as the proof asks it. The parts check their own indices."""
+
+    job: Job
+    parts: Parts
+    checked: bool = True
+
+    def answer(self, values: Sequence[torch.Tensor]) -> Any:
+        given = iter(values)
+        leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self.job.leaves]
+        with serving(), _seeded(self.job):
+            return self.parts(*self.job.arguments(leaves))
+
+
+def _proved(job: Job, parts: Parts) -> float:
+    """The error of the whole.
+
+    Raises:
+        ProofFailedError: it does not answer as eager does.
+    """
+
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        with _seeded(job):
+            return job.call(*args, **kwargs)
+
+    eager = Eager(job.module, job.method, seeded, job.kind, job.leaves, job.tolerance)
+    sizes = sizes_of(job.leaves)
+    pattern = tuple(
+        tuple(None if d in dims else n for d, n in enumerate(own))
+        for own, dims in zip(sizes, job.dynamic, strict=True)
+    )
+    guards = proof.tied(pattern, (), sizes)
+    candidate = _Candidate(job, parts)
+    found = proof.prove(eager, candidate, job.tensors, pattern, guards, job.check_time)
+    return found.error
+
+
+def _raced(job: Job, parts: Parts) -> tuple[float, float]:
+    """Seconds of eager and of the mixed module; equal where nothing is decided, for a mixed one
+    has to win."""
+    args, kwargs = job.arguments()
+
+    def candidate() -> Any:
+        with serving():
+            return parts(args, kwargs)
+
+    budget = max(0.0, min(_RACE_SECONDS, job.seconds_left() / 4))
+    finish = race(lambda: job.call(*args, **kwargs), candidate, budget)
+    if finish.decided and not finish.lost:
+        return finish.eager, finish.candidate
+    log.debug("parts of %s in OpenVINO gain nothing: %s", type(job.module).__qualname__, finish)
+    return finish.eager, finish.eager
+
+
+@contextlib.contextmanager
+def _seeded(job: Job) -> Iterator[None]:
+    """Random numbers that are the same each time, and the user's own left untouched."""
+    if job.apart is not None:
+        yield  # other threads draw meanwhile, and this module does not
+        return
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,57 @@
+"""Builds that kill their process, and what the next process makes of it."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from checks import start_python
+
+SCRIPT = """
+import os, sys, signal, warnings
+import torch, ovshim
+from ovshim.capture import frontend
+from modules import Mlp, make
+
+warnings.simplefilter("ignore")
+convert = frontend.convert
+how = sys.argv[1]
+
+def dying(*args):
+    os.kill(os.getpid(), getattr(signal, how))
+
+if how != "none":
+    frontend.convert = dying
+module = make(Mlp)
+fast = ovshim.accelerate(module, torch.ones(3, 8), prefer="openvino", cache_dir=sys.argv[2])
+with torch.inference_mode():
+    assert torch.allclose(fast(torch.ones(3, 8)), module(torch.ones(3, 8)), atol=1e-5)
+plan = ovshim.explain(fast).to_dict()["plans"][0]
+print((plan["reason"] or {"code": plan["path"]})["code"], plan["cache"])
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+
+
+def run(how: str, cache: Path) -> tuple[int, str]:
+    """Exit status (a signal as a negative number), and what was printed."""
+    process = start_python(SCRIPT, how, str(cache))
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output.strip()
+
+
+@pytest.mark.parametrize("how", ["SIGSEGV", "SIGABRT"])
+def test_a_build_that_crashes_is_not_tried_a_third_time(tmp_path: Path, how: str) -> None:
+    assert run(how, tmp_path)[0] == -getattr(signal, how)
+    assert run(how, tmp_path) == (0, "crashed-before off")  # a child died in its place
+    assert run("none", tmp_path) == (0, "crashed-before hit")  # and nobody tries again
+    for path in sorted(tmp_path.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert run("none", tmp_path) == (0, "openvino miss")
+
+
+def test_a_builder_that_was_killed_costs_nothing(tmp_path: Path) -> None:
+    assert run("SIGKILL", tmp_path)[0] == -signal.SIGKILL
+    assert run("none", tmp_path) == (0, "openvino hit")  # built by a child, to be sure
+    assert run("none", tmp_path) == (0, "openvino hit")
+    assert not list(tmp_path.glob("v1/marks/*"))

@@ -1,0 +1,195 @@
+"""Sizes met for the first time: compared with eager once, and raced, bucket by bucket."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import check, counts, falls_back, paths, plans, run_python, same
+from hypothesis import given
+from hypothesis import strategies as st
+from modules import Mlp, make
+from torch import Tensor, nn
+
+import ovshim
+from ovshim.buckets import compile_bucket
+from ovshim.lanes import Lane
+from ovshim.plan import Served
+
+SIZES = st.integers(0, 5000)
+
+
+@given(SIZES, SIZES, SIZES)
+def test_a_bucket_spans_a_power_of_two(batch: int, length: int, other: int) -> None:
+    of_tensors, of_sizes = compile_bucket(((None, 3, None), (None,)), ["s0[0] == s1[0]"])
+    sizes = ((batch, 3, length), (batch,))
+    assert of_tensors([torch.empty(size, device="meta") for size in sizes]) == of_sizes(sizes)
+    alike = of_sizes(((batch, 3, other), (batch,))) == of_sizes(sizes)
+    assert alike == (length.bit_length() == other.bit_length())
+
+
+def test_sizes_that_cannot_change_have_one_bucket() -> None:
+    of_tensors, of_sizes = compile_bucket(((2, 3),), [])
+    assert of_tensors([torch.empty(2, 3)]) == of_sizes(((2, 3),))
+
+
+class Spoiled:
+    """An engine that is wrong from a batch of 64 on."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.asked: list[int] = []
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self.asked.append(len(tensors[0]))
+        outputs: list[Tensor] = self.engine.run(tensors)
+        return [y + 1 for y in outputs] if len(tensors[0]) >= 64 else outputs
+
+
+def spoil(fast: nn.Module) -> Spoiled:
+    bound = fast.__dict__["forward"].dispatcher
+    (plan,) = bound.plans
+    engine = Spoiled(plan.served.engine)
+    served = plan.served
+    plan.served = Served(engine, served.inputs, served.builder, served.checked)  # type: ignore[arg-type]
+    return engine
+
+
+def accelerated(module: nn.Module, **options: Any) -> nn.Module:
+    return ovshim.accelerate(module, torch.randn(3, 8), **{"prefer": "openvino", **options})
+
+
+def test_a_graph_that_is_wrong_at_new_sizes_never_answers_there() -> None:
+    module = make(Mlp)
+    fast = accelerated(module)
+    spoil(fast)
+    check(fast, module, torch.randn(4, 8))
+    x = torch.randn(64, 8)
+    with falls_back("first-use-mismatch"):
+        check(fast, module, x, path="eager", reason="first-use-mismatch")
+        check(fast, module, x, path="eager", reason="first-use-mismatch")
+    assert paths(fast) == ["eager"]
+
+
+def test_a_mismatch_is_kept_for_every_process(tmp_path: Path) -> None:
+    torch.save(make(Mlp).state_dict(), tmp_path / "weights.pt")
+    script = f"""
+import torch, ovshim, warnings, sys
+from modules import Mlp, make
+from test_lanes import spoil
+warnings.simplefilter("ignore")
+module = make(Mlp)
+module.load_state_dict(torch.load({str(tmp_path / "weights.pt")!r}))
+fast = ovshim.accelerate(module, torch.ones(3, 8), prefer="openvino", cache_dir={str(tmp_path)!r})
+if sys.argv[1:] == ["spoil"]:
+    spoil(fast)
+x = torch.randn(64, 8)
+with torch.inference_mode():
+    assert torch.allclose(fast(x), module(x), atol=1e-5)
+print(ovshim.explain(fast).to_dict()["plans"][0]["reason"] or "openvino")
+"""
+    assert "first-use-mismatch" in run_python(script, "spoil")
+    assert "first-use-mismatch" in run_python(script)
+
+
+def test_sizes_are_compared_once_in_each_bucket() -> None:
+    module = make(Mlp)
+    eager: list[int] = []
+    fast = accelerated(module)
+    engine = spoil(fast)
+    inner = type(module).forward
+
+    def counting(self: nn.Module, x: Tensor) -> Tensor:
+        eager.append(len(x))
+        return inner(self, x)  # type: ignore[arg-type]
+
+    fast.__dict__["forward"].original.beneath = counting.__get__(fast)
+    with torch.inference_mode():
+        for size in (16, 17, 31, 16, 33, 40, 63):
+            fast(torch.randn(size, 8))
+    assert engine.asked == [16, 17, 31, 16, 33, 40, 63]
+    assert eager == [16, 33]
+    assert counts(fast) == {"openvino": 7, "mixed": 0, "eager": 0}
+
+
+def test_what_was_compared_is_kept_with_the_entry(tmp_path: Path) -> None:
+    from ovshim import lanes
+
+    module = make(Mlp)
+    fast = accelerated(module, cache_dir=tmp_path)
+    check(fast, module, torch.randn(40, 8))
+    lanes.later(lambda: None)
+    assert lanes._writer is not None
+    lanes._writer.submit(int).result(30)
+    manifest = json.loads((Path(plans(fast)[0]["cache_path"]) / "manifest.json").read_text())
+    assert [[40, 8]] in manifest["record"]["met"]
+    again = accelerated(module, cache_dir=tmp_path)
+    engine = spoil(again)
+    check(again, module, torch.randn(33, 8))
+    assert engine.asked == [33]
+
+
+def test_exceptions_of_the_module_are_its_own_at_new_sizes() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] > 100:
+                raise LookupError("too many")
+            y: Tensor = self.mlp(x)
+            return y
+
+    module = make(Picky)
+    fast = accelerated(module)
+    check(fast, module, torch.randn(90, 8))
+    with torch.inference_mode(), pytest.raises(LookupError, match="too many"):
+        fast(torch.randn(101, 8))
+
+
+def test_turns_are_taken_and_the_faster_one_serves() -> None:
+    module = make(Mlp)
+    fast = accelerated(module, prefer="faster")
+    (plan,) = fast.__dict__["forward"].dispatcher.plans
+    x = torch.randn(40, 8)
+    with torch.inference_mode():
+        answers = [fast(x) for _ in range(40)]
+        same(answers, [module(x)] * 40)
+    lane = plan.lanes[plan.bucket([x])]
+    assert lane.proved
+    assert lane._samples is None
+    assert lane.open != lane.eager
+    by = counts(fast)
+    assert by["eager"] + by["openvino"] == 40
+    assert ("slower" in ovshim.explain(fast).eager) == lane.eager
+
+
+@pytest.mark.parametrize("eager_wins", [True, False])
+def test_a_lane_is_closed_by_what_it_has_timed(eager_wins: bool) -> None:
+    lane = Lane(proved=False, raced=False)
+    assert lane.turn() == "both"
+    lane.passed()
+    finish = None
+    turns = []
+    while finish is None:
+        turn = lane.turn()
+        turns.append(turn)
+        finish = lane.timed(turn, 1.0 if (turn == "eager") == eager_wins else 2.0)
+    assert set(turns) == {"openvino", "eager"}
+    assert abs(turns.count("eager") - turns.count("openvino")) <= 1
+    assert finish.decided
+    assert lane.eager is eager_wins
+    assert lane.open is not eager_wins
+    assert lane.turn() == ("eager" if eager_wins else "openvino")
+
+
+def test_an_undecided_race_leaves_openvino_serving() -> None:
+    lane = Lane(proved=True, raced=False)
+    times = iter([1.0, 1.1, 1.1, 1.0] * 20)
+    while lane._samples is not None:
+        lane.timed(lane.turn(), next(times))
+    assert lane.open
+    assert not lane.eager

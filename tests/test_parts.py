@@ -1,0 +1,197 @@
+"""The mixed way: submodules in OpenVINO under a parent that stays in eager."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import check, counts, falls_back, plans, quietly, same, served
+from modules import Mlp, make
+from torch import Tensor, nn
+
+import ovshim
+
+
+class Tower(nn.Module):
+    """[batch, 8] → [batch, 4]: three blocks, and `between` after each of the first two."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Mlp(8, 16, 8) for _ in range(2)])
+        self.named = nn.ModuleDict({"last": nn.Sequential(nn.Linear(8, 4), nn.ReLU())})
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.between(block(x))
+        y: Tensor = self.named["last"](x)
+        return y
+
+
+def branch(x: Tensor) -> Tensor:
+    return x * 2 if x.sum() > 0 else x - 1
+
+
+def unsupported(x: Tensor) -> Tensor:
+    return x + torch.histc(x, bins=8, min=-1.0, max=1.0)
+
+
+def noise(x: Tensor) -> Tensor:
+    return x + torch.randn_like(x)
+
+
+WAYS = [
+    pytest.param(branch, "value-dependent", id="branch"),
+    pytest.param(unsupported, "unsupported-op", id="operator"),
+    pytest.param(noise, "random", id="random"),
+]
+EVERY_PART = ["blocks.0", "blocks.1", "named.last"]
+
+
+def tower(between: Callable[[Tensor], Tensor], **options: Any) -> tuple[nn.Module, nn.Module]:
+    module = make(Tower, between)
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino", **options)
+    return module, fast
+
+
+def parts(fast: nn.Module) -> list[str]:
+    (plan,) = plans(fast)
+    return [part["module"] for part in plan["parts"]]
+
+
+@pytest.mark.parametrize(("between", "code"), WAYS)
+def test_the_largest_parts_run_in_openvino(between: Any, code: str) -> None:
+    module, fast = tower(between)
+    for x in (torch.ones(3, 8), -torch.ones(3, 8), torch.randn(5, 8), torch.randn(1, 8)):
+        check(fast, module, x, path="mixed")
+    (plan,) = plans(fast)
+    assert plan["path"] == "mixed"
+    assert plan["reason"]["code"] == code
+    assert parts(fast) == EVERY_PART
+    for part in plan["parts"]:
+        (inner,) = part["plans"]
+        assert inner["path"] == "openvino"
+        assert inner["calls"] >= 4
+
+
+def test_of_a_part_that_cannot_run_the_parts_below_are_taken() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = Tower(branch)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.tower(x))
+            return y
+
+    module = make(Outer)
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
+    check(fast, module, torch.randn(3, 8), path="mixed")
+    assert parts(fast) == [*(f"tower.{name}" for name in EVERY_PART), "head"]
+
+
+def test_the_users_trees_are_not_touched() -> None:
+    module, fast = tower(branch)
+    for tree in (module, fast):
+        for name, inner in tree.named_modules():
+            assert name == "" or "forward" not in inner.__dict__
+            assert not inner._forward_hooks
+            assert not inner._forward_pre_hooks
+
+
+def test_a_fallback_in_part_is_told_once() -> None:
+    module = make(Tower, branch)
+    with falls_back("value-dependent") as told:
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
+        check(fast, module, torch.randn(3, 8), path="mixed")
+    assert "in part" in str(told[0])
+    assert "3 submodules in OpenVINO" in str(ovshim.explain(fast))
+    assert "blocks.1 (Mlp)" in str(ovshim.explain(fast))
+
+
+def test_strict_takes_no_parts() -> None:
+    with pytest.raises(ovshim.FallbackError):
+        ovshim.accelerate(make(Tower, branch), torch.randn(3, 8), prefer="openvino", strict=True)
+
+
+def test_without_parameters_called_there_is_no_part() -> None:
+    module = make(Tower, branch)
+    module.blocks = nn.ModuleList([nn.ReLU(), nn.Tanh()])
+    module.named["last"] = nn.Identity()
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
+    check(fast, module, torch.randn(3, 8), path="eager", reason="value-dependent")
+
+
+def test_weights_that_change_are_seen_by_the_parts() -> None:
+    module, fast = tower(branch)
+    with torch.no_grad():
+        module.blocks[0].first.weight.mul_(2)
+    with quietly():
+        check(fast, module, torch.randn(3, 8), path=None)
+        check(fast, module, torch.randn(3, 8), path="mixed")
+
+
+def test_a_part_that_is_replaced_is_seen() -> None:
+    module, fast = tower(branch)
+    with quietly():
+        fast.blocks[1] = make(Mlp, 8, 16, 8)  # type: ignore[operator, index]
+        other = copy.deepcopy(module)
+        other.blocks[1].load_state_dict(fast.blocks[1].state_dict())  # type: ignore[index, union-attr]
+        check(fast, other, torch.randn(3, 8), path=None)
+        check(fast, other, torch.randn(3, 8), path="mixed")
+
+
+def test_a_hook_on_a_part_fires() -> None:
+    module, fast = tower(branch)
+    seen: list[nn.Module] = []
+    fast.blocks[0].register_forward_hook(lambda m, a, y: seen.append(m))  # type: ignore[index, union-attr]
+    with quietly():
+        check(fast, module, torch.randn(3, 8), path="eager", reason="inner-hooks")
+    assert seen == [fast.blocks[0]]  # type: ignore[index]
+
+
+def test_what_the_module_raises_between_its_parts_is_raised() -> None:
+    def demanding(x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ArithmeticError("a NaN")
+        return x
+
+    module, fast = tower(demanding)
+    check(fast, module, torch.randn(3, 8), path="mixed")
+    with torch.inference_mode(), pytest.raises(ArithmeticError, match="a NaN"):
+        fast(torch.full((3, 8), float("nan")))
+
+
+def test_gradients_are_of_the_whole() -> None:
+    module, fast = tower(branch)
+    x = torch.randn(3, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    with served(fast, "eager", "input-grad"):
+        y = fast(x)
+    same(torch.autograd.grad(y.sum(), x), (expected,))
+
+
+def test_a_copy_and_a_pickle_have_parts_of_their_own() -> None:
+    module, fast = tower(branch)
+    again = copy.deepcopy(fast)
+    with quietly():
+        check(again, module, torch.randn(3, 8), path=None)
+        check(again, module, torch.randn(3, 8), path="mixed")
+    before = counts(fast)
+    assert before["mixed"] == 0
+
+
+def test_the_reason_is_kept_and_the_parts_are_hits() -> None:
+    _, fast = tower(branch)
+    module, again = tower(branch)
+    check(again, module, torch.randn(3, 8), path="mixed")
+    assert plans(fast)[0]["cache"] == "off"
+    (plan,) = plans(again)
+    assert plan["cache"] == "hit"
+    assert "capture" not in plan["seconds"]
+    assert [inner["cache"] for part in plan["parts"] for inner in part["plans"]] == ["hit"] * 3
