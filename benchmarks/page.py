@@ -43,6 +43,13 @@ _CALLS = """
 ## Calls
 """
 
+_THROUGHPUT = """
+## Throughput
+
+Many items, one after the other, through a model compiled for throughput; *raw OpenVINO* is its
+AsyncInferQueue here, over the same compiled model, outputs copied.
+"""
+
 _OVERHEAD = """
 ## Overhead of a call
 
@@ -69,9 +76,12 @@ def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float | None
     if load is not None:
         facts.append(("load average before the run", f"{load:.1f}"))
     facts.append(("eager against itself, whole run", _noise(found)))
-    calls = [row.cells() for row in found if not row.overhead]
+    many = [row.cells() for row in found if row.group.startswith("throughput")]
+    rest = [row for row in found if not row.group.startswith("throughput")]
+    calls = [row.cells() for row in rest if not row.overhead]
     overhead = [row.cells() for row in found if row.overhead]
     lines = [_TOP, *markdown(("measured on", ""), facts), _CALLS, *markdown(HEAD, calls)]
+    lines += [_THROUGHPUT, *markdown(HEAD, many)]
     lines += [_OVERHEAD, *markdown(HEAD, overhead), _COLD, *markdown(COLD_HEAD, cold)]
     return "\n".join(lines) + "\n"
 

@@ -225,7 +225,8 @@ class Planner:
 
     def _make(self, family: Family, job: Job) -> Plan:
         # With it come OpenVINO and the cache of its plugins.
-        from ovshim.auto import build, build_auto
+        from ovshim.auto import build_auto
+        from ovshim.build import build
 
         with _Building():
             plan = build_auto(job) if job.options.precision == "auto" else build(job)

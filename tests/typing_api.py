@@ -25,7 +25,7 @@ def options_by_name() -> None:
     takes_options(dynamic_shapes=({0: "batch"}, None), methods=["forward", "decode"])
     takes_options(cache_dir=False)
     takes_options(cache_dir=Path("cache"), max_build_seconds=30, progress=True)
-    takes_options(Options(strict=True), hint="throughput")
+    takes_options(Options(strict=True), hint="throughput", background=True)
 
 
 def options_are_read() -> None:

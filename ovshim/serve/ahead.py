@@ -32,6 +32,8 @@ log = logging.getLogger("ovshim")
 
 # Below this a computation is over before another thread is awake.
 _WORTH_A_THREAD_SECONDS = 150e-6
+# One or two long calls among short ones were interrupted, not long.
+_LONG_CALLS = 3
 
 
 # --- map ------------------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ class _Line:
         # Whether nothing is gained by more than one at once: for good, and as it seems now.
         self.single = in_flight == 1
         self.alone = self.single
+        self.long = 0  # calls, one after the other, that might have had a thread
 
     def answers(self, items: Iterable[Any]) -> Iterator[Any]:
         """What the module answers to each. Raises at an item's turn what it raises."""
@@ -82,7 +85,8 @@ class _Line:
                 else:
                     # Eager's turn comes when all before it have had theirs; and nothing is read
                     # ahead beyond it, for what it does may decide what comes after.
-                    yield from self.landed(0)
+                    if self.waiting:
+                        yield from self.landed(0)
                     yield self.plainly(call)
             yield from self.landed(0)
         finally:
@@ -114,8 +118,10 @@ class _Line:
         args, kwargs = call
         started = time.perf_counter()
         answer = self.module(*args, **kwargs)
-        if time.perf_counter() - started > 2 * _WORTH_A_THREAD_SECONDS:
-            self.alone = self.single
+        long = time.perf_counter() - started > 2 * _WORTH_A_THREAD_SECONDS
+        self.long = self.long + 1 if long else 0
+        if self.long == _LONG_CALLS:
+            self.alone, self.long = self.single, 0
         return answer
 
     def landed(self, most: int) -> Iterator[Any]:

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ovshim.bound import installed
 from ovshim.dispatch import Dispatcher
 from ovshim.errors import OptionError
-from ovshim.handle import Handle
 from ovshim.plan import Served
 from ovshim.serve import sizing
 from ovshim.serve.alike import Call, NoPlanError, Rows, call_of
@@ -248,16 +248,15 @@ class Batcher:
 
 def _checked(fast: Any, max_batch: Any, max_delay: Any) -> Dispatcher:
     """What serves the module. Raises OptionError."""
-    handle = fast.__dict__.get("ovshim") if isinstance(fast, nn.Module) else None
-    if not isinstance(handle, Handle):
+    methods = installed(fast) if isinstance(fast, nn.Module) else {}
+    if not methods:
         remedy = "Give what ovshim.accelerate returns."
         raise OptionError("fast", fast, "an accelerated module", remedy)
     dispatcher = dispatcher_of(fast)
     if dispatcher is None:
-        methods = handle.options.methods
         remedy = "Batches are of calls of the module itself: add 'forward' to its methods."
-        raise OptionError("methods", methods, "names with 'forward' among them", remedy)
-    if not handle.options.dynamic_batch and handle.options.dynamic_shapes is None:
+        raise OptionError("methods", tuple(methods), "names with 'forward' among them", remedy)
+    if not dispatcher.options.dynamic_batch and dispatcher.options.dynamic_shapes is None:
         remedy = "Accelerate it with dynamic_batch=True, or call it without a Batcher."
         raise OptionError("dynamic_batch", False, "True for a module served in batches", remedy)
     number = isinstance(max_batch, numbers.Integral) and not isinstance(max_batch, bool)

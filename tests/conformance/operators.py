@@ -25,6 +25,7 @@ __all__ = ["Found", "names", "page", "run", "try_operator"]
 
 SAMPLES = 3
 WORKERS = 2
+BATCH = 60
 SECONDS = 120
 
 HEAD = """\
@@ -168,21 +169,26 @@ def _outcome(call: Any, args: Any, kwargs: Any) -> tuple[Any, Exception | None]:
 # --- in many processes ------------------------------------------------------------------------
 
 
-def run(chosen: Sequence[str]) -> list[Found]:
-    """Try these operators in worker processes."""
-    found: dict[str, Found] = {}
-    shares = [list(chosen[n::WORKERS]) for n in range(WORKERS)]
+def run(chosen: Sequence[str], kept: Path) -> list[Found]:
+    """Try these operators in worker processes; those in the file `kept` were tried before."""
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    found = {one.name: one for one in (Found(**json.loads(line)) for line in lines)}
+    left = [name for name in chosen if name not in found]
+    shares = [left[n::WORKERS] for n in range(WORKERS)]
     while any(shares):
-        started = [_Worker(share) for share in shares if share]
+        # Not all at once: what ends a worker is known sooner.
+        started = [_Worker(share[:BATCH]) for share in shares if share]
+        rest = [share[BATCH:] for share in shares if share]
         shares = []
-        for worker in started:
+        for worker, further in zip(started, rest, strict=True):
             done, left = worker.wait()
             found.update((one.name, one) for one in done)
             if left:  # it died of the first of these, and is asked for that again alone
                 (alone, none) = _Worker(left[:1]).wait()
                 crashed = Found(left[0], crashed=True)
                 found[left[0]] = crashed if none else alone[0]
-                shares.append(left[1:])
+            shares.append(left[1:] + further)
+        kept.write_text("".join(json.dumps(dataclasses.asdict(x)) + "\n" for x in found.values()))
     return [found[name] for name in chosen]
 
 
@@ -274,12 +280,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="conformance.operators")
     parser.add_argument("page", type=Path, nargs="?", help="Markdown file to write")
     parser.add_argument("--worker", action="store_true", help="be one of the processes")
+    parser.add_argument("--kept", type=Path, help="file of what earlier runs have found")
     parser.add_argument("--only", default="", help="operators whose names contain this")
     given = parser.parse_args()
     if given.worker:
         work()
         return
-    found = run([name for name in names() if given.only in name])
+    with tempfile.TemporaryDirectory() as directory:
+        kept = given.kept or Path(directory) / "found.jsonl"
+        found = run([name for name in names() if given.only in name], kept)
     if given.page is not None:
         given.page.write_text(page(found), encoding="utf-8")
     failures = list(broken(found))
