@@ -21,27 +21,23 @@ from pathlib import Path
 import torch
 
 from ovshim import proof, runtime
+from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
-from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture, distinct_tensors
+from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
-from ovshim.eager import Eager
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
-from ovshim.generation import Generation, GuardFailedError
-from ovshim.guards import BadGuardError, roots_of
-from ovshim.infer import Engine, EngineDead
+from ovshim.hit import from_cache, keep_verdict
+from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
-from ovshim.lowering import lowered, lowering_of, refuse_overflow, rest_of, warnings_of
-from ovshim.matcher import Output, compile_builder, compile_matcher
+from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import ProofFailedError
-from ovshim.reasons import Reason, reason
+from ovshim.reasons import reason
 from ovshim.record import Record, Rung
-from ovshim.signature import Pattern, sizes_of
-from ovshim.trial import seen_twice, settled, trial
-from ovshim.values import compile_value_check
-from ovshim.verdict import decide
+from ovshim.signature import sizes_of
+from ovshim.trial import seen_twice
 
 __all__ = ["build"]
 
@@ -62,12 +58,6 @@ _OF_ONE_MODULE = frozenset(
 )
 
 
-# Found by work that need not be done again: an entry's key holds all that it depends on. Of the
-# second sort it may depend on the call's sizes too.
-_OF_SIZES = frozenset({"proof-failed", "compile-failed"})
-_FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
-
-
 def build(job: Job) -> Plan:
     """The plan for a job. Never raises but for KeyboardInterrupt and its like, and OptionError for
     calibration data that is none."""
@@ -81,13 +71,13 @@ def build(job: Job) -> Plan:
             if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
                 why = reason("stale", "weights changed while the plan was made")
-            plan = _eager_plan(job, why)
+            plan = eager_plan(job, why)
             plan.trouble = stopped.__cause__
         except OptionError:
             raise
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
-            plan = _eager_plan(job, reason("build-failed", f"{type(error).__name__}: {error}"))
+            plan = eager_plan(job, reason("build-failed", f"{type(error).__name__}: {error}"))
     name = type(job.module).__qualname__
     spent = time.perf_counter() - job.started
     code = f" ({plan.reason.code})" if plan.reason else ""
@@ -108,19 +98,19 @@ def _build(job: Job) -> Plan:
     if job.store.died_building(family):
         _try_in_child(job, family)
     with job.store.marked(family):
-        return _from_cache(job, family) or _alone(job, family)
+        return from_cache(job, family) or _alone(job, family)
 
 
 def _alone(job: Job, family: str) -> Plan:
     # Whoever else builds the same thing is waited for: its entry is then a hit.
     with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
-        found = _from_cache(job, family)
+        found = from_cache(job, family)
         if found is not None:
             return found
         try:
             return _from_capture(job, family)
         except BuildStopped as stopped:
-            _keep_verdict(job, family, stopped.reason)
+            keep_verdict(job, family, stopped.reason)
             raise
 
 
@@ -132,28 +122,9 @@ def _try_in_child(job: Job, family: str) -> None:
         outcome = try_in_child(lambda: _alone(job, family), job.seconds_left())
     if outcome == "crashed":
         why = reason("crashed-before")
-        _keep_verdict(job, family, why)
+        keep_verdict(job, family, why)
         raise BuildStopped(why)
     job.check_time()
-
-
-def _keep_verdict(job: Job, family: str, why: Reason) -> None:
-    """Let no process look for again what is so for good."""
-    if why.code not in _FOR_GOOD or job.weights_moved():
-        return
-    exact = why.code in _OF_SIZES
-    pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
-    record = Record(pattern, (), (), "", (), (), verdict=why)
-    head = {
-        "module": type(job.module).__qualname__,
-        "method": job.method,
-        "graph": record.graph(job.kind),
-        "verdict": why.to_dict(),
-    }
-    try:
-        job.store.publish(family, record.variant(job.kind), lambda directory: None, head)
-    except StoreError as error:
-        log.debug("a verdict is not cached: %s", error)
 
 
 def _refuse_at_sight(job: Job) -> None:
@@ -165,9 +136,6 @@ def _refuse_at_sight(job: Job) -> None:
     doubles = [own_dtype(job.module), *(tensor.dtype for tensor in job.tensors)]
     if job.options.precision is None and torch.float64 in doubles:
         raise BuildStopped(reason("double-precision"))
-
-
-# --- a hit ------------------------------------------------------------------------------------
 
 
 def _family(job: Job) -> tuple[str | None, str | None]:
@@ -188,75 +156,6 @@ def _family(job: Job) -> tuple[str | None, str | None]:
     except Unkeyable as unkeyable:
         return None, str(unkeyable)
     return found.key, None
-
-
-def _from_cache(job: Job, family: str) -> Plan | None:
-    """A plan out of an entry that fits the job; None where there is none."""
-    for entry in job.store.entries(family):
-        try:
-            record = Record.of_entry(entry, job.kind)
-        except (BadGuardError, KeyError, TypeError, ValueError) as error:
-            log.info("the entry %s is passed over: %s", entry.path, error)
-            continue
-        if not record.fits(sizes_of(job.leaves)):
-            job.open_sizes(record.pattern, record.pinned)
-            continue
-        if record.verdict is None and not record.opens(job.dynamic):
-            continue  # it was built for fewer sizes than this job is told to keep open
-        plan = _from_entry(job, entry, record)
-        if plan is not None:
-            return plan
-    return None
-
-
-def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
-    try:
-        generation = _generation(job, record)
-    except GuardFailedError as failed:
-        log.debug("the entry %s is for something else: %s", entry.path, failed)
-        return None
-    if record.verdict is not None:
-        return _eager_plan(job, record.verdict, entry, record.pattern)
-    lease = job.store.hold(entry)
-    if lease is None:
-        return None
-    try:
-        with job.stage("compile"):
-            engine = _compile(job, entry.file("model.xml"), record, entry)
-        with job.stage("proof"):
-            served, error = _proved_small(job, engine, record)
-        if job.weights_moved():
-            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
-    except (BuildStopped, ProofFailedError, EngineDead) as trouble:
-        lease.release()
-        if job.weights_moved():  # the entry is as good as before
-            raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
-        if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
-            raise
-        # What an older processor, driver or torch has left does not prove here: build anew.
-        log.info("the entry %s does not serve: %s", entry.path, trouble)
-        job.store.discard(entry)
-        return None
-    weakref.finalize(engine, lease.release)
-    record = dataclasses.replace(record, error=max(error, record.error))
-    return _plan(job, served, record, generation, "hit", entry)
-
-
-def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, float]:
-    """The plan's server, after one look at eager and one comparison, both on a small input."""
-    small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
-    tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
-    try:
-        seen = trial(job, small)
-        if seen.reason is not None and seen.reason.code == "mutates-attribute":
-            seen = settled(job) or seen
-            seen = seen if seen.reason is not None else trial(job, small)
-    except Exception as error:  # whatever the user's module raises
-        raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
-    if seen.reason is not None:
-        raise BuildStopped(seen.reason)
-    served = _served(job, engine, record, seen)
-    return served, proof.prove_small(_eager_of(job), served, tensors, seen)
 
 
 # --- a miss -----------------------------------------------------------------------------------
@@ -305,7 +204,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         record = Record.of_capture(captured, seen.leaves, rung, job.dynamic)
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
-        generation = _generation(job, record)
+        generation = generation_of(job, record)
     if job.lowering is not None:
         with job.stage("lower"):
             captured, told = lowered(job, captured)
@@ -316,9 +215,9 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     del captured
     try:
         with job.stage("compile"):
-            engine = _compile(job, source, record, entry)
+            engine = engine_of(job, source, record, entry)
         weakref.finalize(engine, keep)
-        served = _served(job, engine, record, seen)
+        served = served_by(job, engine, record, seen)
         with job.stage("proof"):
             found = _proved(job, served, record)
         if job.weights_moved():
@@ -330,7 +229,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     record = record.proved(found, sizes_of(job.leaves))
     if entry is not None:
         entry = job.store.amend(entry, "proof", record.proof(job.precision))
-    return _plan(job, served, record, generation, "off" if entry is None else "miss", entry)
+    return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
 
 
 def _captured(job: Job, rung: Rung, outputs: tuple[int, ...]) -> Captured:
@@ -385,149 +284,12 @@ def _publish(
     return Path(directory.name) / "model.xml", None, directory.cleanup
 
 
-# --- what both roads end in -------------------------------------------------------------------
-
-
-def _generation(job: Job, record: Record) -> Generation:
-    roots = roots_of(job.module, job.call)
-    try:
-        return Generation(job.module, record.value_guards, roots, record.code)
-    except ValueError as error:
-        raise BuildStopped(reason("untracked-weights", str(error))) from error
-
-
-def _compile(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
-    if job.precision == "int8":
-        precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
-    else:
-        precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
-    return _compiled(job, source, record, precision)
-
-
-def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
-    """The graph compiled with a precision as the hint.
-
-    Raises:
-        BuildStopped: OpenVINO cannot.
-    """
-    safe = runtime.safe_precision(precision, **job.placement)
-    properties = {**dict(record.rung.properties), **job.options.properties}
-    settings = runtime.settings(precision=safe, **job.placement, properties=properties)
-    inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
-    try:
-        compiled = runtime.compile_model(source, job.options.device, settings)
-        job.precision_run = runtime.precision_run(compiled)
-        job.modules_run, job.warnings = warnings_of(job, compiled)
-        verdict = (torch.bool,) if record.checked else ()
-        return Engine(compiled, inputs, (*record.dtypes, *verdict))
-    except (RuntimeError, TypeError, ValueError) as error:
-        detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-        raise BuildStopped(reason("compile-failed", detail)) from error
-
-
-def _served(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
-    tensors = distinct_tensors(job.kind)
-    every = list(job.kind.tensors)
-    inputs = None if tensors == every else tuple(every.index(i) for i in tensors)
-    if any(i >= len(seen.leaves) for i in record.outputs):
-        raise BuildStopped(reason("proof-failed", "eager's output has another structure"))
-    number = {id(seen.leaves[i]): n for n, i in enumerate(record.outputs)}
-    outputs = []
-    for i, (leaf, given) in enumerate(zip(seen.leaves, seen.given, strict=True)):
-        if given is not None:
-            outputs.append(Output(given=given))
-        elif isinstance(leaf, torch.Tensor) and id(leaf) in number:
-            outputs.append(Output(computed=number[id(leaf)]))
-        elif i in record.outputs:
-            outputs.append(Output(computed=record.outputs.index(i), number=True))
-        elif isinstance(leaf, torch.Tensor):
-            raise BuildStopped(reason("proof-failed", f"output {i} is not computed"))
-        else:
-            outputs.append(Output(value=leaf))
-    builder = compile_builder(seen.structure, outputs)
-    return Served(engine, inputs, builder, record.checked)
-
-
-def _eager_of(job: Job) -> Eager:
-    return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance)
-
-
 def _proved(job: Job, served: Served, record: Record) -> proof.Proof:
     sizes = (record.pattern, record.size_guards)
     samples = [] if job.lowering is None else job.lowering.to_prove_with(record.pattern)
     try:
-        return proof.prove(_eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
+        return proof.prove(eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
     except ProofFailedError as failed:
         raise BuildStopped(reason("proof-failed", str(failed))) from failed
     except EngineDead as dead:
         raise BuildStopped(reason("infer-failed", str(dead))) from dead
-
-
-def _plan(
-    job: Job,
-    served: Served,
-    record: Record,
-    generation: Generation,
-    cache: str,
-    entry: Entry | None,
-) -> Plan:
-    # A plan never meets a size of 0 that its proof has not seen: kernels differ there.
-    open_ = [
-        f"s{t}[{d}] > 0"
-        for t, dims in enumerate(record.pattern)
-        for d, n in enumerate(dims)
-        if n is None
-    ]
-    plan = Plan(
-        kind=job.kind,
-        pattern=record.pattern,
-        match=compile_matcher(job.kind, record.pattern, [*record.size_guards, *open_]),
-        values_fit=compile_value_check(job.tensors, record.limits),
-        served=served,
-        reason=None,
-        generation=generation,
-        precision=job.precision,
-        example=sizes_of(job.leaves),
-        precision_run=job.precision_run,
-        lowered=record.lowered,
-        modules=job.modules_run,
-        warnings=job.warnings,
-        error=record.error,
-        cache=cache,
-        cache_path=None if entry is None else str(entry.path),
-        family=None if entry is None else entry.family,
-        bytes=None if entry is None else sum(f["size"] for f in entry.manifest["files"].values()),
-        route=record.route,
-        rung=record.rung.name or None,
-        size_guards=record.size_guards,
-        value_guards=record.value_guards,
-        pinned=record.pinned,
-        seconds=job.seconds,
-    )
-    decide(job, plan, record, entry)
-    return plan
-
-
-def _eager_plan(
-    job: Job, why: Reason, entry: Entry | None = None, pattern: Pattern | None = None
-) -> Plan:
-    """A plan that eager serves: for every size of this kind, where the reason is the module's."""
-    pattern = pattern or tuple((None,) * tensor.dim() for tensor in job.tensors)
-    try:
-        generation = Generation(job.module)
-    except ValueError:  # weights that count no versions: nothing to watch, the reason stays
-        generation = None
-    return Plan(
-        kind=job.kind,
-        pattern=pattern,
-        match=compile_matcher(job.kind, pattern),
-        values_fit=lambda tensors: True,
-        served=None,
-        reason=why,
-        generation=generation,
-        precision=job.precision,
-        example=sizes_of(job.leaves),
-        cache="off" if entry is None else "hit",
-        cache_path=None if entry is None else str(entry.path),
-        seconds=job.seconds,
-    )

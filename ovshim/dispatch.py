@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +15,16 @@ from torch.utils._device import DeviceContext
 
 from ovshim import planner
 from ovshim.background import LatePlanner
-from ovshim.errors import FallbackError, FallbackWarning, OptionError
+from ovshim.errors import OptionError
 from ovshim.generation import obstacle
 from ovshim.job import Job
 from ovshim.lanes import Lane
 from ovshim.options import Options, enabled_in_environment
-from ovshim.plan import Counter, OutOfRangeError, Plan, Served
+from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.planner import Planner, building_here, known_kind, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.signature import describe, flatten, flatten_call, sizes_of
+from ovshim.tally import Tally
 from ovshim.verify import Mismatch, compare
 
 __all__ = ["Dispatcher", "in_special_mode"]
@@ -41,15 +40,6 @@ _functorch = torch._C._functorch.peek_interpreter_stack
 # Eager plans look at the module's state only every so often: when what was in the way is gone
 # (a hook, an attribute), the next call makes a plan.
 _LOOK_AGAIN = 8
-# Reasons that `strict` does not object to: the user's own doing, or better so.
-_FINE_WITH_STRICT = frozenset(
-    {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
-    | {"stale", "special-values", "out-of-range", "taking-turns"}
-)
-# Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
-_SILENT = _FINE_WITH_STRICT - {"grad"}
-
-
 _OUT_OF_RANGE = reason("out-of-range")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
@@ -63,6 +53,9 @@ class Dispatcher:
         original: the user's own method, run in eager; its `resolve()` gives the bound method.
         divide: see `planner.Planner`.
         quiet: warn of nothing.
+
+    Attributes:
+        tally: counts and tells what became of the calls.
     """
 
     def __init__(
@@ -79,14 +72,11 @@ class Dispatcher:
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
+        self.tally = Tally(module, lambda: self._planner.plans, options.strict, quiet)
         planner_class = LatePlanner if options.background else Planner
         self._planner = planner_class(
-            module, method, original, options, self._plans.__setitem__, self._retire, divide
+            module, method, original, options, self._plans.__setitem__, self.tally.retire, divide
         )
-        self._quiet = quiet
-        self._eager_calls: dict[str, Counter] = {}
-        self._earlier_calls = {"openvino": 0, "mixed": 0}
-        self._warned: set[str] = set()
         self._off = not enabled_in_environment()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,15 +208,15 @@ class Dispatcher:
             with torch.no_grad():
                 compare(*flatten(expected), answer, plan.tolerance)
         except OutOfRangeError:
-            self._note(_OUT_OF_RANGE)
+            self.tally.note(_OUT_OF_RANGE)
             return expected
         except Mismatch as mismatch:
-            self._retire([plan])
+            self.tally.retire([plan])
             plan.served = None
             plan.reason = reason("first-use-mismatch", f"{sizes_of(tensors)}: {mismatch}")
             if plan.notes is not None:
                 plan.notes.condemn(plan.reason)
-            self._note(plan.reason)
+            self.tally.note(plan.reason)
             return expected
         except (RuntimeError, ValueError) as error:
             self._failed(plan, error)
@@ -242,30 +232,8 @@ class Dispatcher:
 
     def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Count, warn once or raise, and let the module answer."""
-        self._note(why)
+        self.tally.note(why)
         return self.original(*args, **kwargs)
-
-    def _note(self, why: Reason) -> None:
-        self._eager_calls.setdefault(why.code, Counter()).add()
-        self._tell(why)
-
-    def _tell(self, why: Reason) -> None:
-        """Raise if `strict` says so; else warn, once for each reason."""
-        if self.options.strict and why.code not in _FINE_WITH_STRICT:
-            raise FallbackError(why)
-        if why.code not in self._warned:
-            self._warned.add(why.code)
-            if why.code not in _SILENT and not self._quiet:
-                name = type(self.module).__qualname__
-                warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
-
-    def _tell_precision(self) -> None:
-        """Warn, once each, of plans that run in another precision than was asked for."""
-        for plan in self.plans:
-            for warning in plan.warnings if plan.served is not None else ():
-                if str(warning) not in self._warned:
-                    self._warned.add(str(warning))
-                    warnings.warn(warning, stacklevel=_users_level())
 
     def _mode(self) -> Reason:
         """The reason for the state that torch or the module is in."""
@@ -303,9 +271,9 @@ class Dispatcher:
         log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
         why = reason("infer-failed", str(error))
         if isinstance(error, EngineDead):
-            self._retire([plan])
+            self.tally.retire([plan])
             plan.served, plan.reason = None, why
-        self._note(why)
+        self.tally.note(why)
 
     # --- calls without a plan -----------------------------------------------------------------
 
@@ -333,8 +301,8 @@ class Dispatcher:
         if isinstance(kind, Reason):
             return self._in_eager(kind, args, kwargs)
         output, why = self._planner.answer(args, kwargs, kind, leaves)
-        self._tell_precision()
-        self._note(stale if stale is not None and why.code == "building" else why)
+        self.tally.tell_precision()
+        self.tally.note(stale if stale is not None and why.code == "building" else why)
         return output
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True) -> None:
@@ -359,7 +327,7 @@ class Dispatcher:
             plan = self._planner.prepare(args, kwargs, kind, leaves, wait)
             if plan is None:
                 return
-            self._tell_precision()
+            self.tally.tell_precision()
             why = None if plan.path == "openvino" else plan.reason
             if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
                 raise OptionError(
@@ -369,7 +337,7 @@ class Dispatcher:
                     f"{why.message} Correct the example.",
                 ) from plan.trouble
         if why is not None and wait:
-            self._tell(why)
+            self.tally.tell(why)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until no plan is being made in another thread; whether that was so in time."""
@@ -392,44 +360,9 @@ class Dispatcher:
         """Every plan that stands."""
         return self._planner.plans
 
-    @property
-    def openvino_calls(self) -> int:
-        """Calls that OpenVINO has served, those of plans that are gone included."""
-        return self._served_calls("openvino")
-
-    @property
-    def mixed_calls(self) -> int:
-        """Calls that eager has served with parts in OpenVINO, likewise."""
-        return self._served_calls("mixed")
-
-    def _served_calls(self, path: str) -> int:
-        return self._earlier_calls[path] + sum(
-            plan.calls.value for plan in self.plans if _counts_as(plan) == path
-        )
-
-    @property
-    def eager_calls(self) -> dict[str, int]:
-        """Calls that eager has served, by reason code."""
-        return {code: counter.value for code, counter in self._eager_calls.items()}
-
-    def reset_counters(self) -> None:
-        """Set every counter back to 0."""
-        self._earlier_calls = dict.fromkeys(self._earlier_calls, 0)
-        self._eager_calls.clear()
-        for plan in self.plans:
-            plan.calls = Counter()
-
     def refresh(self) -> None:
         """Drop every plan: something changed that torch does not count (a write by `.data`)."""
         self._planner.drop_all()
-
-    def _retire(self, plans: Sequence[Plan]) -> None:
-        """Keep the counts of plans that go."""
-        for plan in plans:
-            path = _counts_as(plan)
-            if path is not None:
-                self._earlier_calls[path] += plan.calls.value
-                plan.calls = Counter()
 
 
 def in_special_mode() -> bool:
@@ -443,13 +376,6 @@ def in_special_mode() -> bool:
     )
 
 
-def _counts_as(plan: Plan) -> str | None:
-    """What the calls are that a plan has counted as its own."""
-    if plan.served is not None:
-        return "openvino"
-    return None if plan.parts is None else "mixed"
-
-
 def _only_cpu_devices() -> bool:
     """Whether all function modes are `torch.device("cpu")` or `set_default_device` to it."""
     return all(
@@ -461,14 +387,3 @@ def _only_cpu_devices() -> bool:
 def _gradients_wanted(plan: Plan, tensors: Sequence[torch.Tensor]) -> bool:
     wanted = any(tensor.requires_grad for tensor in tensors)
     return wanted or (plan.generation is not None and plan.generation.grad_wanted())
-
-
-def _users_level() -> int:
-    """How far above the caller the first frame is that is neither ours nor torch's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("ovshim.", "torch.")):
-            break
-        level, frame = level + 1, frame.f_back
-    return level

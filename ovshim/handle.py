@@ -47,9 +47,9 @@ class Handle:
         eager: dict[str, int] = {}
         calls = {"openvino": 0, "mixed": 0, "eager": 0}
         for dispatcher in dispatchers:
-            calls["openvino"] += dispatcher.openvino_calls
-            calls["mixed"] += dispatcher.mixed_calls
-            for code, count in dispatcher.eager_calls.items():
+            calls["openvino"] += dispatcher.tally.served("openvino")
+            calls["mixed"] += dispatcher.tally.served("mixed")
+            for code, count in dispatcher.tally.eager.items():
                 eager[code] = eager.get(code, 0) + count
         calls["eager"] = sum(eager.values())
         return Report(
@@ -68,7 +68,7 @@ class Handle:
     def reset_stats(self) -> None:
         """Set every counter of calls back to 0."""
         for dispatcher in self._dispatchers:
-            dispatcher.reset_counters()
+            dispatcher.tally.reset()
 
     def refresh(self) -> None:
         """Drop every plan and build anew at the next call.

@@ -1,0 +1,161 @@
+"""What a build ends in, whether its graph was captured now or found in the cache: a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ovshim import runtime
+from ovshim.cache import Entry
+from ovshim.capture import distinct_tensors
+from ovshim.eager import Eager
+from ovshim.generation import Generation
+from ovshim.guards import roots_of
+from ovshim.infer import Engine
+from ovshim.job import BuildStopped, Job
+from ovshim.lowering import rest_of, warnings_of
+from ovshim.matcher import Output, compile_builder, compile_matcher
+from ovshim.plan import Plan, Served
+from ovshim.preflight import Look
+from ovshim.reasons import Reason, reason
+from ovshim.record import Record
+from ovshim.signature import Pattern, sizes_of
+from ovshim.values import compile_value_check
+from ovshim.verdict import decide
+
+__all__ = ["eager_of", "eager_plan", "engine_of", "generation_of", "plan_of", "served_by"]
+
+
+def generation_of(job: Job, record: Record) -> Generation:
+    roots = roots_of(job.module, job.call)
+    try:
+        return Generation(job.module, record.value_guards, roots, record.code)
+    except ValueError as error:
+        raise BuildStopped(reason("untracked-weights", str(error))) from error
+
+
+def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
+    if job.precision == "int8":
+        precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
+    else:
+        precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
+    return _compiled(job, source, record, precision)
+
+
+def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
+    """The graph compiled with a precision as the hint.
+
+    Raises:
+        BuildStopped: OpenVINO cannot.
+    """
+    safe = runtime.safe_precision(precision, **job.placement)
+    properties = {**dict(record.rung.properties), **job.options.properties}
+    settings = runtime.settings(precision=safe, **job.placement, properties=properties)
+    inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
+    try:
+        compiled = runtime.compile_model(source, job.options.device, settings)
+        job.precision_run = runtime.precision_run(compiled)
+        job.modules_run, job.warnings = warnings_of(job, compiled)
+        verdict = (torch.bool,) if record.checked else ()
+        return Engine(compiled, inputs, (*record.dtypes, *verdict))
+    except (RuntimeError, TypeError, ValueError) as error:
+        detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+        raise BuildStopped(reason("compile-failed", detail)) from error
+
+
+def served_by(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
+    tensors = distinct_tensors(job.kind)
+    every = list(job.kind.tensors)
+    inputs = None if tensors == every else tuple(every.index(i) for i in tensors)
+    if any(i >= len(seen.leaves) for i in record.outputs):
+        raise BuildStopped(reason("proof-failed", "eager's output has another structure"))
+    number = {id(seen.leaves[i]): n for n, i in enumerate(record.outputs)}
+    outputs = []
+    for i, (leaf, given) in enumerate(zip(seen.leaves, seen.given, strict=True)):
+        if given is not None:
+            outputs.append(Output(given=given))
+        elif isinstance(leaf, torch.Tensor) and id(leaf) in number:
+            outputs.append(Output(computed=number[id(leaf)]))
+        elif i in record.outputs:
+            outputs.append(Output(computed=record.outputs.index(i), number=True))
+        elif isinstance(leaf, torch.Tensor):
+            raise BuildStopped(reason("proof-failed", f"output {i} is not computed"))
+        else:
+            outputs.append(Output(value=leaf))
+    builder = compile_builder(seen.structure, outputs)
+    return Served(engine, inputs, builder, record.checked)
+
+
+def eager_of(job: Job) -> Eager:
+    return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance)
+
+
+def plan_of(
+    job: Job,
+    served: Served,
+    record: Record,
+    generation: Generation,
+    cache: str,
+    entry: Entry | None,
+) -> Plan:
+    # A plan never meets a size of 0 that its proof has not seen: kernels differ there.
+    open_ = [
+        f"s{t}[{d}] > 0"
+        for t, dims in enumerate(record.pattern)
+        for d, n in enumerate(dims)
+        if n is None
+    ]
+    plan = Plan(
+        kind=job.kind,
+        pattern=record.pattern,
+        match=compile_matcher(job.kind, record.pattern, [*record.size_guards, *open_]),
+        values_fit=compile_value_check(job.tensors, record.limits),
+        served=served,
+        reason=None,
+        generation=generation,
+        precision=job.precision,
+        example=sizes_of(job.leaves),
+        precision_run=job.precision_run,
+        lowered=record.lowered,
+        modules=job.modules_run,
+        warnings=job.warnings,
+        error=record.error,
+        cache=cache,
+        cache_path=None if entry is None else str(entry.path),
+        family=None if entry is None else entry.family,
+        bytes=None if entry is None else sum(f["size"] for f in entry.manifest["files"].values()),
+        route=record.route,
+        rung=record.rung.name or None,
+        size_guards=record.size_guards,
+        value_guards=record.value_guards,
+        pinned=record.pinned,
+        seconds=job.seconds,
+    )
+    decide(job, plan, record, entry)
+    return plan
+
+
+def eager_plan(
+    job: Job, why: Reason, entry: Entry | None = None, pattern: Pattern | None = None
+) -> Plan:
+    """A plan that eager serves: for every size of this kind, where the reason is the module's."""
+    pattern = pattern or tuple((None,) * tensor.dim() for tensor in job.tensors)
+    try:
+        generation = Generation(job.module)
+    except ValueError:  # weights that count no versions: nothing to watch, the reason stays
+        generation = None
+    return Plan(
+        kind=job.kind,
+        pattern=pattern,
+        match=compile_matcher(job.kind, pattern),
+        values_fit=lambda tensors: True,
+        served=None,
+        reason=why,
+        generation=generation,
+        precision=job.precision,
+        example=sizes_of(job.leaves),
+        cache="off" if entry is None else "hit",
+        cache_path=None if entry is None else str(entry.path),
+        seconds=job.seconds,
+    )

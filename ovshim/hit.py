@@ -1,0 +1,120 @@
+"""A hit: a plan out of an entry of the cache, proved again on one small input."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+
+import torch
+
+from ovshim import proof
+from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
+from ovshim.cache import Entry, StoreError
+from ovshim.generation import GuardFailedError
+from ovshim.guards import BadGuardError
+from ovshim.infer import Engine, EngineDead
+from ovshim.job import BuildStopped, Job
+from ovshim.plan import Plan, Served
+from ovshim.proof import ProofFailedError
+from ovshim.reasons import Reason, reason
+from ovshim.record import Record
+from ovshim.signature import sizes_of
+from ovshim.trial import settled, trial
+
+__all__ = ["from_cache", "keep_verdict"]
+
+log = logging.getLogger("ovshim")
+
+# Found by work that need not be done again: an entry's key holds all that it depends on. Of the
+# second sort it may depend on the call's sizes too.
+_OF_SIZES = frozenset({"proof-failed", "compile-failed"})
+_FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
+
+
+def from_cache(job: Job, family: str) -> Plan | None:
+    """A plan out of an entry that fits the job; None where there is none."""
+    for entry in job.store.entries(family):
+        try:
+            record = Record.of_entry(entry, job.kind)
+        except (BadGuardError, KeyError, TypeError, ValueError) as error:
+            log.info("the entry %s is passed over: %s", entry.path, error)
+            continue
+        if not record.fits(sizes_of(job.leaves)):
+            job.open_sizes(record.pattern, record.pinned)
+            continue
+        if record.verdict is None and not record.opens(job.dynamic):
+            continue  # it was built for fewer sizes than this job is told to keep open
+        plan = _from_entry(job, entry, record)
+        if plan is not None:
+            return plan
+    return None
+
+
+def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
+    try:
+        generation = generation_of(job, record)
+    except GuardFailedError as failed:
+        log.debug("the entry %s is for something else: %s", entry.path, failed)
+        return None
+    if record.verdict is not None:
+        return eager_plan(job, record.verdict, entry, record.pattern)
+    lease = job.store.hold(entry)
+    if lease is None:
+        return None
+    try:
+        with job.stage("compile"):
+            engine = engine_of(job, entry.file("model.xml"), record, entry)
+        with job.stage("proof"):
+            served, error = _proved_small(job, engine, record)
+        if job.weights_moved():
+            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
+    except (BuildStopped, ProofFailedError, EngineDead) as trouble:
+        lease.release()
+        if job.weights_moved():  # the entry is as good as before
+            raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
+        if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
+            raise
+        # What an older processor, driver or torch has left does not prove here: build anew.
+        log.info("the entry %s does not serve: %s", entry.path, trouble)
+        job.store.discard(entry)
+        return None
+    weakref.finalize(engine, lease.release)
+    record = dataclasses.replace(record, error=max(error, record.error))
+    return plan_of(job, served, record, generation, "hit", entry)
+
+
+def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, float]:
+    """The plan's server, after one look at eager and one comparison, both on a small input."""
+    small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
+    tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
+    try:
+        seen = trial(job, small)
+        if seen.reason is not None and seen.reason.code == "mutates-attribute":
+            seen = settled(job) or seen
+            seen = seen if seen.reason is not None else trial(job, small)
+    except Exception as error:  # whatever the user's module raises
+        raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
+    if seen.reason is not None:
+        raise BuildStopped(seen.reason)
+    served = served_by(job, engine, record, seen)
+    return served, proof.prove_small(eager_of(job), served, tensors, seen)
+
+
+def keep_verdict(job: Job, family: str, why: Reason) -> None:
+    """Let no process look for again what is so for good."""
+    if why.code not in _FOR_GOOD or job.weights_moved():
+        return
+    exact = why.code in _OF_SIZES
+    pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
+    record = Record(pattern, (), (), "", (), (), verdict=why)
+    head = {
+        "module": type(job.module).__qualname__,
+        "method": job.method,
+        "graph": record.graph(job.kind),
+        "verdict": why.to_dict(),
+    }
+    try:
+        job.store.publish(family, record.variant(job.kind), lambda directory: None, head)
+    except StoreError as error:
+        log.debug("a verdict is not cached: %s", error)

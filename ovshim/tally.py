@@ -1,0 +1,113 @@
+"""What became of the calls: counted by path and by reason, and told once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from ovshim.errors import FallbackError, FallbackWarning
+from ovshim.plan import Counter, Plan
+from ovshim.reasons import Reason
+
+__all__ = ["Tally"]
+
+# Reasons that `strict` does not object to: the user's own doing, or better so.
+_FINE_WITH_STRICT = frozenset(
+    {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
+    | {"stale", "special-values", "out-of-range", "taking-turns"}
+)
+# Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
+_SILENT = _FINE_WITH_STRICT - {"grad"}
+
+
+class Tally:
+    """The calls of one method of one module.
+
+    Args:
+        plans: gives the plans that stand; they count their own calls.
+        strict: raise instead of warning.
+        quiet: warn of nothing.
+    """
+
+    def __init__(
+        self, module: nn.Module, plans: Callable[[], Sequence[Plan]], strict: bool, quiet: bool
+    ) -> None:
+        self._module = module
+        self._plans = plans
+        self._strict = strict
+        self._quiet = quiet
+        self._eager: dict[str, Counter] = {}
+        self._earlier = {"openvino": 0, "mixed": 0}
+        self._warned: set[str] = set()
+
+    def note(self, why: Reason) -> None:
+        """Count a call that eager serves, and tell of it."""
+        counter = self._eager.get(why.code)
+        if counter is None:
+            counter = self._eager.setdefault(why.code, Counter())
+        counter.add()
+        self.tell(why)
+
+    def tell(self, why: Reason) -> None:
+        """Warn, once for each reason; raises FallbackError if that is what `strict` asks for."""
+        if self._strict and why.code not in _FINE_WITH_STRICT:
+            raise FallbackError(why)
+        if why.code not in self._warned:
+            self._warned.add(why.code)
+            if why.code not in _SILENT and not self._quiet:
+                name = type(self._module).__qualname__
+                warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
+
+    def tell_precision(self) -> None:
+        """Warn, once each, of plans that run in another precision than was asked for."""
+        for plan in self._plans():
+            for warning in plan.warnings if plan.served is not None else ():
+                if str(warning) not in self._warned:
+                    self._warned.add(str(warning))
+                    warnings.warn(warning, stacklevel=_users_level())
+
+    def retire(self, plans: Iterable[Plan]) -> None:
+        """Keep the counts of plans that go."""
+        for plan in plans:
+            path = _counts_as(plan)
+            if path is not None:
+                self._earlier[path] += plan.calls.value
+                plan.calls = Counter()
+
+    def served(self, path: str) -> int:
+        """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well."""
+        standing = (plan.calls.value for plan in self._plans() if _counts_as(plan) == path)
+        return self._earlier[path] + sum(standing)
+
+    @property
+    def eager(self) -> dict[str, int]:
+        """Calls that eager has served, by reason code."""
+        return {code: counter.value for code, counter in self._eager.items()}
+
+    def reset(self) -> None:
+        """Set every counter back to 0."""
+        self._earlier = dict.fromkeys(self._earlier, 0)
+        self._eager.clear()
+        for plan in self._plans():
+            plan.calls, plan.eager_calls = Counter(), Counter()
+
+
+def _counts_as(plan: Plan) -> str | None:
+    """What the calls are that a plan has counted as its own."""
+    if plan.served is not None:
+        return "openvino"
+    return None if plan.parts is None else "mixed"
+
+
+def _users_level() -> int:
+    """How far above the caller the first frame is that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("ovshim.", "torch.")):
+            break
+        level, frame = level + 1, frame.f_back
+    return level
