@@ -197,7 +197,7 @@ def _equip(module: nn.Module, options: Options) -> None:
     for name in options.methods:
         install(module, name, Maker(name, options))
     # Not setattr: a module of the user's may have a __setattr__ of its own.
-    module.__dict__["ovshim"] = Handle(module)
+    module.__dict__["ovshim"] = Handle(module, options)
 
 
 def _decorator(options: Options) -> Callable[[C], C]:

@@ -8,6 +8,7 @@ laid out beforehand in flat lists that C code compares.
 
 from __future__ import annotations
 
+import copy
 import os
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from ovshim.classes import classes_of, snapshot
 from ovshim.guards import BadGuardError, ValueGuard
 from ovshim.reasons import Reason, reason
 from ovshim.watch import GuardFailedError, Watch
@@ -27,9 +29,13 @@ from ovshim.watch import GuardFailedError, Watch
 __all__ = ["Generation", "GuardFailedError", "obstacle"]
 
 _version: Callable[[torch.Tensor], int] = attrgetter("_version")
+_wants_grad: Callable[[torch.Tensor], bool] = attrgetter("requires_grad")
 _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _values: Callable[[Any], Iterable[Any]] = dict.values
 _body: Callable[[Any], tuple[Any, ...]] = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+
+
+_OF_MODULES = frozenset(nn.Module().__dict__)
 
 
 class Generation:
@@ -63,16 +69,23 @@ class Generation:
         self._holders = [d for d in held if d]
         self._empty = tuple(d for d in held if not d)
         self._hooks = tuple(_inner_hooks(module, self._modules))
+        self._contents = list(_contents(self._modules))
+        self._orders = [(d, list(d)) for d in _ordered(self._modules)]
         self._watch = Watch(guards, roots or {}, _plain_numbers(self._modules))
+        self._classes = snapshot(classes_of(self._modules, self._watch.classes))
         methods = list(_methods(self._types, code))
         self._methods = [(cls, attrgetter(*names)) for cls, names, _ in methods if names]
         self._method_values = self._read_methods()
         functions = [*(f for _, _, found in methods for f in found), *self._watch.functions]
+        values = chain.from_iterable(map(_values, self._dicts))
+        functions += [value for value in values if isinstance(value, types.FunctionType)]
         self._functions = list(dict.fromkeys(functions))
-        self._bodies = list(map(_body, self._functions))
+        self._bodies = [_copied_defaults(_body(f)) for f in self._functions]
+        reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
         reads = any(_reads_environment(f.__code__) for f in self._functions)
         self._environment = dict(os.environ) if reads else None
         self._watch_tensors()
+        self._flags = list(map(_wants_grad, self._tensors)) if reads_grad else None
 
     def holds(self) -> bool:
         """Whether nothing has changed. About 0.4 µs a submodule and 0.1 µs a tensor."""
@@ -85,6 +98,10 @@ class Generation:
                 and list(map(_version, self._tensors)) == self._versions
                 and list(map(_data_ptr, self._tensors)) == self._pointers
                 and not any(self._hooks)
+                and all(same(held, then) for same, held, then in self._contents)
+                and all(list(held) == then for held, then in self._orders)
+                and all(held == then for held, then in self._classes)
+                and (self._flags is None or list(map(_wants_grad, self._tensors)) == self._flags)
                 and list(map(type, self._modules)) == self._types
                 and self._read_methods() == self._method_values
                 and list(map(_body, self._functions)) == self._bodies
@@ -132,9 +149,9 @@ class Generation:
         self._pointers = list(map(_data_ptr, self._tensors))
 
     def _snapshot_of(self, module: nn.Module) -> dict[str, Any] | None:
-        for held, copy in zip(self._dicts, self._dict_copies, strict=True):
+        for held, before in zip(self._dicts, self._dict_copies, strict=True):
             if held is module.__dict__:
-                return copy
+                return before
         return None
 
     def _unchanged(self, tensor: torch.Tensor) -> bool:
@@ -180,6 +197,39 @@ def _inner_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> Iterable[Any]
             yield module._forward_pre_hooks
     yield torch_module._global_forward_hooks
     yield torch_module._global_forward_pre_hooks
+
+
+def _contents(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable[..., Any], Any, Any]]:
+    """Lists, dicts and sets in users' attributes, and objects derived from them: what is in them
+    may change while they stay the same objects. (Dynamo guards single items of plain ones; not
+    those of derived classes, and not modules and parameters that it knows from elsewhere.)"""
+    seen: set[int] = set()
+    for module in modules:
+        if _is_torchs(type(module)):
+            continue
+        for name, value in module.__dict__.items():
+            plain = next((t for t in (list, dict, set) if isinstance(value, t)), None)
+            if plain is not None and name not in _OF_MODULES and id(value) not in seen:
+                seen.add(id(value))
+                yield plain.__eq__, value, plain(value)
+
+
+def _ordered(modules: Iterable[nn.Module]) -> Iterator[dict[str, Any]]:
+    """Children that are gone through in their order."""
+    for module in modules:
+        if isinstance(module, nn.ModuleDict):
+            yield module._modules
+
+
+def _copied_defaults(body: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Code, defaults and keyword defaults: with what mutable ones hold now."""
+    code, defaults, keywords = body
+    held = (list, dict, set)
+    if defaults is not None:
+        defaults = tuple(copy.copy(x) if isinstance(x, held) else x for x in defaults)
+    if keywords is not None:
+        keywords = {k: copy.copy(x) if isinstance(x, held) else x for k, x in keywords.items()}
+    return code, defaults, keywords
 
 
 def _plain_numbers(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:

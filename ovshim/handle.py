@@ -28,17 +28,20 @@ class Handle:
 
     _ovshim_transparent = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, options: Options) -> None:
         self._module = module
+        self._options = options
 
     def renewed(self, module: nn.Module) -> Handle:
         """A handle of the same sort for a copy of the module."""
-        return Handle(module)
+        return Handle(module, self._options)
 
     @property
     def options(self) -> Options:
         """The options that the module was accelerated with."""
-        return self._dispatchers[0].options
+        dispatchers = self._dispatchers
+        # None where the user has put a method of his own over ours.
+        return dispatchers[0].options if dispatchers else self._options
 
     def report(self) -> Report:
         """How the module has been served so far; `ovshim.explain(fast)` is the same."""

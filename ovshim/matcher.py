@@ -35,17 +35,20 @@ __all__ = ["Builder", "Matcher", "Output", "compile_builder", "compile_matcher"]
 Matcher = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[torch.Tensor, ...] | None"]
 
 
-def compile_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str] = ()) -> Matcher:
+def compile_matcher(
+    kind: Kind, pattern: Pattern, size_guards: Sequence[str] = (), ordered: bool = False
+) -> Matcher:
     """A function `(args, kwargs) -> tensors | None` for calls of this kind and these sizes.
 
     Args:
         kind: what a call must look like.
         pattern: sizes of its tensors, None for any.
         size_guards: further conditions over sizes, as expressions in `s<tensor>[<dimension>]`.
+        ordered: whether keywords have to come in the same order (`shapes.keywords_in_order`).
 
     Only plain strided `torch.Tensor`s on the CPU match: every other sort needs eager.
     """
-    writer = _Writer(kind, pattern)
+    writer = _Writer(kind, pattern, ordered)
     accessible = writer.containers()
     if accessible is None:
         return _generic_matcher(kind, pattern, size_guards)
@@ -59,8 +62,9 @@ def compile_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str] = (
 class _Writer:
     """Writes the checks of a matcher, line by line."""
 
-    def __init__(self, kind: Kind, pattern: Pattern) -> None:
+    def __init__(self, kind: Kind, pattern: Pattern, ordered: bool) -> None:
         self.kind = kind
+        self.ordered = ordered
         self.pattern = pattern
         self.access: list[str] = []
         self.scope: dict[str, Any] = {"Tensor": torch.Tensor, "strided": torch.strided}
@@ -93,8 +97,11 @@ class _Writer:
         keys = list(spec.context) if spec.type is dict else list(range(spec.num_children))
         if not all(isinstance(key, (str, int)) for key in keys):
             return False
+        if spec.type is dict and keys and (self.ordered or not top):
+            # In this order: a module may go through them.
+            lines.append(f"    if list({place}) != {keys!r}: return None")
         for key, child in zip(keys, spec.children(), strict=True):
-            if spec.type is dict:
+            if spec.type is dict and top and not self.ordered:
                 lines.append(f"    if {key!r} not in {place}: return None")
             if not self._walk(f"{place}[{key!r}]", child, lines):
                 return False
@@ -123,7 +130,7 @@ class _Writer:
         return [
             f"    a{t} = {place}",
             f"    if type(a{t}) is not Tensor or a{t}.dtype is not d{t}"
-            f" or not a{t}.is_cpu or a{t}.layout is not strided"
+            f" or not a{t}.is_cpu or a{t}.layout is not strided or a{t}.is_nested"
             f" or a{t}.is_contiguous() is not {leaf.contiguous}: return None",
             f"    s{t} = a{t}.shape",
             f"    if {' or '.join([f'len(s{t}) != {leaf.rank}', *dims])}: return None",

@@ -261,6 +261,9 @@ def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None
             return reason("not-on-cpu", f"an input is on {leaf.device}")
         if not _is_plain(leaf):
             return reason("special-tensor", f"an input: {type(leaf).__qualname__} {leaf.dtype}")
+        if leaf.numel() == 0:
+            # Several kernels of OpenVINO 2026.4 end the process, or damage its memory, on these.
+            return reason("empty-tensor", f"an input of sizes {tuple(leaf.shape)}")
         if grad and leaf.requires_grad:
             return reason("input-grad")
     if grad and any(parameter.requires_grad for parameter in module.parameters()):
@@ -283,6 +286,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.is_cpu
         and not tensor.is_quantized
         and not tensor.is_complex()
+        and not tensor.is_nested
     )
 
 

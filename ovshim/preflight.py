@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
-__all__ = ["Look", "look"]
+__all__ = ["Look", "Operators", "look"]
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -153,25 +153,27 @@ class _World:
         )
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices random numbers drawn by this thread."""
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices what this thread calls: names of operators, and whether random numbers are drawn."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = False
+        self.names: set[str] = set()
+        self.drawn = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        self.names.add(func.name())
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 
 def _draws(call: Callable[[], Any]) -> bool:
-    mode = _Draws()
-    with mode:
+    seen = Operators()
+    with seen:
         call()
-    return mode.seen
+    return seen.drawn
 
 
 class _Drawing(BaseException):

@@ -124,6 +124,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "A tensor is sparse, quantized, meta, fake, nested, complex or of a subclass.",
             "Pass plain dense tensors.",
         ),
+        "empty-tensor": Sentence(
+            "A tensor has no elements.",
+            "Nothing needs doing: eager answers such calls.",
+        ),
         "special-mode": Sentence(
             "A functorch transform, forward-mode differentiation or a function or dispatch mode "
             "is active.",

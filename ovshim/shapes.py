@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from ovshim.errors import OptionError
 from ovshim.options import Options
 
-__all__ = ["Dims", "check_names", "dynamic_dims"]
+__all__ = ["Dims", "check_names", "dynamic_dims", "keywords_in_order"]
 
 # For each tensor of a call, the dimensions that may change.
 Dims = tuple[frozenset[int], ...]
@@ -21,6 +21,18 @@ _ALLOWED = (
     "for each argument, by name or position, its dimensions: {0: 'batch'}, ('batch', None), "
     "torch.export's Dim, or None for an argument whose sizes stay"
 )
+
+
+def keywords_in_order(call: Callable[..., Any], names: Sequence[str]) -> bool:
+    """Whether the method can tell in which order these keywords are given: some of them are none of
+    its parameters, and it gets those as a dict."""
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # a function that does not say
+        return True
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {p.name for p in parameters if p.kind in named}
+    return any(name not in known for name in names)
 
 
 def dynamic_dims(

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ovshim.job import BuildStopped, Job
-from ovshim.preflight import Look, look
+from ovshim.preflight import Look, Operators, look
 from ovshim.proof import alike
 from ovshim.reasons import reason
+
+# Asks whether the mask has a form that can be packed, and packs by it.
+_PACKS = "aten::_nested_tensor_from_mask"
 
 __all__ = ["seen_twice", "settled", "trial"]
 
@@ -28,7 +32,7 @@ def seen_twice(job: Job) -> Look:
                 raise BuildStopped(reason("stale", "weights changed while the module ran"))
         elif first.reason is not None and first.reason.code == "random":
             first = trial(job)  # in a call of the user's, nobody can tell who drew
-        second = first if first.reason is not None else trial(job)
+        second = first if first.reason is not None else _packing_refused(job)
     except BuildStopped:
         raise
     except Exception as error:  # whatever the user's module raises
@@ -57,6 +61,19 @@ def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> 
     if not keep:
         seen.undo()
     return seen
+
+
+def _packing_refused(job: Job) -> Look:
+    """A trial, in which no TransformerEncoder may pack rows: with a padding mask its fast way does,
+    for masks of one form and not for others, and what it leaves out is 0. Dynamo takes neither."""
+    if not any(isinstance(inner, nn.TransformerEncoder) for inner in job.module.modules()):
+        return trial(job)
+    seen = Operators()
+    with seen:
+        found = trial(job)
+    if any(name.startswith(_PACKS) for name in seen.names):
+        raise BuildStopped(reason("value-dependent", "a TransformerEncoder packs unpadded rows"))
+    return found
 
 
 def settled(job: Job) -> Look | None:

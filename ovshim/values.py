@@ -15,6 +15,9 @@ import torch
 
 __all__ = ["WIDEST", "ValueCheck", "compile_value_check"]
 
+# The square of what is larger is no float32.
+_LARGEST_NORM = 1e19
+
 ValueCheck = Callable[[Sequence[torch.Tensor]], bool]
 Limits = Mapping[int, tuple[int, int]]
 
@@ -53,8 +56,10 @@ def _square(x: torch.Tensor) -> float:
 
 
 def _moderate(x: torch.Tensor) -> bool:
-    if x.dtype in (torch.float16, torch.bfloat16):  # their squares overflow at 256 already
+    if x.dtype is torch.float16:  # its squares overflow at 256 already
         return bool(torch.isfinite(x).all())
+    if x.dtype is torch.bfloat16:
+        return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32)) < _LARGEST_NORM
     return _square(x) < math.inf
 
 

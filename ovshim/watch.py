@@ -34,7 +34,7 @@ class Watch:
         names: further mappings, with the names in them to be watched.
 
     Attributes:
-        tensors, functions: those that the guards lead to.
+        tensors, functions, classes: those that the guards lead to.
 
     Raises (when made):
         GuardFailedError: a guard does not hold now.
@@ -48,6 +48,8 @@ class Watch:
     ) -> None:
         self.tensors: list[torch.Tensor] = []
         self.functions: list[types.FunctionType] = []
+        self.classes: list[type] = []
+        self._instances: dict[int, tuple[dict[str, Any], int]] = {}
         self._groups: dict[int, tuple[Mapping[Any, Any], dict[Any, Any]]] = {}
         self._odd: list[tuple[Any, Step, Any, ValueGuard | None]] = []
         self._measured: list[tuple[Any, str, str | int | None]] = []
@@ -68,10 +70,13 @@ class Watch:
             now = _take(base, step)
             if now is not found and (guard is None or measure(now, "value") != guard.expected):
                 return False
+        if any(len(held) != count for held, count in self._instances.values()):
+            return False
         return all(measure(found, test) == expected for found, test, expected in self._measured)
 
     def _add(self, guard: ValueGuard, roots: Mapping[str, Any]) -> None:
         found = walk(guard.root, guard.path, roots)
+        self._add_classes(guard, roots)
         for base, step, at, last in _links(guard, roots):
             if isinstance(base, nn.Module) and _in_tree(base, step):
                 continue  # the generation compares all of it
@@ -87,6 +92,18 @@ class Watch:
             self.tensors.append(found)
         if isinstance(found, types.FunctionType):
             self.functions.append(found)
+
+    def _add_classes(self, guard: ValueGuard, roots: Mapping[str, Any]) -> None:
+        """Classes on the path, and the objects whose class it goes through: an attribute of their
+        own would come before the class's."""
+        at = walk(guard.root, (), roots)
+        for step in guard.path:
+            held = getattr(at, "__dict__", None)
+            if step == ("attr", "__class__") and type(held) is dict:
+                self._instances[id(held)] = held, len(held)
+            at = _take(at, step)
+            if isinstance(at, type):
+                self.classes.append(at)
 
     def _group(self, held: Mapping[Any, Any]) -> dict[Any, Any]:
         return self._groups.setdefault(id(held), (held, {}))[1]

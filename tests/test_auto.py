@@ -101,6 +101,7 @@ def test_a_tenth_in_favour_of_the_more_exact(speeds: dict[str, float]) -> None:
     assert chosen(accelerated(make(DigitsCnn), tolerance=0.11)) == "int8"
 
 
+@pytest.mark.slow
 def test_what_is_not_exact_enough_is_not_taken(speeds: dict[str, float]) -> None:
     speeds["i8"] = 0.1
     fast = accelerated(make(DigitsCnn), tolerance=1e-5)

@@ -466,6 +466,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 def test_the_program_may_end_while_a_build_runs() -> None:
     """At each of several moments; with what it prints, and without a word on stderr."""
     for wait in ("0", "0.3", "1"):

@@ -21,6 +21,7 @@ FLOORS: dict[str, set[str]] = {
         "example",
         "shapes",
         "buckets",
+        "classes",
         "guards",
         "values",
         "watch",

@@ -31,6 +31,7 @@ from ovshim.capture import (
     frontend,
     rewrites,
 )
+from ovshim.capture.domains import check_domains
 from ovshim.capture.hush import hushed
 from ovshim.capture.ranges import check_ranges
 from ovshim.capture.sizes import read_sizes
@@ -132,6 +133,9 @@ def _capture(request: Request) -> Captured:
             raise _refusal(error) from error
         except Exception as error:  # Dynamo runs users' code and its own; both can raise anything
             log.debug("Dynamo failed", exc_info=True)
+            if "DataDependent" in type(error).__name__:  # a size that a value decides
+                text = str(error).partition("\n")[0]
+                raise CaptureError(reason("value-dependent", text)) from error
             text = f"Dynamo: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise CaptureError(reason("capture-failed", text), harmless=True) from error
     _refuse_effects(effects)
@@ -150,6 +154,9 @@ def _finish(
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     _refuse_escapes(graph)
+    _refuse_sizes_by_values(graph)
+    _refuse_padded_transforms(graph)
+    check_domains(graph)
     attention.apply(graph)
     rewrites.apply(graph)
     if common.shape_env.deferred_runtime_asserts:
@@ -238,6 +245,35 @@ def _refuse_effects(effects: list[str]) -> None:
         for place in places:
             if not any(fine in place for fine in _HARMLESS_EFFECTS):
                 raise CaptureError(reason("mutates-attribute", place.strip("\"'")))
+
+
+def _refuse_sizes_by_values(graph: torch.fx.GraphModule) -> None:
+    """Where `nonzero` or a mask decides how many rows there are, there may be none, and kernels of
+    OpenVINO 2026.4 end the process on those."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    for node in graph.graph.nodes:
+        fake = node.meta.get("example_value")
+        if isinstance(fake, torch.Tensor) and free_unbacked_symbols(fake):
+            text = f"the size of a tensor does, at {node.name}"
+            raise CaptureError(reason("value-dependent", text))
+
+
+def _refuse_padded_transforms(graph: torch.fx.GraphModule) -> None:
+    """A Fourier transform of `n` points over another number: OpenVINO 2026.4 reads what lies behind
+    the tensor."""
+    for node in graph.graph.nodes:
+        name = str(getattr(node.target, "__name__", ""))
+        n = node.kwargs.get("n", node.args[1] if len(node.args) > 1 else None)
+        if not name.startswith("fft_") or name.endswith(("freq", "shift")) or n is None:
+            continue
+        fake = node.args[0].meta.get("example_value")
+        size = fake.shape[node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else -1)]
+        inverse = name in ("fft_irfft", "fft_hfft")
+        if not isinstance(size, int):
+            raise _SizesRefused(reason("unsupported-op", f"{name} over a size that may change"))
+        if size != (n // 2 + 1 if inverse else n):
+            raise CaptureError(reason("unsupported-op", f"{name} of {n} points over {size}"))
 
 
 def _refuse_escapes(graph: torch.fx.GraphModule) -> None:

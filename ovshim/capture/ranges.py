@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ovshim.capture.domains import VERDICT
+
 __all__ = ["Checked", "check_ranges"]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -46,7 +48,7 @@ class Checked:
 def check_ranges(module: fx.GraphModule) -> Checked:
     """Put a check before every look-up of `module`, in place."""
     graph = module.graph
-    verdicts = []
+    verdicts = [node for node in graph.nodes if node.meta.get(VERDICT)]
     for node in list(graph.nodes):
         for argument, index, table, dim, size, negative in _look_ups(node):
             with graph.inserting_before(node):

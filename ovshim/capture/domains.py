@@ -1,0 +1,81 @@
+"""Values at which OpenVINO computes otherwise than eager, asked about inside the graph.
+
+Eager raises where integers are divided by zero, and keeps 64 bits of an integer made of a float;
+OpenVINO answers with some number, and saturates at 32. Which values come there only the graph
+knows: like an index out of its table (`ranges`), they make the call go to eager.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["VERDICT", "check_domains"]
+
+# Marks a node whose boolean says whether OpenVINO may answer this call.
+VERDICT = "ovshim_verdict"
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LARGEST = 2147483647.0
+
+_DIVISIONS = {operator.floordiv, operator.mod, torch.floor_divide, torch.remainder, torch.fmod}
+_DIVISION_METHODS = {"floor_divide", "remainder", "fmod", "floor_divide_", "remainder_", "fmod_"}
+_ROUNDED = {torch.div, torch.divide, torch.true_divide, "div", "divide", "div_"}
+_CASTS = {"long", "int", "to", "type", "type_as"}
+
+
+def check_domains(module: fx.GraphModule) -> None:
+    """Put such questions beside the operators of `module` that need them, in place."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        divisor = _integer_divisor(node)
+        if divisor is not None:
+            _ask(graph, node, _has_no_zero, divisor)
+        source = _cast_to_integers(node)
+        if source is not None:
+            _ask(graph, node, _fits_32_bits, source)
+
+
+def _ask(graph: fx.Graph, before: fx.Node, question: Any, about: fx.Node) -> None:
+    with graph.inserting_before(before):
+        asked = graph.call_function(question, (about,))
+    asked.meta[VERDICT] = True
+
+
+def _has_no_zero(divisor: torch.Tensor) -> torch.Tensor:
+    return (divisor != 0).all()
+
+
+def _fits_32_bits(x: torch.Tensor) -> torch.Tensor:
+    return (x.abs() <= _LARGEST).all()  # not of a NaN either
+
+
+def _fake(value: Any) -> torch.Tensor | None:
+    fake = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    return fake if isinstance(fake, torch.Tensor) else None
+
+
+def _integer_divisor(node: fx.Node) -> fx.Node | None:
+    divides = node.target in _DIVISIONS or (
+        node.op == "call_method" and node.target in _DIVISION_METHODS
+    )
+    rounds = node.target in _ROUNDED and node.kwargs.get("rounding_mode") is not None
+    result = _fake(node)
+    if not (divides or rounds) or result is None or result.dtype not in _INTEGERS:
+        return None
+    divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+    return divisor if isinstance(divisor, fx.Node) and _fake(divisor) is not None else None
+
+
+def _cast_to_integers(node: fx.Node) -> fx.Node | None:
+    if node.op != "call_method" or node.target not in _CASTS:
+        return None
+    source, result = node.args[0], _fake(node)
+    given = _fake(source)
+    if given is None or result is None or not given.dtype.is_floating_point:
+        return None
+    wide = result.dtype in (torch.int64, torch.int32)
+    return source if wide and isinstance(source, fx.Node) else None

@@ -1,0 +1,45 @@
+"""Classes of the user's own, as a graph has found them.
+
+A method, a property or an attribute of a class may be replaced, and a new one added; a captured
+graph has the old one in it. Classes of libraries are covered by their versions.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["classes_of", "snapshot"]
+
+_LIBRARIES = frozenset({"torch", "numpy", "transformers", "ovshim", "openvino"})
+
+
+def classes_of(modules: Iterable[nn.Module], objects: Iterable[Any]) -> list[type]:
+    """The user's classes among those of the modules, of what their attributes hold, and `objects`
+    (classes themselves, or objects of them), each once, with the user's classes above them."""
+    found: dict[type, None] = {}
+    held = [value for module in modules for value in module.__dict__.values()]
+    for thing in (*modules, *held, *objects):
+        cls = thing if isinstance(thing, type) else type(thing)
+        found.update((base, None) for base in cls.__mro__ if _is_users(base))
+    return list(found)
+
+
+def snapshot(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """What each of them holds, to be compared with `==`, and a copy of it as it is now."""
+    pairs: list[tuple[Mapping[str, Any], dict[str, Any]]] = []
+    for cls in classes:
+        # Python keeps these two in the class when they are first asked for: not a change.
+        copyreg._slotnames(cls)  # type: ignore[attr-defined]
+        getattr(cls, "__annotations__", None)
+        pairs.append((cls.__dict__, dict(cls.__dict__)))
+    return pairs
+
+
+def _is_users(cls: type) -> bool:
+    top = cls.__module__.partition(".")[0]
+    return top not in _LIBRARIES and top not in sys.stdlib_module_names
