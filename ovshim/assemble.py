@@ -20,7 +20,7 @@ from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
-from ovshim.shapes import keywords_in_order
+from ovshim.shapes import ordered_keywords
 from ovshim.signature import Pattern, sizes_of
 from ovshim.values import compile_value_check
 from ovshim.verdict import decide
@@ -114,7 +114,7 @@ def plan_of(
             job.kind,
             record.pattern,
             [*record.size_guards, *open_],
-            ordered=keywords_in_order(job.call, list(job.arguments()[1])),
+            ordered=ordered_keywords(job.call, job.arguments()[1]),
         ),
         values_fit=compile_value_check(job.tensors, record.limits),
         served=served,

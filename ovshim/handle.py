@@ -28,9 +28,15 @@ class Handle:
 
     _ovshim_transparent = True
 
-    def __init__(self, module: nn.Module, options: Options) -> None:
+    # Not in a pickle: the methods take the options along, and may have to leave some behind.
+    _options: Options | None = None
+
+    def __init__(self, module: nn.Module, options: Options | None = None) -> None:
         self._module = module
         self._options = options
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_module": self._module}
 
     def renewed(self, module: nn.Module) -> Handle:
         """A handle of the same sort for a copy of the module."""
@@ -41,7 +47,7 @@ class Handle:
         """The options that the module was accelerated with."""
         dispatchers = self._dispatchers
         # None where the user has put a method of his own over ours.
-        return dispatchers[0].options if dispatchers else self._options
+        return dispatchers[0].options if dispatchers else self._options or Options()
 
     def report(self) -> Report:
         """How the module has been served so far; `ovshim.explain(fast)` is the same."""

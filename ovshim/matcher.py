@@ -36,7 +36,7 @@ Matcher = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[torch.Tensor, ...] 
 
 
 def compile_matcher(
-    kind: Kind, pattern: Pattern, size_guards: Sequence[str] = (), ordered: bool = False
+    kind: Kind, pattern: Pattern, size_guards: Sequence[str] = (), ordered: Sequence[str] = ()
 ) -> Matcher:
     """A function `(args, kwargs) -> tensors | None` for calls of this kind and these sizes.
 
@@ -44,7 +44,7 @@ def compile_matcher(
         kind: what a call must look like.
         pattern: sizes of its tensors, None for any.
         size_guards: further conditions over sizes, as expressions in `s<tensor>[<dimension>]`.
-        ordered: whether keywords have to come in the same order (`shapes.keywords_in_order`).
+        ordered: keywords that have to come in this order (`shapes.ordered_keywords`).
 
     Only plain strided `torch.Tensor`s on the CPU match: every other sort needs eager.
     """
@@ -62,7 +62,7 @@ def compile_matcher(
 class _Writer:
     """Writes the checks of a matcher, line by line."""
 
-    def __init__(self, kind: Kind, pattern: Pattern, ordered: bool) -> None:
+    def __init__(self, kind: Kind, pattern: Pattern, ordered: Sequence[str]) -> None:
         self.kind = kind
         self.ordered = ordered
         self.pattern = pattern
@@ -97,11 +97,15 @@ class _Writer:
         keys = list(spec.context) if spec.type is dict else list(range(spec.num_children))
         if not all(isinstance(key, (str, int)) for key in keys):
             return False
-        if spec.type is dict and keys and (self.ordered or not top):
-            # In this order: a module may go through them.
+        # In this order: a module may go through them.
+        if spec.type is dict and keys and not top:
             lines.append(f"    if list({place}) != {keys!r}: return None")
+        elif name == "dict" and self.ordered:
+            free = set(self.ordered)
+            order = f"[k for k in {place} if k in {free!r}] != {list(self.ordered)!r}"
+            lines.append(f"    if {order}: return None")
         for key, child in zip(keys, spec.children(), strict=True):
-            if spec.type is dict and top and not self.ordered:
+            if spec.type is dict and top:
                 lines.append(f"    if {key!r} not in {place}: return None")
             if not self._walk(f"{place}[{key!r}]", child, lines):
                 return False

@@ -175,10 +175,9 @@ class Plan:
 
     @property
     def path(self) -> str:
+        """Who serves calls like the example; of other sizes `lanes` may say otherwise."""
         if self.served is not None:
-            return (
-                "eager" if self.lanes and all(x.eager for x in self.lanes.values()) else "openvino"
-            )
+            return "openvino" if self.reason is None else "eager"
         return "eager" if self.parts is None else "mixed"
 
     def lane(self, bucket: Bucket) -> Lane:
@@ -207,7 +206,7 @@ class Plan:
         return {
             "signature": describe(self.kind, self.pattern),
             "path": self.path,
-            "reason": self.reason.to_dict() if self.reason and self.path != "openvino" else None,
+            "reason": self.reason.to_dict() if self.reason else None,
             "precision_run": self.precision_run,
             "preset": self.lowered.get("preset"),
             "modules": dict(self.modules),
@@ -219,6 +218,10 @@ class Plan:
             "seconds": {stage: round(spent, 4) for stage, spent in self.seconds.items()},
             "calls": self.calls.value + self.eager_calls.value,
             "route": self.route,
+            "sizes": [
+                {"bucket": bucket, "path": "eager" if lane.eager else "openvino"}
+                for bucket, lane in sorted(self.lanes.items(), key=repr)
+            ],
             "parts": [] if self.parts is None else self.parts.to_list(),
             "guards": [*self.size_guards, *map(str, self.value_guards)],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from ovshim.errors import OptionError
 from ovshim.options import Options
 
-__all__ = ["Dims", "check_names", "dynamic_dims", "keywords_in_order"]
+__all__ = ["Dims", "check_names", "dynamic_dims", "ordered_keywords"]
 
 # For each tensor of a call, the dimensions that may change.
 Dims = tuple[frozenset[int], ...]
@@ -23,16 +23,17 @@ _ALLOWED = (
 )
 
 
-def keywords_in_order(call: Callable[..., Any], names: Sequence[str]) -> bool:
-    """Whether the method can tell in which order these keywords are given: some of them are none of
-    its parameters, and it gets those as a dict."""
+def ordered_keywords(call: Callable[..., Any], names: Iterable[str]) -> list[str]:
+    """Those of a call's keywords whose order the method can tell: they are none of its parameters,
+    and it gets them as a dict."""
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError):  # a function that does not say
-        return True
+        return list(names)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     known = {p.name for p in parameters if p.kind in named}
-    return any(name not in known for name in names)
+    free = [name for name in names if name not in known]
+    return free if len(free) > 1 else []
 
 
 def dynamic_dims(

@@ -125,8 +125,8 @@ def _is_private_container(leaf: Any) -> bool:
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
-    """Leaves of a call. Keywords are sorted: their order in the call means nothing to `forward`."""
-    return flatten((args, {name: kwargs[name] for name in sorted(kwargs)}))
+    """Leaves of a call."""
+    return flatten((args, dict(kwargs)))
 
 
 def unflatten_call(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["WIDEST", "ValueCheck", "compile_value_check"]
@@ -49,10 +50,12 @@ def compile_value_check(tensors: Sequence[torch.Tensor], limits: Limits) -> Valu
 def _square(x: torch.Tensor) -> float:
     """The sum of squares: NaN if there is one in `x`, infinite if there is an infinity, or a value
     near 1e19 and beyond, whose square overflows. isfinite().all() takes six times as long."""
-    if x.is_contiguous():
-        flat = x.detach().view(-1)
-        return float(torch.dot(flat, flat).item())
-    return float(torch.linalg.vector_norm(x.detach()).item()) ** 2
+    if x.dtype is torch.float32 and not x.requires_grad and not x.is_neg():
+        values = x.numpy()
+        square: float = np.vdot(values, values)  # in half of torch.dot's time
+        return square
+    flat = x.detach().reshape(-1)
+    return float(torch.dot(flat, flat).item())
 
 
 def _moderate(x: torch.Tensor) -> bool:

@@ -138,6 +138,7 @@ def test_a_function_judges_with_labels(speeds: dict[str, float]) -> None:
     assert chosen(accelerated(module, tolerance=lambda *_: True)) == "int8"
 
 
+@pytest.mark.slow
 def test_it_is_decided_once(speeds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     speeds["i8"] = 0.5
     module = make(DigitsCnn)

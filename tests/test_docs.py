@@ -132,6 +132,7 @@ def test_every_example_is_known() -> None:
     assert [path.name for path in EXAMPLES] == sorted(SAID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
     result = subprocess.run(

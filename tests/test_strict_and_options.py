@@ -250,6 +250,7 @@ def test_options_of_openvino_are_served(options: dict[str, Any]) -> None:
     assert plans(fast)[0]["precision_run"] == "f32"
 
 
+@pytest.mark.slow
 def test_a_property_that_openvino_does_not_know() -> None:
     module = make(Mlp)
     with falls_back("compile-failed"):

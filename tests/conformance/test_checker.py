@@ -173,6 +173,7 @@ def _checked(liar: type[Lying], tmp_path: Path, patch: pytest.MonkeyPatch) -> li
     return check(entry, str(tmp_path)).wrong
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_told_and_the_next_entry_runs() -> None:
     worker = Worker(timeout=120.0)
     try:
