@@ -121,7 +121,8 @@ def test_variable_arguments() -> None:
         example_kwargs={"b": torch.randn(3), "a": torch.randn(3)},
         prefer="openvino",
     )
-    check(fast, module, torch.randn(2, 8), torch.randn(2, 8), a=torch.randn(3), b=torch.randn(3))
+    # In the same order: `forward` gets them as a dict, and could go through it.
+    check(fast, module, torch.randn(2, 8), torch.randn(2, 8), b=torch.randn(3), a=torch.randn(3))
 
 
 def test_one_argument_of_a_structure() -> None:
