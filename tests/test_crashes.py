@@ -40,7 +40,8 @@ def run(how: str, cache: Path) -> tuple[int, str]:
     return process.returncode, output.strip()
 
 
-@pytest.mark.parametrize("how", ["SIGSEGV", pytest.param("SIGABRT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGSEGV", "SIGABRT"])
 def test_a_build_that_crashes_is_not_tried_a_third_time(tmp_path: Path, how: str) -> None:
     assert run(how, tmp_path)[0] == -getattr(signal, how)
     assert run(how, tmp_path) == (0, "crashed-before off")  # a child died in its place

@@ -337,6 +337,7 @@ def test_a_loop_over_a_size() -> None:
     check(fast, module, torch.randn(4, 3, 8))
 
 
+@pytest.mark.slow
 def test_many_sizes_of_a_loop_build_a_bounded_number_of_plans() -> None:
     module = make(Loops)
     fast = ovshim.accelerate(module, torch.randn(2, 3, 8), prefer="openvino")

@@ -178,6 +178,7 @@ def test_bert_refuses_more_positions_than_it_has(bert: tuple[nn.Module, nn.Modul
             fast(**padded(1, 65))
 
 
+@pytest.mark.slow
 def test_bert_called_in_other_ways(bert: tuple[nn.Module, nn.Module]) -> None:
     module, fast = bert
     batch = padded(2, 9)
@@ -273,6 +274,7 @@ def test_resnet() -> None:
     settle(fast, module, pixel_values=images)
 
 
+@pytest.mark.slow
 def test_classification_with_labels_gives_a_loss() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -649,6 +649,7 @@ def test_a_method_that_forward_calls_patched(monkeypatch: pytest.MonkeyPatch) ->
     moved(fast, module)
 
 
+@pytest.mark.slow
 def test_a_function_of_torch_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, module = pair()
     check(fast, module, torch.randn(3, 8))

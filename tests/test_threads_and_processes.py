@@ -82,6 +82,7 @@ def test_threads_that_call_while_one_builds() -> None:
     check(fast, module, inputs[0])
 
 
+@pytest.mark.slow
 def test_threads_with_calls_of_their_own_kinds() -> None:
     module = make(Attention)
     fast = ovshim.accelerate(module, prefer="openvino")
