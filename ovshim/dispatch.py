@@ -83,14 +83,7 @@ class Dispatcher:
         """What `original(*args, **kwargs)` would answer. The hot path."""
         if planner.running and building_here():
             return self.original(*args, **kwargs)
-        if (
-            self.module.training
-            or (_function_modes() and not _only_cpu_devices())
-            or _dispatch_modes()
-            or _autocast_on()
-            or _functorch() is not None
-            or forward_ad._current_level >= 0
-        ):
+        if self.module.training or in_special_mode():
             return self._in_eager(self._mode(), args, kwargs)
         grad = _grad_enabled()
         for plan in self._plans[grad]:
@@ -187,9 +180,10 @@ class Dispatcher:
         else:
             answer = self._in_eager(_TAKING_TURNS, args, kwargs)
         finish = lane.timed(turn, time.perf_counter() - started)
-        plan.settle()
-        if finish is not None and plan.notes is not None:
-            plan.notes.raced(bucket, finish)
+        if finish is not None:
+            plan.settle()
+            if plan.notes is not None:
+                plan.notes.raced(bucket, finish)
         return answer
 
     def _compared(

@@ -14,7 +14,7 @@ from torch import nn
 from ovshim.signature import Kind, Structure, TensorLeaf, flatten, unflatten_call
 from ovshim.verify import Mismatch, compare, relative_errors, sample_error
 
-__all__ = ["Answer", "Eager"]
+__all__ = ["LOW_TOLERANCE", "Answer", "Eager"]
 
 log = logging.getLogger("ovshim")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("ovshim")
 # than eager in its own dtype is.
 _OWN_DTYPE_MARGIN = 1.5
 # Where a module in bf16 or fp16 has no upcast that runs: the options' default for those.
-_LOW_TOLERANCE = 0.03
+LOW_TOLERANCE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Eager:
             Mismatch: it is not what eager answers.
         """
         if answer.exact is None or self.tolerance is not None:
-            allowed = _LOW_TOLERANCE if self.tolerance is None else self.tolerance
+            allowed = LOW_TOLERANCE if self.tolerance is None else self.tolerance
             return compare(answer.leaves, answer.structure, candidate, allowed)
         # Alike in structure, dtype, shape and NaNs; how far off is a matter of the upcast.
         compare(answer.leaves, answer.structure, candidate, float("inf"))
@@ -102,7 +102,7 @@ class Eager:
         Raises:
             Mismatch: it is too large.
         """
-        allowed = _LOW_TOLERANCE if self.tolerance is None else self.tolerance
+        allowed = LOW_TOLERANCE if self.tolerance is None else self.tolerance
         error = sample_error(pairs)
         if not error <= allowed:
             raise Mismatch(f"an output is off by {error:.2g} (allowed: {allowed:.2g})")

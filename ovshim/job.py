@@ -23,6 +23,7 @@ from ovshim.signature import Kind, Pattern, unflatten_call
 
 __all__ = ["BuildStopped", "Job", "own_dtype"]
 
+_RACE_SECONDS = 0.5
 _OWN_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -157,6 +158,10 @@ class Job:
         """What is left of `max_build_seconds`, 0 at least."""
         spent = time.perf_counter() - self.started
         return max(0.0, self.options.max_build_seconds - spent)
+
+    def race_seconds(self) -> float:
+        """What a race may take: a quarter of what is left, and never long."""
+        return min(_RACE_SECONDS, self.seconds_left() / 4)
 
     def arguments(
         self, leaves: Sequence[Any] | None = None

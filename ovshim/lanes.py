@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
-import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -73,17 +72,11 @@ class Lane:
         samples[turn == "openvino"].append(seconds)
         if min(map(len, samples)) <= _PAIRS:
             return None
-        finish = _finish(*(own[1 : _PAIRS + 1] for own in samples))
+        finish = Finish.of(*(own[1 : _PAIRS + 1] for own in samples))
         self._samples = None
         self.eager = finish.lost
         self.open = not finish.lost
         return finish
-
-
-def _finish(eager: list[float], candidate: list[float]) -> Finish:
-    ratios = [mine / other for mine, other in zip(eager, candidate, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return Finish(statistics.median(eager), statistics.median(candidate), low, high)
 
 
 _writer: concurrent.futures.ThreadPoolExecutor | None = None

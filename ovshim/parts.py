@@ -50,7 +50,6 @@ _DIVISIBLE = frozenset(
 _WORTH_DIVIDING_SECONDS = 2e-3
 # A part that eager answers within this time cannot win what its own call costs.
 _WORTH_SERVING_SECONDS = 60e-6
-_RACE_SECONDS = 0.5
 
 
 class Parts:
@@ -297,8 +296,7 @@ def _raced(job: Job, parts: Parts) -> tuple[float, float]:
         with serving():
             return parts(args, kwargs)
 
-    budget = max(0.0, min(_RACE_SECONDS, job.seconds_left() / 4))
-    finish = race(lambda: job.call(*args, **kwargs), candidate, budget)
+    finish = race(lambda: job.call(*args, **kwargs), candidate, job.race_seconds())
     if finish.decided and not finish.lost:
         return finish.eager, finish.candidate
     log.debug("parts of %s in OpenVINO gain nothing: %s", type(job.module).__qualname__, finish)

@@ -30,6 +30,13 @@ class Finish:
     low: float
     high: float
 
+    @staticmethod
+    def of(eager: Sequence[float], candidate: Sequence[float]) -> Finish:
+        """The finish of rounds that took these seconds, sample i of each in round i."""
+        ratios = [mine / other for mine, other in zip(eager, candidate, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return Finish(statistics.median(eager), statistics.median(candidate), low, high)
+
     @property
     def decided(self) -> bool:
         return self.low > 1.0 or self.high < 1.0
@@ -48,9 +55,7 @@ def race(eager: Callable[[], Any], candidate: Callable[[], Any], budget: float) 
         budget: seconds that the whole race should take; a few rounds are run in any case.
     """
     samples = rounds((eager, candidate), budget)
-    ratios = [mine / other for mine, other in zip(*samples, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return Finish(statistics.median(samples[0]), statistics.median(samples[1]), low, high)
+    return Finish.of(*samples)
 
 
 def rounds(

@@ -12,6 +12,7 @@ import torch
 from ovshim import runtime
 from ovshim.buckets import Bucket, compile_bucket
 from ovshim.cache import Entry, Store
+from ovshim.eager import LOW_TOLERANCE
 from ovshim.job import Job
 from ovshim.lanes import Lane, later
 from ovshim.plan import Plan
@@ -21,11 +22,6 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 
 __all__ = ["EntryNotes", "decide"]
-
-# A race may take a quarter of what is left of the build's time, and never longer than this.
-_RACE_SECONDS = 0.5
-# What a module in bf16 or fp16, whose measure is its upcast, may be off at sizes met later.
-_LOW_TOLERANCE = 0.03
 
 
 class EntryNotes:
@@ -64,7 +60,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     """Lay out the plan's lanes: all sizes that were proved are open if OpenVINO is preferred; else
     those that have won, and the example's sizes are raced now."""
     plan.bucket, of_sizes = compile_bucket(record.pattern, record.size_guards)
-    plan.tolerance = _LOW_TOLERANCE if job.tolerance is None else job.tolerance
+    plan.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
     plan.raced = job.options.prefer == "faster"
     plan.notes = None if entry is None else EntryNotes(job.store, entry, record)
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
@@ -92,8 +88,7 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> None:
             return None
 
         with job.stage("race"):
-            budget = max(0.0, min(_RACE_SECONDS, job.seconds_left() / 4))
-            finish = race(lambda: job.call(*args, **kwargs), candidate, budget)
+            finish = race(lambda: job.call(*args, **kwargs), candidate, job.race_seconds())
         if plan.notes is not None:
             plan.notes.raced(bucket, finish)
     plan.medians = (finish.eager, finish.candidate)

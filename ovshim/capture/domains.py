@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["VERDICT", "check_domains"]
+__all__ = ["INTEGERS", "VERDICT", "check_domains"]
 
 # Marks a node whose boolean says whether OpenVINO may answer this call.
 VERDICT = "ovshim_verdict"
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LARGEST = 2147483647.0
 
 _DIVISIONS = {operator.floordiv, operator.mod, torch.floor_divide, torch.remainder, torch.fmod}
@@ -64,7 +64,7 @@ def _integer_divisor(node: fx.Node) -> fx.Node | None:
     )
     rounds = node.target in _ROUNDED and node.kwargs.get("rounding_mode") is not None
     result = _fake(node)
-    if not (divides or rounds) or result is None or result.dtype not in _INTEGERS:
+    if not (divides or rounds) or result is None or result.dtype not in INTEGERS:
         return None
     divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
     return divisor if isinstance(divisor, fx.Node) and _fake(divisor) is not None else None

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ovshim.capture.domains import VERDICT
+from ovshim.capture.domains import INTEGERS, VERDICT
 
 __all__ = ["Checked", "check_ranges"]
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Checked:
@@ -170,7 +168,7 @@ def _dims_taken(item: Any) -> int:
 
 def _is_integers(value: Any) -> bool:
     fake = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    return isinstance(fake, torch.Tensor) and fake.dtype in _INTEGERS
+    return isinstance(fake, torch.Tensor) and fake.dtype in INTEGERS
 
 
 _Place = tuple[int | None, str, Any]
