@@ -104,22 +104,31 @@ def _build(job: Job) -> Plan:
 def _alone(job: Job, family: str) -> Plan:
     # Whoever else builds the same thing is waited for: its entry is then a hit.
     with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
-        found = from_cache(job, family)
-        if found is not None:
-            return found
-        try:
-            return _from_capture(job, family)
-        except BuildStopped as stopped:
-            keep_verdict(job, family, stopped.reason)
-            raise
+        return _from_cache_or_capture(job, family)
+
+
+def _from_cache_or_capture(job: Job, family: str) -> Plan:
+    found = from_cache(job, family)
+    if found is not None:
+        return found
+    try:
+        return _from_capture(job, family)
+    except BuildStopped as stopped:
+        keep_verdict(job, family, stopped.reason)
+        raise
 
 
 def _try_in_child(job: Job, family: str) -> None:
     """An earlier process died in this build. A child goes first: if it dies of it too, nobody
     tries again; if not, what it has built is there."""
     log.info("%s: an earlier build ended its process", type(job.module).__qualname__)
-    with TRACE_LOCK:  # no other thread may be at it when the process forks
-        outcome = try_in_child(lambda: _alone(job, family), job.seconds_left())
+    # Both are held for the child: it could not get the first from a thread that waits for the
+    # second, which no other thread may hold when the process forks.
+    with (
+        job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time),
+        TRACE_LOCK,
+    ):
+        outcome = try_in_child(lambda: _from_cache_or_capture(job, family), job.seconds_left())
     if outcome == "crashed":
         why = reason("crashed-before")
         keep_verdict(job, family, why)

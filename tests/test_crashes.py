@@ -4,8 +4,11 @@ import signal
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 from checks import start_python
+
+from ovshim.cache import marks
 
 SCRIPT = """
 import os, sys, signal, warnings
@@ -56,3 +59,22 @@ def test_a_builder_that_was_killed_costs_nothing(tmp_path: Path) -> None:
     assert run("none", tmp_path) == (0, "openvino hit")  # built by a child, to be sure
     assert run("none", tmp_path) == (0, "openvino hit")
     assert not list(tmp_path.glob("v1/marks/*"))
+
+
+def test_a_mark_is_never_found_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that builds the same thing would take it for one that was left by the dead."""
+    acquire = filelock.FileLock.acquire
+
+    def slowly(self: filelock.BaseFileLock, *args: object, **options: object) -> object:
+        monkeypatch.undo()
+        Path(self.lock_file).touch()
+        assert not marks.left_behind(tmp_path, "ab")
+        return acquire(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", slowly)
+    with marks.marked(tmp_path, "ab"):
+        assert not marks.left_behind(tmp_path, "ab")
+        assert len(list(tmp_path.glob("ab.*"))) == 1
+    assert not list(tmp_path.iterdir())

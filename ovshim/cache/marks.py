@@ -27,8 +27,12 @@ def marked(directory: Path, family: str, **options: Any) -> Iterator[None]:
     lock = None
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        lock = filelock.FileLock(path, **options)
+        # Locked under another name: a mark that is there and not locked yet would be taken for one
+        # that was left. Windows renames no file that is open; it has no fork to make use of marks.
+        fresh = directory / f"new-{path.name}"
+        lock = filelock.FileLock(fresh, **options)
         lock.acquire(timeout=0)
+        fresh.rename(path)
     except (OSError, NotImplementedError) as error:
         _log.debug("no mark at %s: %s", path, error)
     try:
