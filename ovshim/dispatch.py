@@ -103,7 +103,16 @@ class Dispatcher:
                 return self._stale(plan, args, kwargs)
             if not plan.values_fit(tensors):
                 return self._in_eager(_SPECIAL_VALUES, args, kwargs)
-            return self._by_openvino(plan, served, tensors, args, kwargs)
+            try:
+                answer = served.answer(tensors)
+            except (OutOfRangeError, RuntimeError, ValueError) as raised:
+                # A traceback would keep this frame, and the tensors in it.
+                failure = raised.with_traceback(None)
+            else:
+                plan.calls.add()
+                return answer
+            # Not inside of `except`: what the user's module raises is to be shown without ours.
+            return self._instead(plan, failure, args, kwargs)
         return self._unplanned(args, kwargs)
 
     def ready(
@@ -135,23 +144,14 @@ class Dispatcher:
             return (plan, tensors) if fits else None
         return None
 
-    def _by_openvino(
-        self,
-        plan: Plan,
-        served: Served,
-        tensors: Sequence[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+    def _instead(
+        self, plan: Plan, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        try:
-            answer = served.answer(tensors)
-        except OutOfRangeError:
+        """Eager's answer to a call that OpenVINO has not answered."""
+        if isinstance(error, OutOfRangeError):
             return self._in_eager(_OUT_OF_RANGE, args, kwargs)
-        except (RuntimeError, ValueError) as error:
-            self._failed(plan, error)
-            return self.original(*args, **kwargs)
-        plan.calls.add()
-        return answer
+        self._failed(plan, error)
+        return self.original(*args, **kwargs)
 
     # --- sizes for which it is not settled who serves -----------------------------------------
 
@@ -176,7 +176,14 @@ class Dispatcher:
         if turn == "both":
             return self._compared(plan, served, lane, tensors, args, kwargs)
         if turn == "openvino":
-            answer = self._by_openvino(plan, served, tensors, args, kwargs)
+            failure = None
+            try:
+                answer = served.answer(tensors)
+                plan.calls.add()
+            except (OutOfRangeError, RuntimeError, ValueError) as raised:
+                failure = raised.with_traceback(None)
+            if failure is not None:
+                answer = self._instead(plan, failure, args, kwargs)
         else:
             answer = self._in_eager(_TAKING_TURNS, args, kwargs)
         finish = lane.timed(turn, time.perf_counter() - started)

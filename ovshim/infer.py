@@ -32,6 +32,8 @@ _BIND_OUTPUT_BYTES = 256 * 1024
 _BUFFERS_PER_INPUT = 16
 _GATHERING_SECONDS = 20e-6
 
+_from_numpy = torch.from_numpy
+
 _Array = np.ndarray[Any, Any]
 _Copy = Callable[[torch.Tensor], torch.Tensor]
 
@@ -224,11 +226,11 @@ class Engine:
         return outputs
 
     def _run(self, slot: _Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if len(tensors) != len(slot.shapes):
-            raise ValueError(f"{len(tensors)} tensors for {len(slot.shapes)} inputs.")
         # OpenVINO keeps nothing alive: what is bound in place must last until `infer` has returned.
         in_place: list[_Array | None] = []
         shapes = slot.shapes
+        if len(tensors) != len(shapes):
+            raise ValueError(f"{len(tensors)} tensors for {len(shapes)} inputs.")
         for index, x in enumerate(tensors):
             if x.shape == shapes[index] and not x.requires_grad:
                 slot.copies[index](x)  # type: ignore[misc]  # there is one where there is a shape
@@ -248,7 +250,7 @@ class Engine:
             # Another thread's call failed while this one ran: its values cannot be trusted.
             raise EngineDead(self.dead)
         arrays = self._take_outputs(slot, results) if large else results.values()
-        outputs = [torch.from_numpy(array) for array in arrays]
+        outputs = list(map(_from_numpy, arrays))
         if in_place and not large:
             # Sizes that are new to the slot, or large: outputs may have become large as well.
             self._choose_large(slot, results)

@@ -54,21 +54,24 @@ class Served:
         inputs: which tensors of the call these are, by index; None for all, in order.
         builder: puts the computed tensors into the module's own containers.
         checked: whether the last computed tensor says whether all indices were in range.
+        answer: the module's output for the tensors of a call. Raises OutOfRangeError where an index
+            lies outside of its table, and EngineDead and ValueError as `infer.Engine.run` does.
     """
 
     engine: Engine
     inputs: tuple[int, ...] | None
     builder: Builder
     checked: bool = False
+    answer: Callable[[Sequence[torch.Tensor]], Any] = dataclasses.field(init=False)
 
-    def answer(self, given: Sequence[torch.Tensor]) -> Any:
-        """The module's output for these tensors of a call.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", self._compiled())
 
-        Raises:
-            OutOfRangeError: an index lies outside of its table.
-            EngineDead, ValueError: see `infer.Engine.run`.
-        """
-        return self.builder(self.compute(given), given)
+    def _compiled(self) -> Callable[[Sequence[torch.Tensor]], Any]:
+        builder, compute, run = self.builder, self.compute, self.engine.run
+        if self.inputs is not None or self.checked:
+            return lambda given: builder(compute(given), given)
+        return lambda given: builder(run(given), given)
 
     def compute(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the graph computes of them: `builder` makes the output of it.

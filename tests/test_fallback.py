@@ -175,6 +175,37 @@ def test_the_unsupported_operator_is_named() -> None:
     assert "histc" in told[0].reason.message
 
 
+class Applies(nn.Module):
+    """Applies a function that PyTorch has and its modules have not."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
+
+
+@pytest.mark.parametrize(
+    ("function", "example"),
+    [
+        (torch.linalg.det, (torch.randn(2, 3, 3),)),
+        (torch.svd, (torch.randn(4, 3),)),
+        (lambda a, b: torch.linspace(a, b, 0), (torch.tensor(0.0), torch.tensor(1.0))),
+    ],
+    ids=["det", "svd", "linspace"],
+)
+def test_what_ends_the_process_never_reaches_openvino(
+    function: Callable[..., Any], example: tuple[Tensor, ...]
+) -> None:
+    module = Applies(function).eval()
+    with falls_back("unsupported-op"):
+        fast = ovshim.accelerate(module, example, prefer="openvino")
+    with torch.inference_mode():
+        for actual, expected in zip(fast(*example), module(*example), strict=True):
+            assert torch.equal(actual, expected)
+
+
 def test_a_buffer_is_not_counted_up_by_building() -> None:
     module = make(CountsInBuffer)
     with falls_back("mutates-buffer"):

@@ -30,6 +30,8 @@ log = logging.getLogger("ovshim")
 # From a node of a traced graph to the path of its module; None where nobody knows.
 Origin = Callable[[Any], str | None]
 
+# Converted without a word, and then a segmentation fault when they run (OpenVINO 2026.4).
+_KILLERS = ("aten::det", "aten::linalg_det", "aten::svd")
 _OPERATOR = re.compile(r"\b(?:aten|prim|prims|torchvision|quantized|fb|higher_order)::\w+")
 
 
@@ -69,6 +71,7 @@ def convert(
         CaptureError: an operator is unknown to OpenVINO, or its frontend fails otherwise.
     """
     ov = runtime.openvino()
+    _refuse_what_kills(traced)
     try:
         model = _by_frontend(traced, origin)
     except _InterfaceMovedError as moved:
@@ -82,6 +85,17 @@ def convert(
         parameter.set_partial_shape(ov.PartialShape(dims))
     _guarded(model.validate_nodes_and_infer_types)
     return model
+
+
+def _refuse_what_kills(traced: torch.jit.ScriptModule) -> None:
+    graph: Any = traced.inlined_graph
+    found = [kind for kind in _KILLERS if graph.findAllNodes(kind)]
+    for node in graph.findAllNodes("aten::linspace"):
+        ends = list(node.inputs())[:2]
+        found += ["aten::linspace of tensors" for end in ends if "Tensor" in str(end.type())]
+    if found:
+        detail = f"{found[0]}, with which OpenVINO ends the process"
+        raise CaptureError(reason("unsupported-op", detail))
 
 
 class _InterfaceMovedError(Exception):
