@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from ovshim.capture import distinct_tensors
 from ovshim.eager import Eager
 from ovshim.generation import Generation
 from ovshim.guards import roots_of
-from ovshim.infer import Engine
+from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import rest_of, warnings_of
 from ovshim.matcher import Output, compile_builder, compile_matcher
@@ -22,6 +24,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Pattern, sizes_of
+from ovshim.tiny import fastest
 from ovshim.values import compile_value_check
 from ovshim.verdict import decide
 
@@ -41,11 +44,20 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
         precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
     else:
         precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
-    return _compiled(job, source, record, precision)
+
+    def compiled(further: Mapping[str, Any]) -> Engine:
+        return _compiled(job, source, record, precision, further)
+
+    try:
+        return fastest(job, record, entry, compiled)
+    except (EngineDead, ValueError) as error:
+        raise BuildStopped(reason("infer-failed", str(error))) from error
 
 
-def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
-    """The graph compiled with a precision as the hint.
+def _compiled(
+    job: Job, source: Path, record: Record, precision: str, further: Mapping[str, Any] | None = None
+) -> Engine:
+    """The graph compiled with a precision as the hint, and with further properties.
 
     Raises:
         BuildStopped: OpenVINO cannot.
@@ -53,6 +65,7 @@ def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
     safe = runtime.safe_precision(precision, **job.placement)
     properties = {**dict(record.rung.properties), **job.options.properties}
     settings = runtime.settings(precision=safe, **job.placement, properties=properties)
+    settings |= further or {}
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
     try:
         compiled = runtime.compile_model(source, job.options.device, settings)
@@ -125,6 +138,7 @@ def plan_of(
         precision_run=job.precision_run,
         lowered=record.lowered,
         modules=job.modules_run,
+        way=job.way,
         warnings=job.warnings,
         error=record.error,
         cache=cache,

@@ -130,6 +130,7 @@ class Plan:
             where precision was asked for by rules.
         warnings: where that is not what was asked for.
         candidates: what was tried for `precision="auto"`, one row each.
+        way: how a tiny graph is run (`tiny`).
         family, bytes: of its entry in the cache, the key and the size on disk.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
@@ -159,6 +160,7 @@ class Plan:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()
     candidates: Sequence[Mapping[str, Any]] = ()
+    way: str | None = None
     family: str | None = None
     bytes: int | None = None
     size_guards: tuple[str, ...] = ()
@@ -221,6 +223,7 @@ class Plan:
             "seconds": {stage: round(spent, 4) for stage, spent in self.seconds.items()},
             "calls": self.calls.value + self.eager_calls.value,
             "route": self.route,
+            "way": self.way,
             "sizes": [
                 {"bucket": bucket, "path": "eager" if lane.eager else "openvino"}
                 for bucket, lane in sorted(self.lanes.items(), key=repr)

@@ -54,6 +54,7 @@ class Record:
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
         rest: for int8, the precision that the rest is fastest in, by processor and threads.
+        ways: for tiny graphs, how they run fastest, by processor and threads.
     """
 
     pattern: Pattern
@@ -74,6 +75,7 @@ class Record:
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ways: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung, asked: Dims) -> Record:
@@ -200,6 +202,7 @@ class Record:
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
             rest=dict(entry.manifest.get("rest") or {}),
+            ways=dict(entry.manifest.get("ways") or {}),
         )
 
 
