@@ -25,7 +25,7 @@ from ovshim.record import Record
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Pattern, sizes_of
 from ovshim.tiny import fastest
-from ovshim.values import compile_value_check
+from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
 
 __all__ = ["eager_of", "eager_plan", "engine_of", "generation_of", "plan_of", "served_by"]
@@ -120,6 +120,8 @@ def plan_of(
         for d, n in enumerate(dims)
         if n is None
     ]
+    inputs = range(len(job.tensors)) if served.inputs is None else served.inputs
+    by_engine = {i: n for n, i in enumerate(inputs) if i in usual(job.tensors, record.limits)}
     plan = Plan(
         kind=job.kind,
         pattern=record.pattern,
@@ -130,6 +132,7 @@ def plan_of(
             ordered=ordered_keywords(job.call, job.arguments()[1]),
         ),
         values_fit=compile_value_check(job.tensors, record.limits),
+        other_values_fit=compile_value_check(job.tensors, record.limits, beside=by_engine),
         served=served,
         reason=None,
         generation=generation,
@@ -152,6 +155,7 @@ def plan_of(
         pinned=record.pinned,
         seconds=job.seconds,
     )
+    served.engine.check(by_engine.values())
     decide(job, plan, record, entry)
     return plan
 
@@ -170,6 +174,7 @@ def eager_plan(
         pattern=pattern,
         match=compile_matcher(job.kind, pattern),
         values_fit=lambda tensors: True,
+        other_values_fit=lambda tensors: True,
         served=None,
         reason=why,
         generation=generation,

@@ -17,6 +17,7 @@ from ovshim import planner
 from ovshim.background import LatePlanner
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
+from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.lanes import Lane
 from ovshim.options import Options, enabled_in_environment
@@ -43,6 +44,7 @@ _LOOK_AGAIN = 8
 _OUT_OF_RANGE = reason("out-of-range")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
+_NOT_ANSWERED = (OutOfRangeError, RuntimeError, ValueError)
 _TAKING_TURNS = reason("taking-turns")
 
 
@@ -101,11 +103,11 @@ class Dispatcher:
                 return self._in_lane(plan, tensors, args, kwargs)
             if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
                 return self._stale(plan, args, kwargs)
-            if not plan.values_fit(tensors):
+            if not plan.other_values_fit(tensors):
                 return self._in_eager(_SPECIAL_VALUES, args, kwargs)
             try:
                 answer = served.answer(tensors)
-            except (OutOfRangeError, RuntimeError, ValueError) as raised:
+            except _NOT_ANSWERED as raised:
                 # A traceback would keep this frame, and the tensors in it.
                 failure = raised.with_traceback(None)
             else:
@@ -150,6 +152,8 @@ class Dispatcher:
         """Eager's answer to a call that OpenVINO has not answered."""
         if isinstance(error, OutOfRangeError):
             return self._in_eager(_OUT_OF_RANGE, args, kwargs)
+        if isinstance(error, SpecialValuesError):
+            return self._in_eager(_SPECIAL_VALUES, args, kwargs)
         self._failed(plan, error)
         return self.original(*args, **kwargs)
 
@@ -180,7 +184,7 @@ class Dispatcher:
             try:
                 answer = served.answer(tensors)
                 plan.calls.add()
-            except (OutOfRangeError, RuntimeError, ValueError) as raised:
+            except _NOT_ANSWERED as raised:
                 failure = raised.with_traceback(None)
             if failure is not None:
                 answer = self._instead(plan, failure, args, kwargs)
@@ -267,8 +271,6 @@ class Dispatcher:
 
     def _failed(self, plan: Plan, error: Exception) -> None:
         """OpenVINO raised while it ran: eager answers. If the engine died of it, for good."""
-        from ovshim.infer import EngineDead
-
         log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
         why = reason("infer-failed", str(error))
         if isinstance(error, EngineDead):

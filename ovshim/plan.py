@@ -68,10 +68,10 @@ class Served:
         object.__setattr__(self, "answer", self._compiled())
 
     def _compiled(self) -> Callable[[Sequence[torch.Tensor]], Any]:
-        builder, compute, run = self.builder, self.compute, self.engine.run
+        builder, compute, engine = self.builder, self.compute, self.engine
         if self.inputs is not None or self.checked:
             return lambda given: builder(compute(given), given)
-        return lambda given: builder(run(given), given)
+        return lambda given: builder(engine.run(given), given)
 
     def compute(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the graph computes of them: `builder` makes the output of it.
@@ -115,7 +115,8 @@ class Plan:
 
     Attributes:
         match: tells whether a call has this signature, and gives its tensors.
-        values_fit: tells whether the tensors' values are such as OpenVINO computes rightly.
+        values_fit: tells whether the tensors' values are such as OpenVINO computes rightly;
+            `other_values_fit` leaves out those that the engine looks at.
         served: None where eager serves, as a whole or between its parts; `reason` says why.
         bucket: the bucket of a call's tensors.
         lanes: who serves which bucket; `open` holds those that OpenVINO serves beyond doubt.
@@ -143,6 +144,7 @@ class Plan:
     pattern: Pattern
     match: Matcher
     values_fit: ValueCheck
+    other_values_fit: ValueCheck
     served: Served | None
     reason: Reason | None
     generation: Generation | None

@@ -13,7 +13,7 @@ import openvino.opset13 as ops
 import pytest
 import torch
 
-from ovshim import infer
+from ovshim import infer, slots
 from ovshim.infer import Engine, EngineDead
 
 _LARGE = 80_000  # float32: over the sizes from which inputs and outputs are bound in place
@@ -95,7 +95,7 @@ def test_arrays_and_storages_taken_from_an_output_hold_it(size: int) -> None:
 
 
 def test_a_dropped_large_buffer_is_used_again_and_a_held_one_is_not() -> None:
-    if infer._ALONE < 0:
+    if slots.ALONE < 0:
         pytest.skip("this interpreter does not count references")
     engine = relu_engine((_LARGE,))
     x = torch.randn(_LARGE)
