@@ -49,7 +49,7 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
         return _compiled(job, source, record, precision, further)
 
     try:
-        return fastest(job, record, entry, compiled)
+        return fastest(job, source, record, entry, compiled)
     except (EngineDead, ValueError) as error:
         raise BuildStopped(reason("infer-failed", str(error))) from error
 

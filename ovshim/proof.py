@@ -314,9 +314,14 @@ def _prove_group(
 
 
 def _other_sizes(size: int) -> Iterator[int]:
-    """Other sizes to try, small ones first: guards may demand multiples, minimums, or evenness."""
+    """Other sizes to try, small ones first: guards may demand multiples, minimums, or evenness.
+
+    Of a large one a quarter, for each hit is proved on the smallest; not less, or kernels and
+    pooling might leave nothing to compare."""
     tried = {size, 0}
-    for other in (size - 1, size + 1, size + 2, 2 * size, size // 2, size + 8, size + 32, 1):
+    quarter = [size // 4 + 1] if size >= 16 else []
+    near = (size - 1, size + 1, size + 2, 2 * size, size // 2, size + 8, size + 32, 1)
+    for other in (*quarter, *near):
         if other not in tried and (other > 1 or size > 1):
             tried.add(other)
             yield other
