@@ -385,7 +385,7 @@ def test_threads_get_their_own_answers() -> None:
 
 
 def test_without_reference_counts_every_buffer_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infer, "_ALONE", -1)
+    monkeypatch.setattr(infer, "ALONE", -1)
     engine = relu_engine((_LARGE,))
     kept = []
     for _ in range(4):
