@@ -24,6 +24,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Pattern, sizes_of
+from ovshim.single import SingleThreadEngine
 from ovshim.tiny import fastest
 from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
@@ -72,7 +73,9 @@ def _compiled(
         job.precision_run = runtime.precision_run(compiled)
         job.modules_run, job.warnings = warnings_of(job, compiled)
         verdict = (torch.bool,) if record.checked else ()
-        return Engine(compiled, inputs, (*record.dtypes, *verdict))
+        alone = runtime.hides_failures(compiled, job.placement["threads"])
+        engine = SingleThreadEngine if alone else Engine
+        return engine(compiled, inputs, (*record.dtypes, *verdict))
     except (RuntimeError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         raise BuildStopped(reason("compile-failed", detail)) from error

@@ -162,8 +162,9 @@ class Engine:
             ]
         return outputs
 
-    def _run(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        # OpenVINO keeps nothing alive: what is bound in place must last until `infer` has returned.
+    def _bind_inputs(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[Array | None]:
+        """Inputs to where the request finds them. OpenVINO keeps nothing alive: what is returned
+        must last until `infer` has returned."""
         in_place: list[Array | None] = []
         shapes = slot.shapes
         if len(tensors) != len(shapes):
@@ -176,6 +177,10 @@ class Engine:
         for array in slot.checked:
             if not _vdot(array, array) < math.inf:
                 raise SpecialValuesError
+        return in_place
+
+    def _run(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        in_place = self._bind_inputs(slot, tensors)
         large = slot.large
         if large:
             self._renew_outputs(slot)

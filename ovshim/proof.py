@@ -17,6 +17,7 @@ import torch
 from ovshim.buckets import open_groups
 from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
+from ovshim.infer import EngineDead
 from ovshim.plan import OutOfRangeError
 from ovshim.signature import (
     Kind,
@@ -54,6 +55,15 @@ Sizes = tuple[tuple[int, ...], ...]
 
 class ProofFailedError(Exception):
     """The candidate's answers are not eager's."""
+
+
+class DiedOfSizesError(Exception):
+    """The candidate ended when `places`, (tensor, dimension), had another size: it may be made
+    again for the example's."""
+
+    def __init__(self, places: Sequence[tuple[int, int]], why: str) -> None:
+        super().__init__(why)
+        self.places = frozenset(places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +119,7 @@ def prove(
 
     Raises:
         ProofFailedError: the candidate is wrong on the example's sizes.
+        DiedOfSizesError: it cannot be asked any more.
     """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -307,6 +318,8 @@ def _prove_group(
             answer, other = _redrawn(eager, other, generator)
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
+        except EngineDead as dead:
+            raise DiedOfSizesError(group, f"size {size} at {list(group)}: {dead}") from dead
         except (Mismatch, OutOfRangeError, RuntimeError) as error:
             log.debug("size %d at %s is not served: %s", size, group, error)
             return None, ()

@@ -104,19 +104,21 @@ class Record:
 
     def proved(self, found: Proof, example: Sequence[Sequence[int]]) -> Record:
         """The record with what a proof at the sizes of `example` has found."""
-        pattern = tuple(
-            tuple(example[t][d] if (t, d) in found.pinned else n for d, n in enumerate(dims))
-            for t, dims in enumerate(self.pattern)
-        )
         return dataclasses.replace(
-            self,
-            pattern=pattern,
+            self.pin(found.pinned, example),
             error=found.error,
             sizes=found.sizes,
             met=found.met,
-            pinned=found.pinned | self.pinned,
             limits=found.limits,
         )
+
+    def pin(self, places: frozenset[tuple[int, int]], example: Sequence[Sequence[int]]) -> Record:
+        """The record with the example's sizes at these places, (tensor, dimension)."""
+        pattern = tuple(
+            tuple(example[t][d] if (t, d) in places else n for d, n in enumerate(dims))
+            for t, dims in enumerate(self.pattern)
+        )
+        return dataclasses.replace(self, pattern=pattern, pinned=places | self.pinned)
 
     def opens(self, asked: Dims) -> bool:
         """Whether all the dimensions are open that should be, but for those that cannot."""

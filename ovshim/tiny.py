@@ -30,7 +30,6 @@ _MARGIN = 1.05
 _WAYS: Mapping[str, Mapping[str, Any]] = {
     "usual": {},
     "not pinned": {"ENABLE_CPU_PINNING": False},
-    "one thread": {"ENABLE_CPU_PINNING": False, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1},
 }
 
 
@@ -68,8 +67,7 @@ def fastest(
     (seconds,) = rounds([lambda: usual.run(inputs)], budget=0.0)
     if statistics.median(seconds) > _TINY_SECONDS:
         return usual
-    # With one thread a stream, bf16 and f16 have ended processes (`runtime.safe_precision`).
-    ways = [name for name in _WAYS if name != "one thread" or job.precision_run == "f32"]
+    ways = list(_WAYS)
     with job.stage("compile"):
         engines = [usual if not _WAYS[way] else compiled(_WAYS[way]) for way in ways]
         calls = [lambda engine=engine: engine.run(inputs) for engine in engines]

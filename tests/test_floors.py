@@ -33,7 +33,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "2a": {"runtime"},
     "2b": {"preflight", "verify", "race", "generation", "child"},
-    "2c": {"infer", "slots", "capture", "precision"},
+    "2c": {"infer", "single", "slots", "capture", "precision"},
     "3": {
         "auto",
         "background",
