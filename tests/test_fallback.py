@@ -175,6 +175,26 @@ def test_the_unsupported_operator_is_named() -> None:
     assert "histc" in told[0].reason.message
 
 
+class Jacobian(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(lambda row: self.linear(row).tanh()))(x)
+
+
+def test_a_capture_that_fails_inside_a_transform_leaves_none_behind() -> None:
+    module, x = make(Jacobian), torch.randn(2, 8)
+    expected = module(x)
+    with falls_back("capture-failed"):
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch.equal(module(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), expected)
+
+
 class Applies(nn.Module):
     """Applies a function that PyTorch has and its modules have not."""
 
