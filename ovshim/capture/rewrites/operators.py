@@ -228,7 +228,8 @@ def rows_asked(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
 def _gather(node: Node) -> None:
     """OpenVINO takes table and indices for equally many rows, and reads elsewhere where they are
     not. The gather itself stays: its indices are looked at later on."""
-    x, index = node.args[0], argument(node, 2, "index")
+    x: Any = node.args[0]
+    index = argument(node, 2, "index")
     dim, table, asked = argument(node, 1, "dim"), tensor_of(x), tensor_of(index)
     if table is None or asked is None or table.dim() == 0 or not isinstance(dim, int):
         return
