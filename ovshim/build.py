@@ -291,7 +291,7 @@ def _publish(
 def _served_and_proved(
     job: Job, source: Path, record: Record, entry: Entry | None, seen: Look
 ) -> tuple[Served, Record]:
-    """The graph compiled and proved; where it died of a size, that is pinned and both done again."""
+    """The graph compiled and proved; where it dies of a size, that is pinned and both done anew."""
     samples = [] if job.lowering is None else job.lowering.to_prove_with(record.pattern)
     while True:
         with job.stage("compile"):

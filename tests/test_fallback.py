@@ -175,6 +175,33 @@ def test_the_unsupported_operator_is_named() -> None:
     assert "histc" in told[0].reason.message
 
 
+class WritesWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.linear.weight.mul_(0.9)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_weights_are_written_by_calls_alone(max_norm: float | None) -> None:
+    """Not by what accelerating asks of the module."""
+    renormed = nn.Embedding(10, 8, max_norm=max_norm)
+    module = make(WritesWeight) if max_norm is None else renormed.eval()
+    x = torch.randn(2, 8) if max_norm is None else torch.arange(6)
+    before = copy.deepcopy(module.state_dict())
+    with falls_back("mutates-buffer"):
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+    same(dict(module.state_dict()), dict(before), 0.0)
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        same(fast(x), plain(x), 0.0)
+    same(dict(module.state_dict()), dict(plain.state_dict()), 0.0)
+
+
 class Jacobian(nn.Module):
     def __init__(self) -> None:
         super().__init__()
