@@ -22,8 +22,7 @@ from ovshim.errors import (
 )
 from ovshim.options import Options
 from ovshim.runtime import Device, devices
-
-__version__ = "0.1.0"
+from ovshim.version import __version__ as __version__
 
 __all__ = [
     "ArtifactError",

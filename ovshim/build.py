@@ -11,13 +11,16 @@ Whatever goes wrong on the way becomes a plan that eager serves, with the reason
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import platform
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ovshim import proof, runtime
@@ -27,7 +30,7 @@ from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
-from ovshim.hit import from_cache, keep_verdict
+from ovshim.hit import from_cache, head_of, keep_verdict
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
@@ -38,6 +41,7 @@ from ovshim.reasons import reason
 from ovshim.record import Record, Rung
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
+from ovshim.version import __version__
 
 __all__ = ["build"]
 
@@ -151,19 +155,30 @@ def _family(job: Job) -> tuple[str | None, str | None]:
     """The key of the job, or None and why it has none."""
     if not job.store.enabled:
         return None, job.store.problem or "the cache is off"
-    options = job.options
-    decisive = [job.precision, options.device, sorted(options.properties.items()), job.tolerance]
-    decisive += [] if job.lowering is None else [job.lowering.key]
+    decisive = {
+        "device": job.options.device,
+        "lowering": None if job.lowering is None else job.lowering.key,
+        "precision": job.precision,
+        "properties": dict(job.options.properties),
+        "tolerance": job.tolerance,
+    }
     try:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=f"{job.kind} grad={job.grad}",
-            options=repr(decisive),
-            environment={"torch": torch.__version__, "openvino": runtime.version()},
+            inputs=json.dumps({"kind": str(job.kind), "grad": job.grad}),
+            options=json.dumps(decisive, sort_keys=True),
+            environment={
+                "numpy": np.__version__,
+                "openvino": runtime.version(),
+                "ovshim": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
         )
     except Unkeyable as unkeyable:
         return None, str(unkeyable)
+    job.fingerprint = found.parts
     return found.key, None
 
 
@@ -237,7 +252,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         raise
     record = record.proved(found, sizes_of(job.leaves))
     if entry is not None:
-        entry = job.store.amend(entry, "proof", record.proof(job.precision))
+        found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}
+        entry = job.store.amend(entry, "proof", found_out)
     return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
 
 
@@ -279,10 +295,8 @@ def _publish(
         runtime.openvino().save_model(captured.model, target, compress_to_fp16=False)
 
     if family is not None:
-        graph = record.graph(job.kind)
-        head = {"module": type(job.module).__qualname__, "method": job.method, "graph": graph}
         try:
-            entry = job.store.publish(family, record.variant(job.kind), write, head)
+            entry = job.store.publish(family, record.variant(job.kind), write, head_of(job, record))
             lease = job.store.hold(entry)
             if lease is not None:
                 return entry.file("model.xml"), entry, lease.release

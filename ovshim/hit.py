@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = ["from_cache", "keep_verdict"]
+__all__ = ["from_cache", "head_of", "keep_verdict"]
 
 log = logging.getLogger("ovshim")
 
@@ -101,6 +102,16 @@ def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, flo
     return served, proof.prove_small(eager_of(job), served, tensors, seen)
 
 
+def head_of(job: Job, record: Record) -> dict[str, Any]:
+    """What the manifest of an entry says from the beginning."""
+    return {
+        "module": type(job.module).__qualname__,
+        "method": job.method,
+        "fingerprint": dict(job.fingerprint),
+        "graph": record.graph(job.kind),
+    }
+
+
 def keep_verdict(job: Job, family: str, why: Reason) -> None:
     """Let no process look for again what is so for good."""
     if why.code not in _FOR_GOOD or job.weights_moved():
@@ -108,12 +119,7 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
     record = Record(pattern, (), (), "", (), (), verdict=why)
-    head = {
-        "module": type(job.module).__qualname__,
-        "method": job.method,
-        "graph": record.graph(job.kind),
-        "verdict": why.to_dict(),
-    }
+    head = {**head_of(job, record), "verdict": why.to_dict()}
     try:
         job.store.publish(family, record.variant(job.kind), lambda directory: None, head)
     except StoreError as error:

@@ -60,6 +60,7 @@ class Job:
         pause: called between stages; may wait, or raise BuildStopped.
         lenient: whether a call of the user's began it, who then gets eager and not an error.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
+        fingerprint: in parts, all that decides the graph; empty where nothing is cached.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
     """
@@ -79,6 +80,7 @@ class Job:
     pause: Callable[[], None] | None = None
     lenient: bool = False
     lowering: Lowering | None = None
+    fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
     precision_run: str | None = None
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()

@@ -24,7 +24,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovshim.cache import Entry, Lease, Store, StoreError, entries, files, upkeep
+from ovshim.cache import Entry, Lease, Store, StoreError, files, upkeep
+from ovshim.cache import entry as entry_file
 
 FAMILY, VARIANT = "abc0", "01"
 BIN = bytes(range(256)) * 20
@@ -440,7 +441,8 @@ class Failing:
 def use(root: Path) -> None:
     """All that a build and a hit ask of a store, and what must hold whatever fails in it."""
     store = Store(root)
-    with store.lock(FAMILY, 0.2):
+    store.died_building(FAMILY)
+    with store.marked(FAMILY), store.lock(FAMILY, 0.2):
         for entry in store.entries(FAMILY):
             assert is_sound(entry)
         try:
@@ -1029,13 +1031,13 @@ def test_an_entry_that_vanishes_while_it_is_read_is_no_damage(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     entry = store.publish(FAMILY, VARIANT, write, {})
-    real = entries.files.checksum
+    real = entry_file.files.checksum
 
     def vanish(path: Path) -> tuple[int, str]:
         upkeep.erase(entry.path)
         return real(path)
 
-    monkeypatch.setattr(entries.files, "checksum", vanish)
+    monkeypatch.setattr(entry_file.files, "checksum", vanish)
     assert store.entries(FAMILY) == []
     assert "damaged" not in caplog.text
 

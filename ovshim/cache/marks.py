@@ -15,6 +15,8 @@ from typing import Any
 
 import filelock
 
+from ovshim.cache.upkeep import attempt, children
+
 __all__ = ["left_behind", "marked"]
 
 _log = logging.getLogger("ovshim")
@@ -45,7 +47,9 @@ def marked(directory: Path, family: str, **options: Any) -> Iterator[None]:
 def left_behind(directory: Path, family: str, **options: Any) -> bool:
     """Whether a process has died in a build of this family. Its mark is taken away."""
     found = False
-    for path in directory.glob(f"{family}.*"):
+    for path in children(directory):
+        if not path.name.startswith(f"{family}."):
+            continue
         lock = filelock.FileLock(path, **options)
         try:
             lock.acquire(timeout=0)
@@ -58,11 +62,8 @@ def left_behind(directory: Path, family: str, **options: Any) -> bool:
 
 
 def _remove(path: Path, lock: filelock.BaseFileLock) -> None:
-    # Before it is unlocked: nobody must find it free.
-    try:
-        path.unlink(missing_ok=True)
-        lock.release()
-    except OSError as error:  # on Windows a locked file cannot be removed
-        _log.debug("%s: %s", path, error)
-        lock.release()
-        path.unlink(missing_ok=True)
+    # Before it is unlocked: nobody must find it free. On Windows a locked file cannot be removed.
+    gone = attempt("remove a mark", lambda: path.unlink(missing_ok=True))
+    attempt("unlock", lock.release)
+    if not gone:
+        attempt("remove a mark", lambda: path.unlink(missing_ok=True))
