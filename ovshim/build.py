@@ -38,7 +38,7 @@ from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import ProofFailedError
 from ovshim.reasons import reason
-from ovshim.record import Record, Rung
+from ovshim.record import LADDER, Record, Rung
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
 from ovshim.version import __version__
@@ -47,15 +47,6 @@ __all__ = ["build"]
 
 log = logging.getLogger("ovshim")
 
-# Tried in this order while compiling or proving fails. Each has cured a miscompiled graph: a mask
-# expanded into attention on dynamic shapes and a decoder's prefill (snippets off), a length equal
-# to the width of a head (every size open).
-_LADDER = (
-    Rung(),
-    Rung("snippets off", properties=(("SNIPPETS_MODE", "DISABLE"),)),
-    Rung("all sizes open", sizes="all"),
-    Rung("static sizes", sizes="none"),
-)
 # Said of a module that stays as it is; where it was changed meanwhile they mean nothing.
 _OF_ONE_MODULE = frozenset(
     {"nondeterministic", "proof-failed", "capture-failed", "compile-failed", "infer-failed"}
@@ -200,7 +191,7 @@ def _from_capture(job: Job, family: str | None) -> Plan:
     if not any(isinstance(seen.leaves[i], torch.Tensor) for i in _wanted(seen)):
         raise BuildStopped(reason("capture-failed", "no output is a tensor that is computed"))
     first: BuildStopped | None = None
-    for rung in _LADDER:
+    for rung in LADDER:
         if rung.properties and first is not None and first.reason.code == "compile-failed":
             continue  # how a graph is run does not make it compile
         try:

@@ -13,7 +13,6 @@ from ovshim import proof
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
 from ovshim.generation import GuardFailedError
-from ovshim.guards import BadGuardError
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.plan import Plan, Served
@@ -36,20 +35,29 @@ _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) |
 def from_cache(job: Job, family: str) -> Plan | None:
     """A plan out of an entry that fits the job; None where there is none."""
     for entry in job.store.entries(family):
+        if "proof" not in entry.manifest and "verdict" not in entry.manifest:
+            continue  # somebody is about to prove it, or has died of that
         try:
-            record = Record.of_entry(entry, job.kind)
-        except (BadGuardError, KeyError, TypeError, ValueError) as error:
-            log.info("the entry %s is passed over: %s", entry.path, error)
+            plan = _if_it_fits(job, entry)
+        except BuildStopped:
+            raise
+        except Exception:  # of a manifest or a graph that is not as we write them: a miss
+            log.info("the entry %s does not serve", entry.path, exc_info=True)
+            job.store.discard(entry)
             continue
-        if not record.fits(sizes_of(job.leaves)):
-            job.open_sizes(record.pattern, record.pinned)
-            continue
-        if record.verdict is None and not record.opens(job.dynamic):
-            continue  # it was built for fewer sizes than this job is told to keep open
-        plan = _from_entry(job, entry, record)
         if plan is not None:
             return plan
     return None
+
+
+def _if_it_fits(job: Job, entry: Entry) -> Plan | None:
+    record = Record.of_entry(entry, job.kind)
+    if not record.fits(sizes_of(job.leaves)):
+        job.open_sizes(record.pattern, record.pinned)
+        return None
+    if record.verdict is None and not record.opens(job.dynamic):
+        return None  # it was built for fewer sizes than this job is told to keep open
+    return _from_entry(job, entry, record)
 
 
 def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:

@@ -75,9 +75,9 @@ def paths(room: Path) -> list[Path]:
 
 
 def sweep(room: Path) -> None:
-    """Removes what has lain for a day in v1/tmp and v1/quarantine."""
+    """Removes what has lain for a day in v1/tmp, v1/quarantine and v1/marks."""
     now = time.time()
-    for name in ("tmp", "quarantine"):
+    for name in ("tmp", "quarantine", "marks"):
         for path in children(room / name):
             # Distance, not age: after a clock went back all files lie in the future.
             if abs(now - modified(path)) > DAY:
