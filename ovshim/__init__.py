@@ -20,6 +20,7 @@ from ovshim.errors import (
     OvshimWarning,
     PrecisionWarning,
 )
+from ovshim.loaded import load
 from ovshim.options import Options
 from ovshim.runtime import Device, devices
 from ovshim.version import __version__ as __version__
@@ -39,6 +40,7 @@ __all__ = [
     "accelerate",
     "devices",
     "explain",
+    "load",
 ]
 
 logging.getLogger("ovshim").addHandler(logging.NullHandler())

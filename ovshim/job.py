@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -61,6 +62,7 @@ class Job:
         lenient: whether a call of the user's began it, who then gets eager and not an error.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
         fingerprint: in parts, all that decides the graph; empty where nothing is cached.
+        source, hint: the IR that was compiled, and the precision that OpenVINO was told.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
     """
@@ -81,6 +83,8 @@ class Job:
     lenient: bool = False
     lowering: Lowering | None = None
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: Path | None = None
+    hint: str = ""
     precision_run: str | None = None
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()

@@ -34,6 +34,7 @@ FLOORS: dict[str, set[str]] = {
     "2b": {"preflight", "verify", "race", "generation", "child"},
     "2c": {"infer", "capture", "precision"},
     "3": {
+        "artifact",
         "auto",
         "background",
         "build",
@@ -59,6 +60,7 @@ FLOORS: dict[str, set[str]] = {
         "bound",
         "cli",
         "handle",
+        "loaded",
         "parts",
         "scope",
         "serve",

@@ -59,10 +59,11 @@ class Case:
         patch.setattr(build, "_from_cache_or_capture", missed)
 
     def accelerated(self) -> str:
-        """How the cache answered, after a check of the answer."""
+        """How the cache answered, after a check of the answer: a graph that the proof of a hit lets
+        pass is right within its tolerance there, and about so elsewhere."""
         fast = ovshim.accelerate(self.module, self.x, cache_dir=self.root, prefer="openvino")
         with torch.inference_mode():
-            same(fast(self.x), self.expected)
+            same(fast(self.x), self.expected, tolerance=1e-2)
         (plan,) = ovshim.explain(fast).plans
         str(ovshim.explain(fast))
         assert plan["reason"] is None or plan["reason"]["code"] != "build-failed"
