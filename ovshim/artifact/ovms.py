@@ -107,6 +107,13 @@ def _write(directory: Path, plan: Plan, call: Callable[..., Any]) -> None:
     distinct = distinct_tensors(plan.kind)
     taken = [n for n, i in enumerate(plan.kind.tensors) if i in distinct]
     model = runtime.core().read_model(str(graph.source))
+    for result in model.get_results():
+        source = result.input_value(0)
+        if source.get_node().get_type_name() == "Parameter":
+            # One tensor has one set of names: the output's would take the place of the input's.
+            apart = runtime.openvino().opset16.identity(source)
+            result.input(0).replace_source_output(apart.output(0))
+    model.validate_nodes_and_infer_types()
     for port, n in zip(model.inputs, taken, strict=True):
         port.get_tensor().set_names({inputs[n]})
     checked = (IN_RANGE,) if len(model.outputs) > len(outputs) else ()
