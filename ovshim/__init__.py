@@ -20,6 +20,7 @@ from ovshim.errors import (
     OvshimWarning,
     PrecisionWarning,
 )
+from ovshim.foreign import from_onnx
 from ovshim.loaded import load
 from ovshim.options import Options
 from ovshim.runtime import Device, devices
@@ -40,6 +41,7 @@ __all__ = [
     "accelerate",
     "devices",
     "explain",
+    "from_onnx",
     "load",
 ]
 

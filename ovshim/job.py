@@ -15,6 +15,7 @@ from torch import nn
 from ovshim.cache import Store
 from ovshim.errors import PrecisionWarning
 from ovshim.generation import Generation
+from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
 from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look
@@ -135,7 +136,8 @@ class Job:
     def tolerance(self) -> float | None:
         """None where the module runs in its own low precision and its upcast is the measure."""
         own = _OWN_PRECISION.get(own_dtype(self.module))
-        if self.options.tolerance is None and own == self.precision and own != "fp32":
+        upcast = not isinstance(self.module, OnnxModule)
+        if self.options.tolerance is None and own == self.precision and own != "fp32" and upcast:
             return None
         asked = self.options.precision
         if isinstance(asked, Mapping):
@@ -203,6 +205,8 @@ class Job:
 
 def own_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of most of the module's floating parameters; float32 where it has none."""
+    if isinstance(module, OnnxModule):
+        return module.dtype
     amounts: dict[torch.dtype, int] = {}
     for parameter in module.parameters():
         if parameter.dtype.is_floating_point:
