@@ -284,7 +284,7 @@ def _by_runtime(model: Path | bytes, outputs: list[str]) -> Callable[[dict[str, 
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors, which are raised besides
+    options.log_severity_level = 4  # errors are raised; on the console they would be told twice
     options.intra_op_num_threads = torch.get_num_threads()
     source = model if isinstance(model, bytes) else str(model)
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
