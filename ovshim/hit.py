@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ovshim import proof
+from ovshim import proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
 from ovshim.generation import GuardFailedError
@@ -30,6 +30,8 @@ log = logging.getLogger("ovshim")
 # second sort it may depend on the call's sizes too.
 _OF_SIZES = frozenset({"proof-failed", "compile-failed"})
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
+# What kernels make of a graph, another processor's may make otherwise: a cache may be an image's.
+_OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
 
 def from_cache(job: Job, family: str) -> Plan | None:
@@ -67,6 +69,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         log.debug("the entry %s is for something else: %s", entry.path, failed)
         return None
     if record.verdict is not None:
+        if record.processor not in ("", runtime.processor()):
+            return None
         return eager_plan(job, record.verdict, entry, record.pattern)
     lease = job.store.hold(entry)
     if lease is None:
@@ -126,7 +130,8 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
         return
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
-    record = Record(pattern, (), (), "", (), (), verdict=why)
+    processor = runtime.processor() if why.code in _OF_PROCESSOR else ""
+    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor)
     head = {**head_of(job, record), "verdict": why.to_dict()}
     try:
         job.store.publish(family, record.variant(job.kind), lambda directory: None, head)

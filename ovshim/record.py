@@ -66,6 +66,7 @@ class Record:
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
         verdict: why eager serves in its place, where that was found for good.
+        processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
         rest: for int8, the precision that the rest is fastest in, by processor and threads.
@@ -86,6 +87,7 @@ class Record:
     sizes: tuple[tuple[int, ...], ...] = ()
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
     verdict: Reason | None = None
+    processor: str = ""
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -161,6 +163,7 @@ class Record:
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
             "lowered": dict(self.lowered),
+            "processor": self.processor,
         }
 
     def variant(self, kind: Kind) -> str:
@@ -215,6 +218,7 @@ class Record:
                 _sizes(m, pattern) for m in entry.manifest.get("met") or proof.get("met", ())
             ),
             verdict=None if verdict is None else _reason(verdict),
+            processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
             rest=rest,
