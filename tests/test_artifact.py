@@ -165,7 +165,7 @@ def test_dataclasses_come_as_their_fields(tmp_path: Path) -> None:
         answer["nothing"]
 
 
-def test_named_tuples_and_model_outputs(tmp_path: Path) -> None:
+def test_named_tuples(tmp_path: Path) -> None:
     module, x = make(ToNamedTuple), torch.randn(3, 8)
     loaded = round_trip(accelerated(module, x), tmp_path / "x")
     with torch.no_grad():
@@ -173,6 +173,9 @@ def test_named_tuples_and_model_outputs(tmp_path: Path) -> None:
         same(answer.near, module(x).near)
     assert (answer.far, answer.count, type(answer).__name__) == (None, 3, "Points")
 
+
+@pytest.mark.slow
+def test_model_outputs(tmp_path: Path) -> None:
     bert, ids = small_bert(), torch.randint(0, 100, (2, 7))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     loaded = round_trip(accelerated(bert, example), tmp_path / "bert")
@@ -184,6 +187,15 @@ def test_named_tuples_and_model_outputs(tmp_path: Path) -> None:
     assert list(answer) == list(expected)
     with pytest.raises(FallbackError, match="outside of its table"):
         loaded(input_ids=ids + 100, attention_mask=example["attention_mask"])
+
+
+def test_an_index_beside_its_table(tmp_path: Path) -> None:
+    module, ids = nn.Sequential(nn.Embedding(9, 8), nn.Tanh()).eval(), torch.tensor([[1, 2, 8]])
+    loaded = round_trip(accelerated(module, ids), tmp_path / "x")
+    with torch.no_grad():
+        same(loaded(ids), module(ids))
+    with pytest.raises(FallbackError, match="outside of its table"):
+        loaded(ids + 1)
 
 
 def test_every_kind_of_call_that_was_planned(tmp_path: Path) -> None:
@@ -199,7 +211,8 @@ def test_every_kind_of_call_that_was_planned(tmp_path: Path) -> None:
         loaded(x, mask=mask)
 
 
-def test_precision_and_options_are_kept(mlp: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_precision_is_kept(mlp: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(3, 8)
     fast = accelerated(mlp, x, precision="int8_weights")
     loaded = round_trip(fast, tmp_path / "x")

@@ -408,7 +408,7 @@ class File:
         self.file = file
         for name in ("read", "readinto", "write", "flush"):
             if hasattr(file, name):
-                setattr(self, name, failing.wrapped(name, getattr(file, name)))
+                setattr(self, name, failing.wrapped(name, getattr(file, name), anywhere=True))
 
     def __enter__(self) -> "File":
         return self
@@ -421,9 +421,14 @@ class File:
 
 
 class Failing:
-    """Makes the n-th of the store's system calls fail, or all from there on, and counts them."""
+    """Makes the n-th of the store's system calls fail, or all from there on, and counts them.
 
-    def __init__(self, patch: pytest.MonkeyPatch, lasting: bool = False) -> None:
+    within: only calls that name a path in this directory."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, lasting: bool = False, within: Path | None = None
+    ) -> None:
+        self.within = "" if within is None else str(within)
         self.count = 0
         self.fail_at = -1
         self.error = errno.EIO
@@ -445,9 +450,15 @@ class Failing:
 
             patch.setattr(fcntl, "flock", self.wrapped("flock", fcntl.flock))
 
-    def wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def concerns(self, *args: Any) -> bool:
+        named = str(args[0]) if args else ""
+        return self.active and named.startswith(self.within)
+
+    def wrapped(
+        self, name: str, call: Callable[..., Any], anywhere: bool = False
+    ) -> Callable[..., Any]:
         def system_call(*args: Any, **kwargs: Any) -> Any:
-            if self.active:
+            if self.concerns(*args) or (anywhere and self.active):
                 self.count += 1
                 if self.count == self.fail_at or (self.lasting and self.count > self.fail_at > 0):
                     self.what = name

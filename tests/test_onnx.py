@@ -372,6 +372,7 @@ def test_rules_by_module_path_have_no_modules() -> None:
         net(torch.randn(3, 8))
 
 
+@pytest.mark.slow
 def test_calibrated() -> None:
     data = [torch.randn(4, 8) for _ in range(20)]
     net = opened(mlp(), precision="int8", calibration=data)
