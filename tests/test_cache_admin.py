@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -362,3 +364,54 @@ def test_warm_says_what_is_not_in_the_cache(
     code = main(["warm", "warmed_models:random", "--example", "warmed_models:one"])
     assert code == 1
     assert "draws random numbers" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ real mounts
+
+
+MOUNTED = """
+import logging, sys
+import torch, ovshim
+from modules import Scaled, make
+
+said = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("ovshim").addHandler(handler)
+module, x = make(Scaled), torch.ones(3, 8)
+fast = ovshim.accelerate(module, x, cache_dir=sys.argv[1], prefer="openvino")
+with torch.inference_mode():
+    assert torch.allclose(fast(x), module(x), atol=1e-5)
+(plan,) = ovshim.explain(fast).plans
+print(plan["path"], plan["cache"], len(said))
+"""
+
+
+def mounted(command: str, root: Path) -> str:
+    """What the script prints with a mount of its own, which nobody else sees."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "true"], check=False).returncode:
+        pytest.skip("nobody may mount here")
+    script = f'{command} && exec "$0" -c "$1" "$2"'
+    places = [str(Path(__file__).parent), *sys.path]
+    done = subprocess.run(
+        [unshare, "-rm", "sh", "-c", script, sys.executable, MOUNTED, str(root)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["4k", "8k"])
+def test_a_disk_that_is_full(tmp_path: Path, size: str) -> None:
+    said = mounted(f"mount -t tmpfs -o size={size},mode=700 tmpfs {tmp_path}", tmp_path)
+    assert said == "openvino off 1"
+
+
+@pytest.mark.slow
+def test_a_read_only_mount(tmp_path: Path) -> None:
+    assert mounted("true", tmp_path) == "openvino miss 0"
+    read_only = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}"
+    assert mounted(read_only, tmp_path) == "openvino hit 0"

@@ -234,6 +234,9 @@ class Store:
             raise ValueError(f"reserved in a manifest: {section!r}")
         if self.root is None:
             return entry
+        if not os.access(self._room, os.W_OK):
+            self._once("read-only", "%s can only be read: nothing more is kept in it", self.root)
+            return entry
         # Not the family's own lock: a builder holds that for as long as it builds.
         with self._locked(f"{entry.family}.amend.lock", _AMEND_SECONDS):
             temporary: Path | None = None
