@@ -490,3 +490,26 @@ def test_options() -> None:
     with pytest.raises(OptionError, match="dynamic_shapes"):
         ovshim.from_onnx(mlp(), dynamic_shapes={"nothing": {0: "n"}})
     assert ovshim.from_onnx(mlp(), hint="throughput").ovshim.options.hint == "throughput"  # type: ignore[union-attr]
+
+
+def test_indices_of_any_rank_and_along_any_axis() -> None:
+    nodes = [
+        helper.make_node("Gather", ["table", "one"], ["row"]),
+        helper.make_node("GatherElements", ["x", "where"], ["picked"], axis=1),
+    ]
+    proto = model(
+        nodes,
+        [("one", INT64, []), ("x", FLOAT, ["N", 4]), ("where", INT64, ["N", 2])],
+        [("row", FLOAT, [4]), ("picked", FLOAT, ["N", 2])],
+        table=weights(9, 4),
+    )
+    net = opened(proto)
+    x, where = torch.randn(3, 4), torch.tensor([[0, 3], [-4, 1], [2, 2]])
+    net.ovshim.warm((torch.tensor(2), x, where))
+    one = torch.tensor(-9)
+    for mine, other in zip(net(one, x, where), expected(proto, one, x, where), strict=True):
+        same(mine, other)
+    assert served(net) == 1
+    for wrong in ((torch.tensor(9), x, where), (one, x, where + 2)):
+        with pytest.raises(Exception, match=r"(?i)out of (data )?(bounds|range)"):
+            net(*wrong)
