@@ -56,7 +56,8 @@ def load(
     chosen = resolve(options, {**fields, "cache_dir": False, "strict": True})
     default = Options(cache_dir=False, strict=True)
     for name in set(Options.__dataclass_fields__) - _TAKEN - {"cache_dir"}:
-        if getattr(chosen, name) != getattr(default, name):
+        harmless = (getattr(default, name), "openvino" if name == "prefer" else None)
+        if getattr(chosen, name) not in harmless:
             given = getattr(chosen, name)
             remedy = "Give it to accelerate() before the artifact is saved."
             raise OptionError(name, given, f"nothing but {', '.join(sorted(_TAKEN))}", remedy)

@@ -284,7 +284,9 @@ def test_options_that_do(saved: Path) -> None:
     loaded: Any = ovshim.load(saved, hint="throughput", streams=2, threads=2)
     assert loaded(torch.randn(3, 8)).shape == (3, 4)
     assert loaded.ovshim.options.streams == 2
-    assert ovshim.load(saved, options=ovshim.Options(threads=1))(torch.randn(3, 8)).shape == (3, 4)
+    shared = ovshim.Options(threads=1, prefer="openvino", cache_dir=saved.parent / "cache")
+    assert ovshim.load(saved, options=shared)(torch.randn(3, 8)).shape == (3, 4)
+    assert not (saved.parent / "cache").exists()
 
 
 # ------------------------------------------------------------------ what cannot be saved

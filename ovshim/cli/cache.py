@@ -59,7 +59,8 @@ def _info(chosen: argparse.Namespace) -> int:
         f"{found.entries} entries, {_size(found.bytes)} of {_size(found.max_size)}",
         *([f"{_size(found.quarantined)} in quarantine"] if found.quarantined else []),
     ]
-    _print(chosen, found.to_dict(), lines)
+    if found.directory is not None or chosen.json:
+        _print(chosen, found.to_dict(), lines)
     return _usable(found)
 
 
