@@ -79,7 +79,9 @@ def _built(job: Job, precision: str) -> Plan:
     if callable(options.tolerance) and tolerance is not None:
         tolerance = _FAR_OFF
     changed = dataclasses.replace(options, precision=precision, tolerance=tolerance)
-    return build(dataclasses.replace(job, options=changed, lowering=None, warnings=()))
+    return build(
+        dataclasses.replace(job, options=changed, candidate=True, lowering=None, warnings=())
+    )
 
 
 def _where(job: Job, samples: Samples | None) -> str | None:

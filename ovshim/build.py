@@ -47,6 +47,7 @@ __all__ = ["build"]
 
 log = logging.getLogger("ovshim")
 
+_PATIENCE_SECONDS = 2.0
 # Said of a module that stays as it is; where it was changed meanwhile they mean nothing.
 _OF_ONE_MODULE = frozenset(
     {"nondeterministic", "proof-failed", "capture-failed", "compile-failed", "infer-failed"}
@@ -97,8 +98,14 @@ def _build(job: Job) -> Plan:
 
 
 def _alone(job: Job, family: str) -> Plan:
-    # Whoever else builds the same thing is waited for: its entry is then a hit.
-    with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
+    # Whoever else builds the same thing is waited for: its entry is then a hit. But not long by who
+    # has a call to answer; eager does, and looks again some calls later.
+    seconds = min(_PATIENCE_SECONDS, job.seconds_left()) if job.hurried else job.seconds_left()
+    began = time.perf_counter()
+    with job.store.lock(family, timeout=seconds, meanwhile=job.check_time) as held:
+        # Without a lock at once: there are none here.
+        if not held and job.hurried and time.perf_counter() - began >= seconds:
+            raise BuildStopped(reason("building", "somebody else makes the same"))
         return _from_cache_or_capture(job, family)
 
 

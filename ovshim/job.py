@@ -61,6 +61,7 @@ class Job:
         began: the state of the module when the job was made, where other threads may change it.
         pause: called between stages; may wait, or raise BuildStopped.
         lenient: whether a call of the user's began it, who then gets eager and not an error.
+        candidate: whether it is one of several between which is decided afterwards.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
         fingerprint: in parts, all that decides the graph; empty where nothing is cached.
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
@@ -82,6 +83,7 @@ class Job:
     began: Generation | None = None
     pause: Callable[[], None] | None = None
     lenient: bool = False
+    candidate: bool = False
     lowering: Lowering | None = None
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
     source: Path | None = None
@@ -109,6 +111,11 @@ class Job:
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
         return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+
+    @property
+    def hurried(self) -> bool:
+        """Whether somebody waits for the answer to a call until this is built."""
+        return self.lenient and self.apart is None and not self.candidate
 
     @property
     def precision(self) -> str:
