@@ -20,10 +20,11 @@ from ovshim.errors import (
     OvshimWarning,
     PrecisionWarning,
 )
+from ovshim.foreign import from_onnx
+from ovshim.loaded import load
 from ovshim.options import Options
 from ovshim.runtime import Device, devices
-
-__version__ = "0.1.0"
+from ovshim.version import __version__ as __version__
 
 __all__ = [
     "ArtifactError",
@@ -40,6 +41,8 @@ __all__ = [
     "accelerate",
     "devices",
     "explain",
+    "from_onnx",
+    "load",
 ]
 
 logging.getLogger("ovshim").addHandler(logging.NullHandler())

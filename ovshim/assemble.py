@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,27 @@ from ovshim.guards import roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import rest_of, warnings_of
-from ovshim.matcher import Output, compile_builder, compile_matcher
-from ovshim.plan import Plan, Served
+from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
+from ovshim.plan import Graph, Plan, Served
 from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.shapes import ordered_keywords
-from ovshim.signature import Pattern, sizes_of
-from ovshim.single import SingleThreadEngine
+from ovshim.signature import Kind, Pattern, sizes_of
+from ovshim.single import engine_for
 from ovshim.tiny import fastest
 from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
 
-__all__ = ["eager_of", "eager_plan", "engine_of", "generation_of", "plan_of", "served_by"]
+__all__ = [
+    "eager_of",
+    "eager_plan",
+    "engine_of",
+    "generation_of",
+    "matcher_of",
+    "plan_of",
+    "served_by",
+]
 
 
 def generation_of(job: Job, record: Record) -> Generation:
@@ -45,6 +53,7 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
         precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
     else:
         precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
+    job.source, job.hint = source, precision
 
     def compiled(further: Mapping[str, Any]) -> Engine:
         return _compiled(job, source, record, precision, further)
@@ -73,9 +82,7 @@ def _compiled(
         job.precision_run = runtime.precision_run(compiled)
         job.modules_run, job.warnings = warnings_of(job, compiled)
         verdict = (torch.bool,) if record.checked else ()
-        alone = runtime.hides_failures(compiled, job.placement["threads"])
-        engine = SingleThreadEngine if alone else Engine
-        return engine(compiled, inputs, (*record.dtypes, *verdict))
+        return engine_for(compiled, job.placement["threads"], inputs, (*record.dtypes, *verdict))
     except (RuntimeError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         raise BuildStopped(reason("compile-failed", detail)) from error
@@ -101,11 +108,22 @@ def served_by(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
         else:
             outputs.append(Output(value=leaf))
     builder = compile_builder(seen.structure, outputs)
-    return Served(engine, inputs, builder, record.checked)
+    return Served(engine, inputs, builder, tuple(outputs), seen.structure, record.checked)
 
 
 def eager_of(job: Job) -> Eager:
     return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance)
+
+
+def matcher_of(
+    kind: Kind, pattern: Pattern, size_guards: Sequence[str], ordered: Sequence[str]
+) -> Matcher:
+    """Tells which calls a plan is for."""
+    # It never meets a size of 0 that its proof has not seen: kernels differ there.
+    open_ = [
+        f"s{t}[{d}] > 0" for t, dims in enumerate(pattern) for d, n in enumerate(dims) if n is None
+    ]
+    return compile_matcher(kind, pattern, [*size_guards, *open_], ordered=ordered)
 
 
 def plan_of(
@@ -116,24 +134,14 @@ def plan_of(
     cache: str,
     entry: Entry | None,
 ) -> Plan:
-    # A plan never meets a size of 0 that its proof has not seen: kernels differ there.
-    open_ = [
-        f"s{t}[{d}] > 0"
-        for t, dims in enumerate(record.pattern)
-        for d, n in enumerate(dims)
-        if n is None
-    ]
+    ordered = ordered_keywords(job.call, job.arguments()[1])
+    assert job.source is not None
     inputs = range(len(job.tensors)) if served.inputs is None else served.inputs
     by_engine = {i: n for n, i in enumerate(inputs) if i in usual(job.tensors, record.limits)}
     plan = Plan(
         kind=job.kind,
         pattern=record.pattern,
-        match=compile_matcher(
-            job.kind,
-            record.pattern,
-            [*record.size_guards, *open_],
-            ordered=ordered_keywords(job.call, job.arguments()[1]),
-        ),
+        match=matcher_of(job.kind, record.pattern, record.size_guards, ordered),
         values_fit=compile_value_check(job.tensors, record.limits),
         other_values_fit=compile_value_check(job.tensors, record.limits, beside=by_engine),
         served=served,
@@ -156,6 +164,20 @@ def plan_of(
         size_guards=record.size_guards,
         value_guards=record.value_guards,
         pinned=record.pinned,
+        graph=Graph(
+            source=job.source,
+            hint=job.hint,
+            properties=record.rung.properties,
+            structure=served.structure,
+            outputs=served.outputs,
+            dtypes=record.dtypes,
+            limits=record.limits,
+            ordered=tuple(ordered),
+            leaves=job.leaves,
+            met=record.met,
+            # int8 is right within the range that calibration has shown it.
+            drawn=job.lowering is None or job.lowering.samples is None,
+        ),
         seconds=job.seconds,
     )
     served.engine.check(by_engine.values())

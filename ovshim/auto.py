@@ -60,7 +60,8 @@ def build_auto(job: Job) -> Plan:
             return own
         where = _where(job, samples)
         entry = _entry_of(job, own)
-        known = {} if entry is None else dict(entry.manifest.get("auto") or {})
+        found = None if entry is None else entry.manifest.get("auto")
+        known = found if isinstance(found, dict) else {}
         plan = _remembered(job, own, known.get(where)) if where else None
         if plan is None:
             plan = _chosen(job, own, samples)
@@ -78,7 +79,9 @@ def _built(job: Job, precision: str) -> Plan:
     if callable(options.tolerance) and tolerance is not None:
         tolerance = _FAR_OFF
     changed = dataclasses.replace(options, precision=precision, tolerance=tolerance)
-    return build(dataclasses.replace(job, options=changed, lowering=None, warnings=()))
+    return build(
+        dataclasses.replace(job, options=changed, candidate=True, lowering=None, warnings=())
+    )
 
 
 def _where(job: Job, samples: Samples | None) -> str | None:
@@ -106,7 +109,9 @@ def _remembered(job: Job, own: Plan, decision: Any) -> Plan | None:
     if not isinstance(decision, Mapping):
         return None
     precision, rows = decision.get("chosen"), decision.get("candidates")
-    if not isinstance(precision, str) or not isinstance(rows, list):
+    if precision not in ("fp32", "fp16", "bf16", "int8") or not isinstance(rows, list):
+        return None
+    if not all(map(_is_row, rows)):
         return None
     plan = own if precision == own.precision else _built(job, precision)
     if plan is not own and plan.served is None:
@@ -138,6 +143,17 @@ def _chosen(job: Job, own: Plan, samples: Samples | None) -> Plan:
 def _row(precision: str, plan: Plan) -> Row:
     row: Row = {"precision": precision, "runs_in": plan.precision_run, "error": plan.error}
     return {**row, "p99": None, "seconds": None, "speedup": None, "bytes": plan.bytes, "why": None}
+
+
+def _is_row(stored: Any) -> bool:
+    """Whether a row out of a manifest, which others may have written, is one that reports show."""
+    texts, numbers = ("precision", "runs_in", "why"), ("error", "p99", "seconds", "speedup")
+    return (
+        isinstance(stored, dict)
+        and stored.keys() == {*texts, *numbers, "bytes", "chosen"}
+        and all(isinstance(stored[name], str | None) for name in texts)
+        and all(isinstance(stored[name], float | int | None) for name in (*numbers, "bytes"))
+    )
 
 
 def _admitted(job: Job, plan: Plan, samples: Samples | None, row: Row) -> bool:

@@ -11,13 +11,16 @@ Whatever goes wrong on the way becomes a plan that eager serves, with the reason
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import platform
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ovshim import proof, runtime
@@ -27,7 +30,7 @@ from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
-from ovshim.hit import from_cache, keep_verdict
+from ovshim.hit import from_cache, head_of, keep_verdict
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
@@ -35,23 +38,16 @@ from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
-from ovshim.record import Record, Rung
+from ovshim.record import LADDER, Record, Rung
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
+from ovshim.version import __version__
 
 __all__ = ["build"]
 
 log = logging.getLogger("ovshim")
 
-# Tried in this order while compiling or proving fails. Each has cured a miscompiled graph: a mask
-# expanded into attention on dynamic shapes and a decoder's prefill (snippets off), a length equal
-# to the width of a head (every size open).
-_LADDER = (
-    Rung(),
-    Rung("snippets off", properties=(("SNIPPETS_MODE", "DISABLE"),)),
-    Rung("all sizes open", sizes="all"),
-    Rung("static sizes", sizes="none"),
-)
+_PATIENCE_SECONDS = 2.0
 # Said of a module that stays as it is; where it was changed meanwhile they mean nothing.
 _OF_ONE_MODULE = frozenset(
     {"nondeterministic", "proof-failed", "capture-failed", "compile-failed", "infer-failed"}
@@ -102,8 +98,14 @@ def _build(job: Job) -> Plan:
 
 
 def _alone(job: Job, family: str) -> Plan:
-    # Whoever else builds the same thing is waited for: its entry is then a hit.
-    with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
+    # Whoever else builds the same thing is waited for: its entry is then a hit. But not long by who
+    # has a call to answer; eager does, and looks again some calls later.
+    seconds = min(_PATIENCE_SECONDS, job.seconds_left()) if job.hurried else job.seconds_left()
+    began = time.perf_counter()
+    with job.store.lock(family, timeout=seconds, meanwhile=job.check_time) as held:
+        # Without a lock at once: there are none here.
+        if not held and job.hurried and time.perf_counter() - began >= seconds:
+            raise BuildStopped(reason("building", "somebody else makes the same"))
         return _from_cache_or_capture(job, family)
 
 
@@ -151,19 +153,30 @@ def _family(job: Job) -> tuple[str | None, str | None]:
     """The key of the job, or None and why it has none."""
     if not job.store.enabled:
         return None, job.store.problem or "the cache is off"
-    options = job.options
-    decisive = [job.precision, options.device, sorted(options.properties.items()), job.tolerance]
-    decisive += [] if job.lowering is None else [job.lowering.key]
+    decisive = {
+        "device": job.options.device,
+        "lowering": None if job.lowering is None else job.lowering.key,
+        "precision": job.precision,
+        "properties": dict(job.options.properties),
+        "tolerance": job.tolerance,
+    }
     try:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=f"{job.kind} grad={job.grad}",
-            options=repr(decisive),
-            environment={"torch": torch.__version__, "openvino": runtime.version()},
+            inputs=json.dumps({"kind": str(job.kind), "grad": job.grad}),
+            options=json.dumps(decisive, sort_keys=True),
+            environment={
+                "numpy": np.__version__,
+                "openvino": runtime.version(),
+                "ovshim": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
         )
     except Unkeyable as unkeyable:
         return None, str(unkeyable)
+    job.fingerprint = found.parts
     return found.key, None
 
 
@@ -185,7 +198,7 @@ def _from_capture(job: Job, family: str | None) -> Plan:
     if not any(isinstance(seen.leaves[i], torch.Tensor) for i in _wanted(seen)):
         raise BuildStopped(reason("capture-failed", "no output is a tensor that is computed"))
     first: BuildStopped | None = None
-    for rung in _LADDER:
+    for rung in LADDER:
         if rung.properties and first is not None and first.reason.code == "compile-failed":
             continue  # how a graph is run does not make it compile
         try:
@@ -232,7 +245,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
             job.store.discard(entry)
         raise
     if entry is not None:
-        entry = job.store.amend(entry, "proof", record.proof(job.precision))
+        found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}
+        entry = job.store.amend(entry, "proof", found_out)
     return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
 
 
@@ -274,10 +288,8 @@ def _publish(
         runtime.openvino().save_model(captured.model, target, compress_to_fp16=False)
 
     if family is not None:
-        graph = record.graph(job.kind)
-        head = {"module": type(job.module).__qualname__, "method": job.method, "graph": graph}
         try:
-            entry = job.store.publish(family, record.variant(job.kind), write, head)
+            entry = job.store.publish(family, record.variant(job.kind), write, head_of(job, record))
             lease = job.store.hold(entry)
             if lease is not None:
                 return entry.file("model.xml"), entry, lease.release

@@ -55,6 +55,7 @@ class Dispatcher:
         original: the user's own method, run in eager; its `resolve()` gives the bound method.
         divide: see `planner.Planner`.
         quiet: warn of nothing.
+        make_planner: makes what makes the plans; None: as the options say.
 
     Attributes:
         tally: counts and tells what became of the calls.
@@ -68,6 +69,7 @@ class Dispatcher:
         options: Options,
         divide: Callable[[Job, Plan], Plan] | None = None,
         quiet: bool = False,
+        make_planner: Callable[..., Planner] | None = None,
     ) -> None:
         self.module = module
         self.original = original
@@ -75,8 +77,8 @@ class Dispatcher:
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
         self.tally = Tally(module, lambda: self._planner.plans, options.strict, quiet)
-        planner_class = LatePlanner if options.background else Planner
-        self._planner = planner_class(
+        make = make_planner or (LatePlanner if options.background else Planner)
+        self._planner = make(
             module, method, original, options, self._plans.__setitem__, self.tally.retire, divide
         )
         self._off = not enabled_in_environment()

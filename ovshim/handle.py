@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from ovshim.bound import installed
 from ovshim.dispatch import Dispatcher
+from ovshim.errors import ArtifactError, OptionError
 from ovshim.example import as_call
 from ovshim.options import Options
 from ovshim.report import Report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
 __all__ = ["Handle"]
@@ -144,6 +147,67 @@ class Handle:
         import asyncio
 
         return await asyncio.wrap_future(self.submit(*args, **kwargs))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write every graph that OpenVINO serves into a new directory, which `ovshim.load` makes a
+        module of, without this module's code, on other machines as well.
+
+        In it are the weights, one or more example inputs and eager's answers to them. Plans that
+        eager serves stay behind, with a FallbackWarning.
+
+        Raises ArtifactError: there is nothing to save, or the directory cannot be written.
+        """
+        from ovshim.artifact.save import save
+
+        where = Path(directory).expanduser().absolute()
+        dispatcher = self._forward(where)
+        if any(plan.cache == "artifact" for plan in dispatcher.plans):
+            what = "the module was itself loaded from an artifact."
+            raise ArtifactError(str(where), what, "Copy the directory that it was loaded from.")
+        save(self._module, self._call, dispatcher.plans, where)
+
+    def export(
+        self,
+        directory: str | os.PathLike[str],
+        layout: Literal["ovms"] = "ovms",
+        *,
+        name: str | None = None,
+    ) -> list[str]:
+        """Add every graph that OpenVINO serves to a model repository, for programs other than
+        Python. Returns the names of the models in it.
+
+        Args:
+            layout: "ovms": OpenVINO Model Server's: config.json, and a directory for each version.
+            name: of the model; None: that of the module's class, in lower case.
+
+        Raises:
+            ArtifactError: there is nothing to export, or the repository cannot be written.
+            OptionError: an unknown layout, a name that is none, a device of several.
+        """
+        from ovshim.artifact.ovms import LAYOUTS, export
+
+        if layout not in LAYOUTS:
+            raise OptionError("layout", layout, f"one of {', '.join(LAYOUTS)}", "Give 'ovms'.")
+        where = Path(directory).expanduser().absolute()
+        dispatcher = self._forward(where)
+        return export(self._module, self._call, dispatcher.plans, where, self.options, name)
+
+    def _forward(self, where: Path) -> Dispatcher:
+        """The dispatcher of `forward`, its plans complete; ArtifactError where others have some."""
+        self.wait()
+        bound = {name: b.dispatcher for name, b in installed(self._module).items()}
+        own = bound.pop("forward", None)
+        others = [n for n, d in bound.items() if isinstance(d, Dispatcher) and d.plans]
+        if others or not isinstance(own, Dispatcher):
+            what = f"of the methods {', '.join(bound)} no graph can be carried away."
+            remedy = "Accelerate a module whose forward does that, and save it."
+            raise ArtifactError(str(where), what, remedy)
+        return own
+
+    @property
+    def _call(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return installed(self._module)["forward"].original.resolve()  # type: ignore[no-any-return]
 
     @property
     def _dispatchers(self) -> Sequence[Dispatcher]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
+from typing import Any
 
 import torch
 
-from ovshim import proof
+from ovshim import proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
 from ovshim.generation import GuardFailedError
-from ovshim.guards import BadGuardError
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.plan import Plan, Served
@@ -22,7 +22,7 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = ["from_cache", "keep_verdict"]
+__all__ = ["from_cache", "head_of", "keep_verdict"]
 
 log = logging.getLogger("ovshim")
 
@@ -30,25 +30,36 @@ log = logging.getLogger("ovshim")
 # second sort it may depend on the call's sizes too.
 _OF_SIZES = frozenset({"proof-failed", "compile-failed"})
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
+# What kernels make of a graph, another processor's may make otherwise: a cache may be an image's.
+_OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
 
 def from_cache(job: Job, family: str) -> Plan | None:
     """A plan out of an entry that fits the job; None where there is none."""
     for entry in job.store.entries(family):
+        if "proof" not in entry.manifest and "verdict" not in entry.manifest:
+            continue  # somebody is about to prove it, or has died of that
         try:
-            record = Record.of_entry(entry, job.kind)
-        except (BadGuardError, KeyError, TypeError, ValueError) as error:
-            log.info("the entry %s is passed over: %s", entry.path, error)
+            plan = _if_it_fits(job, entry)
+        except BuildStopped:
+            raise
+        except Exception:  # of a manifest or a graph that is not as we write them: a miss
+            log.info("the entry %s does not serve", entry.path, exc_info=True)
+            job.store.discard(entry)
             continue
-        if not record.fits(sizes_of(job.leaves)):
-            job.open_sizes(record.pattern, record.pinned)
-            continue
-        if record.verdict is None and not record.opens(job.dynamic):
-            continue  # it was built for fewer sizes than this job is told to keep open
-        plan = _from_entry(job, entry, record)
         if plan is not None:
             return plan
     return None
+
+
+def _if_it_fits(job: Job, entry: Entry) -> Plan | None:
+    record = Record.of_entry(entry, job.kind)
+    if not record.fits(sizes_of(job.leaves)):
+        job.open_sizes(record.pattern, record.pinned)
+        return None
+    if record.verdict is None and not record.opens(job.dynamic):
+        return None  # it was built for fewer sizes than this job is told to keep open
+    return _from_entry(job, entry, record)
 
 
 def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
@@ -58,6 +69,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         log.debug("the entry %s is for something else: %s", entry.path, failed)
         return None
     if record.verdict is not None:
+        if record.processor not in ("", runtime.processor()):
+            return None
         return eager_plan(job, record.verdict, entry, record.pattern)
     lease = job.store.hold(entry)
     if lease is None:
@@ -101,19 +114,25 @@ def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, flo
     return served, proof.prove_small(eager_of(job), served, tensors, seen)
 
 
+def head_of(job: Job, record: Record) -> dict[str, Any]:
+    """What the manifest of an entry says from the beginning."""
+    return {
+        "module": type(job.module).__qualname__,
+        "method": job.method,
+        "fingerprint": dict(job.fingerprint),
+        "graph": record.graph(job.kind),
+    }
+
+
 def keep_verdict(job: Job, family: str, why: Reason) -> None:
     """Let no process look for again what is so for good."""
     if why.code not in _FOR_GOOD or job.weights_moved():
         return
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
-    record = Record(pattern, (), (), "", (), (), verdict=why)
-    head = {
-        "module": type(job.module).__qualname__,
-        "method": job.method,
-        "graph": record.graph(job.kind),
-        "verdict": why.to_dict(),
-    }
+    processor = runtime.processor() if why.code in _OF_PROCESSOR else ""
+    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor)
+    head = {**head_of(job, record), "verdict": why.to_dict()}
     try:
         job.store.publish(family, record.variant(job.kind), lambda directory: None, head)
     except StoreError as error:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from ovshim.cache import Store
 from ovshim.errors import PrecisionWarning
 from ovshim.generation import Generation
+from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
 from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look
@@ -59,7 +61,10 @@ class Job:
         began: the state of the module when the job was made, where other threads may change it.
         pause: called between stages; may wait, or raise BuildStopped.
         lenient: whether a call of the user's began it, who then gets eager and not an error.
+        candidate: whether it is one of several between which is decided afterwards.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
+        fingerprint: in parts, all that decides the graph; empty where nothing is cached.
+        source, hint: the IR that was compiled, and the precision that OpenVINO was told.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
         way: how a tiny graph is run, where other ways than the usual were tried.
@@ -79,7 +84,11 @@ class Job:
     began: Generation | None = None
     pause: Callable[[], None] | None = None
     lenient: bool = False
+    candidate: bool = False
     lowering: Lowering | None = None
+    fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: Path | None = None
+    hint: str = ""
     precision_run: str | None = None
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()
@@ -104,6 +113,11 @@ class Job:
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
         return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+
+    @property
+    def hurried(self) -> bool:
+        """Whether somebody waits for the answer to a call until this is built."""
+        return self.lenient and self.apart is None and not self.candidate
 
     @property
     def precision(self) -> str:
@@ -131,7 +145,8 @@ class Job:
     def tolerance(self) -> float | None:
         """None where the module runs in its own low precision and its upcast is the measure."""
         own = _OWN_PRECISION.get(own_dtype(self.module))
-        if self.options.tolerance is None and own == self.precision and own != "fp32":
+        upcast = not isinstance(self.module, OnnxModule)
+        if self.options.tolerance is None and own == self.precision and own != "fp32" and upcast:
             return None
         asked = self.options.precision
         if isinstance(asked, Mapping):
@@ -199,6 +214,8 @@ class Job:
 
 def own_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of most of the module's floating parameters; float32 where it has none."""
+    if isinstance(module, OnnxModule):
+        return module.dtype
     amounts: dict[torch.dtype, int] = {}
     for parameter in module.parameters():
         if parameter.dtype.is_floating_point:

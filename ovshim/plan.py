@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,17 +14,17 @@ from ovshim.buckets import Bucket
 from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.lanes import Lane
-from ovshim.matcher import Builder, Matcher
+from ovshim.matcher import Builder, Matcher, Output
 from ovshim.race import Finish
 from ovshim.reasons import Reason
-from ovshim.signature import Kind, Pattern, describe, fits
+from ovshim.signature import Kind, Pattern, Structure, describe, fits
 from ovshim.values import ValueCheck
 
 if TYPE_CHECKING:
     from ovshim.generation import Generation
     from ovshim.infer import Engine
 
-__all__ = ["Counter", "OutOfRangeError", "Plan", "Served"]
+__all__ = ["Counter", "Graph", "OutOfRangeError", "Plan", "Served"]
 
 
 class Counter:
@@ -52,7 +53,8 @@ class Served:
     Attributes:
         engine: runs the distinct tensors of a call.
         inputs: which tensors of the call these are, by index; None for all, in order.
-        builder: puts the computed tensors into the module's own containers.
+        builder: puts the computed tensors into the module's own containers; `outputs` and
+            `structure` say how.
         checked: whether the last computed tensor says whether all indices were in range.
         answer: the module's output for the tensors of a call. Raises OutOfRangeError where an index
             lies outside of its table, and EngineDead and ValueError as `infer.Engine.run` does.
@@ -61,6 +63,8 @@ class Served:
     engine: Engine
     inputs: tuple[int, ...] | None
     builder: Builder
+    outputs: tuple[Output, ...]
+    structure: Structure
     checked: bool = False
     answer: Callable[[Sequence[torch.Tensor]], Any] = dataclasses.field(init=False)
 
@@ -84,6 +88,37 @@ class Served:
         if self.checked and not computed[-1]:
             raise OutOfRangeError
         return computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """All that it takes to compile a plan's graph once more, and to call it, elsewhere too.
+
+    Attributes:
+        source: the IR that was compiled.
+        hint, properties: the precision as OpenVINO was told it; properties beside the options'.
+        structure, outputs: how an output is made of what the graph computes.
+        dtypes: of the computed tensors, in order.
+        limits: the smallest and the largest integer that a tensor may hold, by its index.
+        ordered: keywords that have to come in this order.
+        leaves: an example of a call, flattened.
+        met: the sizes of the calls at which it was proved.
+        drawn: whether it was also proved with values drawn anew.
+        names: of its inputs and of its outputs, where they are known already.
+    """
+
+    source: Path
+    hint: str
+    properties: tuple[tuple[str, str], ...]
+    structure: Structure
+    outputs: tuple[Output, ...]
+    dtypes: tuple[torch.dtype, ...]
+    limits: Mapping[int, tuple[int, int]]
+    ordered: tuple[str, ...]
+    leaves: Sequence[Any]
+    met: tuple[tuple[tuple[int, ...], ...], ...]
+    drawn: bool
+    names: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
 
 class Notes(Protocol):
@@ -121,6 +156,7 @@ class Plan:
         bucket: the bucket of a call's tensors.
         lanes: who serves which bucket; `open` holds those that OpenVINO serves beyond doubt.
         tolerance: largest relative L2 error, for sizes met for the first time.
+        graph: what serves, as it can be carried away; None where eager serves.
         notes: keeps with the entry what is found out later; None where nothing is cached.
         parts: answers where some submodules run in OpenVINO under an eager parent.
         generation: the state of the module that the plan was made for.
@@ -173,6 +209,7 @@ class Plan:
     open: set[Bucket] = dataclasses.field(default_factory=set)
     raced: bool = False
     tolerance: float = 0.0
+    graph: Graph | None = None
     notes: Notes | None = None
     parts: Mixed | None = None
     trouble: BaseException | None = None

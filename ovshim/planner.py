@@ -24,13 +24,15 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit"]
+__all__ = ["Building", "Planner", "building_here", "known_kind", "serving", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
 # A plan that goes stale before it has served so many calls was not worth its build: the next
 # build waits, twice as many calls each time.
 _WORTH_BUILDING = 16
+# With these there is nothing to keep: it changed under the build, or somebody else builds it.
+_PASSING = frozenset({"stale", "building"})
 
 
 class Family:
@@ -40,6 +42,7 @@ class Family:
         self.plans: list[Plan] = []
         self.stale = 0
         self.wait = 0
+        self.why = reason("stale", "it keeps changing")
         self.build: Any = None  # what another thread is making
 
     def add(self, plan: Plan) -> list[Plan]:
@@ -56,8 +59,9 @@ class Family:
             self.put_off(served)
         return gone
 
-    def put_off(self, served: int = 0) -> None:
+    def put_off(self, served: int = 0, why: Reason | None = None) -> None:
         """Let some calls pass before the next build, if the last was not worth it."""
+        self.why = why or reason("stale", "it keeps changing")
         self.stale = 0 if served >= _WORTH_BUILDING else self.stale + 1
         self.wait = 2**self.stale - 1 if self.stale > 1 else 0
 
@@ -114,7 +118,7 @@ class Planner:
             if why is not None:
                 return self.original(*args, **kwargs), why
             job = self._job(family, args, kwargs, kind, leaves, lenient=True)
-            with _Building():
+            with Building():
                 output, job.look = self._watched(args, kwargs, leaves)
                 plan = self._make(family, job)
             why = None if plan.path == "openvino" else plan.reason
@@ -138,7 +142,7 @@ class Planner:
         Raises:
             OptionError: `dynamic_shapes` does not fit the example.
         """
-        with self._lock, torch.no_grad(), _Building():
+        with self._lock, torch.no_grad(), Building():
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
 
@@ -172,7 +176,7 @@ class Planner:
     def _put_off(self, family: Family) -> Reason | None:
         if family.wait > 0:
             family.wait -= 1
-            return reason("stale", "it keeps changing")
+            return family.why
         return reason("too-many-plans") if len(family.plans) >= _PLANS_PER_KIND else None
 
     def _watched(
@@ -228,14 +232,15 @@ class Planner:
         from ovshim.auto import build_auto
         from ovshim.build import build
 
-        with _Building():
+        with Building():
             plan = build_auto(job) if job.options.precision == "auto" else build(job)
-            stale = plan.reason is not None and plan.reason.code == "stale"
-            if plan.path == "eager" and not stale and self._divide is not None:
+            passing = plan.reason is not None and plan.reason.code in _PASSING
+            if plan.path == "eager" and not passing and self._divide is not None:
                 plan = self._divide(job, plan)
         with self._lock:
-            if stale:
-                family.put_off()  # it changed under the build: there is nothing to keep
+            if passing:
+                why = plan.reason if plan.reason and plan.reason.code != "stale" else None
+                family.put_off(why=why)
             elif family in self._families.values():  # not if all was dropped meanwhile
                 self._on_gone(family.add(plan))
                 self._publish()
@@ -314,7 +319,7 @@ def serving() -> Iterator[None]:
         _here.depth = depth
 
 
-class _Building:
+class Building:
     """Marks this thread as one that builds."""
 
     def __enter__(self) -> Self:

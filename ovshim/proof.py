@@ -44,6 +44,7 @@ __all__ = [
     "alike",
     "prove",
     "prove_small",
+    "redrawn",
     "small_leaves",
     "tied",
 ]
@@ -129,7 +130,7 @@ def prove(
             if draw == 0:
                 answer, values = eager.answer(tensors), list(tensors)
             else:
-                answer, values = _redrawn(eager, tensors, generator)
+                answer, values = redrawn(eager, tensors, generator)
             worst = max(worst, eager.judge(answer, served.answer(values)))
         except (Mismatch, OutOfRangeError) as mismatch:
             what = "the example" if draw == 0 else "other values"
@@ -269,7 +270,7 @@ def _is_wide(leaf: Any) -> bool:
     return not (isinstance(leaf, torch.Tensor) and leaf.dtype in narrow)
 
 
-def _redrawn(
+def redrawn(
     eager: Eager, tensors: Sequence[torch.Tensor], generator: torch.Generator
 ) -> tuple[Answer, list[torch.Tensor]]:
     """Other values and eager's answer to them. A tensor whose other values eager refuses (the
@@ -315,7 +316,7 @@ def _prove_group(
         if answer is None:
             return None, ()
         if generator is not None:
-            answer, other = _redrawn(eager, other, generator)
+            answer, other = redrawn(eager, other, generator)
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
         except EngineDead as dead:

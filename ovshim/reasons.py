@@ -215,6 +215,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "The module was called in more ways than plans are kept for.",
             "Pass fewer combinations of structure, dtype, rank and constant arguments.",
         ),
+        "not-in-artifact": Sentence(
+            "The artifact has no graph for this call.",
+            "Call it as it was called before it was saved, or save it after calls like this one.",
+        ),
         "prefer-eager": Sentence(
             "The option prefer='eager' was given.",
             "Leave it out, or give prefer='faster' or 'openvino'.",

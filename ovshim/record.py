@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ovshim.reasons import TABLE, Reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, TensorLeaf, fits
 
-__all__ = ["Record", "Rung"]
+__all__ = ["LADDER", "Record", "Rung"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,20 @@ class Rung:
     properties: tuple[tuple[str, str], ...] = ()
 
 
+# Tried in this order while compiling or proving fails. Each has cured a miscompiled graph: a mask
+# expanded into attention on dynamic shapes and a decoder's prefill (snippets off), a length equal
+# to the width of a head (every size open).
+LADDER = (
+    Rung(),
+    Rung("snippets off", properties=(("SNIPPETS_MODE", "DISABLE"),)),
+    Rung("all sizes open", sizes="all"),
+    Rung("static sizes", sizes="none"),
+)
+# Of the inputs of the small proof. No manifest of ours says more, and one of others must not make
+# this process take all the memory there is.
+_MOST_ELEMENTS = 1 << 28
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A captured graph, as it is kept.
@@ -51,6 +66,7 @@ class Record:
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
         verdict: why eager serves in its place, where that was found for good.
+        processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
         rest: for int8, the precision that the rest is fastest in, by processor and threads.
@@ -72,6 +88,7 @@ class Record:
     sizes: tuple[tuple[int, ...], ...] = ()
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
     verdict: Reason | None = None
+    processor: str = ""
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -150,6 +167,7 @@ class Record:
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
             "lowered": dict(self.lowered),
+            "processor": self.processor,
         }
 
     def variant(self, kind: Kind) -> str:
@@ -173,18 +191,19 @@ class Record:
     def of_entry(entry: Entry, kind: Kind) -> Record:
         """The record that a manifest holds.
 
-        Raises KeyError, TypeError, ValueError or BadGuardError where it holds none.
+        Raises where it holds none: whatever others may have written has no end of forms.
         """
         graph = entry.manifest["graph"]
         proof, verdict = entry.manifest.get("proof"), entry.manifest.get("verdict")
-        if proof is None and verdict is None:
-            raise ValueError("it was never proved")
         proof = proof or {}
         ranks = [leaf.rank for leaf in kind.leaves if isinstance(leaf, TensorLeaf)]
         pattern = _pattern(proof.get("pattern", graph["pattern"]))
         if [len(dims) for dims in pattern] != ranks:
             raise ValueError("its sizes are not of this call")
-        name, sizes, properties = graph["rung"]
+        rungs = {rung.name: rung for rung in LADDER}
+        rest = dict(entry.manifest.get("rest") or {})
+        if not set(rest.values()) <= {"fp32", "bf16"}:
+            raise ValueError("its rest is in no precision")
         return Record(
             pattern=pattern,
             size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
@@ -194,16 +213,19 @@ class Record:
             checked=bool(graph["checked"]),
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
-            rung=Rung(str(name), str(sizes), tuple((str(k), str(v)) for k, v in properties)),
+            rung=rungs[graph["rung"][0]],
             pinned=frozenset((int(t), int(d)) for t, d in proof.get("pinned", ())),
             limits={int(t): (int(a), int(b)) for t, (a, b) in proof.get("limits", {}).items()},
             error=float(proof.get("error", 0.0)),
-            sizes=_sizes(proof.get("sizes", ())),
-            met=tuple(map(_sizes, entry.manifest.get("met") or proof.get("met", ()))),
+            sizes=_small(_sizes(proof.get("sizes", ()), pattern)) if verdict is None else (),
+            met=tuple(
+                _sizes(m, pattern) for m in entry.manifest.get("met") or proof.get("met", ())
+            ),
             verdict=None if verdict is None else _reason(verdict),
+            processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
-            rest=dict(entry.manifest.get("rest") or {}),
+            rest=rest,
             ways=dict(entry.manifest.get("ways") or {}),
         )
 
@@ -212,8 +234,17 @@ def _pattern(stored: Sequence[Sequence[Any]]) -> Pattern:
     return tuple(tuple(None if n is None else int(n) for n in dims) for dims in stored)
 
 
-def _sizes(stored: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, dims)) for dims in stored)
+def _sizes(stored: Sequence[Sequence[Any]], pattern: Pattern) -> tuple[tuple[int, ...], ...]:
+    sizes = tuple(tuple(map(int, dims)) for dims in stored)
+    if not all(fits(mine, dims) for mine, dims in zip(sizes, pattern, strict=True)):
+        raise ValueError("it was proved at sizes that are not its own")
+    return sizes
+
+
+def _small(sizes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    if any(min(dims, default=0) < 0 or math.prod(dims) > _MOST_ELEMENTS for dims in sizes):
+        raise ValueError("it was proved at sizes that cannot be")
+    return sizes
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -15,15 +15,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from ovshim import runtime
 from ovshim.infer import Engine, EngineDead
 from ovshim.slots import Array, Slot
 
-__all__ = ["SingleThreadEngine"]
+__all__ = ["SingleThreadEngine", "engine_for"]
 
 _MARK = 0xAD
 _MARKED_BYTES = 8
 
 _kept: list[Any] = []
+
+
+def engine_for(
+    compiled: Any,
+    threads: int | None,
+    inputs: Sequence[torch.dtype],
+    outputs: Sequence[torch.dtype],
+) -> Engine:
+    """The engine that a compiled model needs. See `infer.Engine`; `threads`: what it was given."""
+    alone = runtime.hides_failures(compiled, threads)
+    return (SingleThreadEngine if alone else Engine)(compiled, inputs, outputs)
 
 
 class SingleThreadEngine(Engine):

@@ -45,11 +45,15 @@ class Tally:
 
     def note(self, why: Reason) -> None:
         """Count a call that eager serves, and tell of it."""
+        self.count(why)
+        self.tell(why)
+
+    def count(self, why: Reason) -> None:
+        """Count a call that eager serves, or would."""
         counter = self._eager.get(why.code)
         if counter is None:
             counter = self._eager.setdefault(why.code, Counter())
         counter.add()
-        self.tell(why)
 
     def tell(self, why: Reason) -> None:
         """Warn, once for each reason; raises FallbackError if that is what `strict` asks for."""

@@ -24,7 +24,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovshim.cache import Entry, Lease, Store, StoreError, entries, files, upkeep
+from ovshim.cache import Entry, Lease, Store, StoreError, files, upkeep
+from ovshim.cache import entry as entry_file
 
 FAMILY, VARIANT = "abc0", "01"
 BIN = bytes(range(256)) * 20
@@ -400,28 +401,66 @@ CALLS = ["mkdir", "rename", "replace", "open", "fsync", "lstat", "stat", "listdi
          "unlink", "rmdir", "scandir", "fstat", "close"]  # fmt: skip
 
 
-class Failing:
-    """Makes the n-th of the store's system calls fail, and counts them."""
+class File:
+    """An open file whose reads and writes are counted, and may fail."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, file: Any, failing: "Failing") -> None:
+        self.file = file
+        for name in ("read", "readinto", "write", "flush"):
+            if hasattr(file, name):
+                setattr(self, name, failing.wrapped(name, getattr(file, name), anywhere=True))
+
+    def __enter__(self) -> "File":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class Failing:
+    """Makes the n-th of the store's system calls fail, or all from there on, and counts them.
+
+    within: only calls that name a path in this directory."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, lasting: bool = False, within: Path | None = None
+    ) -> None:
+        self.within = "" if within is None else str(within)
         self.count = 0
         self.fail_at = -1
         self.error = errno.EIO
         self.what = ""
         self.active = False
+        self.lasting = lasting
         for name in CALLS:
             patch.setattr(os, name, self.wrapped(name, getattr(os, name)))
-        patch.setattr("builtins.open", self.wrapped("open()", open))
+        opens = {"builtins.open": self.wrapped("open()", open), "os.fdopen": os.fdopen}
+        for place, real in opens.items():
+            patch.setattr(
+                place,
+                lambda *a, real=real, **k: (
+                    File(real(*a, **k), self) if self.active else real(*a, **k)
+                ),
+            )
         if sys.platform != "win32":
             import fcntl
 
             patch.setattr(fcntl, "flock", self.wrapped("flock", fcntl.flock))
 
-    def wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def concerns(self, *args: Any) -> bool:
+        named = str(args[0]) if args else ""
+        return self.active and named.startswith(self.within)
+
+    def wrapped(
+        self, name: str, call: Callable[..., Any], anywhere: bool = False
+    ) -> Callable[..., Any]:
         def system_call(*args: Any, **kwargs: Any) -> Any:
-            if self.active:
+            if self.concerns(*args) or (anywhere and self.active):
                 self.count += 1
-                if self.count == self.fail_at:
+                if self.count == self.fail_at or (self.lasting and self.count > self.fail_at > 0):
                     self.what = name
                     raise OSError(self.error, os.strerror(self.error))
             return call(*args, **kwargs)
@@ -440,7 +479,8 @@ class Failing:
 def use(root: Path) -> None:
     """All that a build and a hit ask of a store, and what must hold whatever fails in it."""
     store = Store(root)
-    with store.lock(FAMILY, 0.2):
+    store.died_building(FAMILY)
+    with store.marked(FAMILY), store.lock(FAMILY, 0.2):
         for entry in store.entries(FAMILY):
             assert is_sound(entry)
         try:
@@ -457,14 +497,25 @@ def use(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [errno.EIO, *(pytest.param(e, marks=pytest.mark.slow) for e in (errno.ENOSPC, errno.EACCES))],
+    ("error", "lasting"),
+    [
+        (errno.EIO, False),
+        *(
+            pytest.param(error, lasting, marks=pytest.mark.slow)
+            for error in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ESTALE)
+            for lasting in (False, True)
+        ),
+    ],
 )
 def test_any_system_call_may_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: int,
+    lasting: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     use(tmp_path / "warm")
-    failing = Failing(monkeypatch)
+    failing = Failing(monkeypatch, lasting)
     calls = 0
     for position in itertools.count(1):
         root = tmp_path / str(position)
@@ -566,6 +617,17 @@ def test_a_directory_that_others_can_write_to_is_refused(
     store = Store(tmp_path / "store")
     assert_off(store, caplog)
     assert "chmod go-w" in (store.problem or "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX")
+def test_one_that_others_can_write_to_is_used_if_they_are_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(tmp_path / "store")
+    (tmp_path / "store").chmod(0o770)
+    for said, enabled in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("OVSHIM_CACHE_SHARED", said)
+        assert Store(tmp_path / "store").enabled is enabled
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="owners are POSIX")
@@ -1029,13 +1091,13 @@ def test_an_entry_that_vanishes_while_it_is_read_is_no_damage(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     entry = store.publish(FAMILY, VARIANT, write, {})
-    real = entries.files.checksum
+    real = entry_file.files.checksum
 
     def vanish(path: Path) -> tuple[int, str]:
         upkeep.erase(entry.path)
         return real(path)
 
-    monkeypatch.setattr(entries.files, "checksum", vanish)
+    monkeypatch.setattr(entry_file.files, "checksum", vanish)
     assert store.entries(FAMILY) == []
     assert "damaged" not in caplog.text
 

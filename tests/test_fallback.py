@@ -980,3 +980,26 @@ def test_outputs_of_eager_and_openvino_in_turn() -> None:
             expected.append(module(x))
     gc.collect()
     same(outputs, expected)
+
+
+def test_a_verdict_of_one_processor_binds_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovshim import runtime
+
+    module, x = make(Mlp), torch.randn(3, 8)
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError("no kernel for it")
+
+    def cached() -> tuple[str, str]:
+        with quietly():
+            (plan,) = plans(ovshim.accelerate(module, x, prefer="openvino"))
+        return plan["path"], plan["cache"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "compile_model", refuse)
+        assert cached() == ("eager", "off")
+    assert cached() == ("eager", "hit")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "processor", lambda: "another")
+        assert cached() == ("openvino", "miss")
+        assert cached() == ("openvino", "hit")

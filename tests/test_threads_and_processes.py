@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from modules import Attention, Branches, Mlp, Towers, make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim.cache import Store
 
 # Threads
 
@@ -456,3 +458,25 @@ def test_an_interrupted_build_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
 
 def interrupt(x: Tensor) -> Tensor:
     return x
+
+
+def test_a_call_does_not_wait_long_for_a_build_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    options: Any = {"prefer": "openvino", "cache_dir": tmp_path}
+    (plan,) = plans(ovshim.accelerate(module, x, **options))
+    family = Path(plan["cache_path"]).parent.name
+    shutil.rmtree(plan["cache_path"])
+    monkeypatch.setattr("ovshim.build._PATIENCE_SECONDS", 0.2)
+    fast = ovshim.accelerate(module, **options)
+    with Store(tmp_path).lock(family, 5) as held, torch.inference_mode():
+        assert held
+        for _ in range(3):
+            same(fast(x), module(x))
+    assert ovshim.explain(fast).to_dict()["eager_reasons"] == {"building": 3}
+    with torch.inference_mode():
+        for _ in range(6):
+            same(fast(x), module(x))
+    assert counts(fast)["openvino"] > 0
+    assert plans(fast)[0]["cache"] == "miss"

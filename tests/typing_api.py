@@ -4,10 +4,14 @@ Each ``type: ignore`` is an assertion: strict mypy objects when the mistake besi
 one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, assert_type
 
+from torch import nn
+
+import ovshim
+from ovshim import cache
 from ovshim.errors import FallbackError, FallbackWarning, OptionError, OvshimError, OvshimWarning
 from ovshim.options import OptionFields, Options, resolve
 from ovshim.reasons import Reason
@@ -58,3 +62,19 @@ def errors_carry_fields(warning: FallbackWarning) -> Any:
     assert_type(warning.reason.code, str)
     kept: OvshimWarning = warning
     return kept
+
+
+def modules_out_of_files() -> None:
+    assert_type(ovshim.load("directory", threads=2), nn.Module)
+    assert_type(ovshim.from_onnx(Path("net.onnx"), prefer="openvino"), nn.Module)
+    assert_type(ovshim.from_onnx(b"", options=Options()), nn.Module)
+    ovshim.load("directory", thread=2)  # type: ignore[call-arg]
+    ovshim.from_onnx(1)  # type: ignore[arg-type]
+
+
+def what_an_operator_asks() -> None:
+    assert_type(cache.info().bytes, int)
+    assert_type(cache.entries("directory")[0].last_used, float)
+    assert_type(cache.verify().damaged, Sequence[tuple[Path, str]])
+    assert_type(cache.prune(max_size="2GB").left, int)
+    assert_type(cache.why_miss("a", Path("b")).parts, Mapping[str, tuple[str, str]])

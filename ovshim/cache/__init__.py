@@ -1,4 +1,7 @@
-"""The store: directories of files that many processes share for years.
+"""The cache: directories of files that many processes share for years.
+
+For operators: `info`, `entries`, `verify`, `prune`, `clear` and `why_miss`. What the rest of the
+package uses is `Store`:
 
     <root>/v1/<family>/<variant>/   model.xml, model.bin, ..., manifest.json, in-use
     <root>/v1/locks/                lock files
@@ -14,8 +17,37 @@ pickle from a shared directory would run what others wrote.
       StoreError    the entry could not be written; nothing of it is left behind
 """
 
-from ovshim.cache.entries import Entry
+from ovshim.cache.admin import (
+    Difference,
+    EntryInfo,
+    Info,
+    Removed,
+    Verification,
+    clear,
+    entries,
+    info,
+    prune,
+    verify,
+    why_miss,
+)
+from ovshim.cache.entry import Entry
 from ovshim.cache.files import Lease
 from ovshim.cache.store import Store, StoreError
 
-__all__ = ["Entry", "Lease", "Store", "StoreError"]
+__all__ = [
+    "Difference",
+    "Entry",
+    "EntryInfo",
+    "Info",
+    "Lease",
+    "Removed",
+    "Store",
+    "StoreError",
+    "Verification",
+    "clear",
+    "entries",
+    "info",
+    "prune",
+    "verify",
+    "why_miss",
+]

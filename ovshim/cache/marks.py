@@ -15,6 +15,8 @@ from typing import Any
 
 import filelock
 
+from ovshim.cache.upkeep import attempt, children
+
 __all__ = ["left_behind", "marked"]
 
 _log = logging.getLogger("ovshim")
@@ -23,16 +25,15 @@ _log = logging.getLogger("ovshim")
 @contextmanager
 def marked(directory: Path, family: str, **options: Any) -> Iterator[None]:
     """Holds a mark for the block. Where it cannot be made there is none, and a log line."""
-    path = directory / f"{family}.{uuid.uuid4().hex}"
+    # Locked under another name: a mark that is there and not locked yet would be taken for one that
+    # was left. Windows renames no file that is open; it has no fork to make use of marks.
+    path = directory / f"new-{family}.{uuid.uuid4().hex}"
     lock = None
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        # Locked under another name: a mark that is there and not locked yet would be taken for one
-        # that was left. Windows renames no file that is open; it has no fork to make use of marks.
-        fresh = directory / f"new-{path.name}"
-        lock = filelock.FileLock(fresh, **options)
+        lock = filelock.FileLock(path, **options)
         lock.acquire(timeout=0)
-        fresh.rename(path)
+        path = path.rename(directory / path.name.removeprefix("new-"))
     except (OSError, NotImplementedError) as error:
         _log.debug("no mark at %s: %s", path, error)
     try:
@@ -45,24 +46,22 @@ def marked(directory: Path, family: str, **options: Any) -> Iterator[None]:
 def left_behind(directory: Path, family: str, **options: Any) -> bool:
     """Whether a process has died in a build of this family. Its mark is taken away."""
     found = False
-    for path in directory.glob(f"{family}.*"):
+    for path in children(directory):
+        if not path.name.startswith(f"{family}."):
+            continue
         lock = filelock.FileLock(path, **options)
         try:
             lock.acquire(timeout=0)
         except (OSError, NotImplementedError) as error:  # a Timeout, somebody is at it, is one too
             _log.debug("%s is in use: %s", path, error)
             continue
-        _remove(path, lock)
-        found = True
+        found = _remove(path, lock) or found
     return found
 
 
-def _remove(path: Path, lock: filelock.BaseFileLock) -> None:
-    # Before it is unlocked: nobody must find it free.
-    try:
-        path.unlink(missing_ok=True)
-        lock.release()
-    except OSError as error:  # on Windows a locked file cannot be removed
-        _log.debug("%s: %s", path, error)
-        lock.release()
-        path.unlink(missing_ok=True)
+def _remove(path: Path, lock: filelock.BaseFileLock) -> bool:
+    """Whether the mark is gone. Where nothing can be removed it would tell of the dead for ever."""
+    # Before it is unlocked: nobody must find it free. On Windows a locked file cannot be removed.
+    gone = attempt("remove a mark", lambda: path.unlink(missing_ok=True))
+    attempt("unlock", lock.release)
+    return gone or attempt("remove a mark", lambda: path.unlink(missing_ok=True))

@@ -17,8 +17,18 @@ from typing import Any, Literal
 import filelock
 import platformdirs
 
-from ovshim.cache import entries, files, marks, upkeep
-from ovshim.cache.entries import MANIFEST, MARKER, OURS, SCHEMA, Entry, Foreign
+from ovshim.cache import files, marks, upkeep
+from ovshim.cache.entry import (
+    MANIFEST,
+    MARKER,
+    OURS,
+    SCHEMA,
+    Entry,
+    Foreign,
+    check_key,
+    complete,
+    read,
+)
 from ovshim.cache.files import Lease
 
 MAX_SIZE = 10 * 10**9  # bytes
@@ -84,7 +94,7 @@ class Store:
         Not re-entrant. `meanwhile` is called now and then while it waits; what it raises, this
         raises.
         """
-        entries.check_key(family)
+        check_key(family)
         with self._locked(f"{family}.lock", timeout, meanwhile) as held:
             yield held
 
@@ -113,7 +123,7 @@ class Store:
     @contextmanager
     def marked(self, family: str) -> Iterator[None]:
         """Lets others know, for the block, that this process builds the family."""
-        entries.check_key(family)
+        check_key(family)
         with contextlib.ExitStack() as stack:
             if self.root is not None:
                 stack.enter_context(marks.marked(self._room / "marks", family, **_HARD_ONLY))
@@ -121,7 +131,7 @@ class Store:
 
     def died_building(self, family: str) -> bool:
         """Whether a process died while it built the family. Asked once: its mark goes."""
-        entries.check_key(family)
+        check_key(family)
         if self.root is None:
             return False
         return marks.left_behind(self._room / "marks", family, **_HARD_ONLY)
@@ -132,7 +142,7 @@ class Store:
         Reads every byte of them. Damaged ones are moved into quarantine, with a log line; those
         of another schema, and those that cannot be read, are left alone and left out.
         """
-        entries.check_key(family)
+        check_key(family)
         if self.root is None:
             return []
         found = [self._sound(path) for path in upkeep.children(self._room / family)]
@@ -170,7 +180,7 @@ class Store:
         holds sections of JSON values, none of them named as the store's own. Raises
         `StoreError` when the entry cannot be made, an exception of `write` as its cause.
         """
-        entries.check_key(family, variant)
+        check_key(family, variant)
         if OURS & manifest.keys():
             raise ValueError(f"reserved in a manifest: {sorted(OURS & manifest.keys())}")
         if self.root is None:
@@ -181,7 +191,7 @@ class Store:
             temporary = upkeep.temporary(self._room)
             write(temporary)
             head = {"schema": SCHEMA, "family": family, "variant": variant, "created": time.time()}
-            entry = Entry(final, family, variant, entries.complete(temporary, {**manifest, **head}))
+            entry = Entry(final, family, variant, complete(temporary, {**manifest, **head}))
             entry = self._settle(temporary, entry)
         except Exception as error:  # whatever a writer raises: a cache that fails costs time only
             upkeep.attempt("remove an empty family", final.parent.rmdir)
@@ -208,7 +218,7 @@ class Store:
                 winner = self._sound(entry.path)
                 if winner is not None:
                     return winner
-                self._set_aside(entry.path)  # another schema under our key
+                self.set_aside(entry.path)  # another schema under our key
                 continue
             upkeep.attempt("sync", lambda: files.sync(entry.path.parent))
             return entry
@@ -223,6 +233,9 @@ class Store:
         if section in OURS:
             raise ValueError(f"reserved in a manifest: {section!r}")
         if self.root is None:
+            return entry
+        if not os.access(self._room, os.W_OK):
+            self._once("read-only", "%s can only be read: nothing more is kept in it", self.root)
             return entry
         # Not the family's own lock: a builder holds that for as long as it builds.
         with self._locked(f"{entry.family}.amend.lock", _AMEND_SECONDS):
@@ -246,13 +259,17 @@ class Store:
 
     def discard(self, entry: Entry) -> None:
         """Takes an entry out of the store, in use or not; who has its files open keeps them."""
-        moved = self._set_aside(entry.path)
+        moved = self.set_aside(entry.path)
         if moved is not None:
             upkeep.erase(moved)
 
     def size(self) -> int:
         """Bytes of all files of all entries, and of what is in quarantine."""
         return 0 if self.root is None else upkeep.size(self._room)
+
+    def spoilt(self) -> int:
+        """Bytes of what is in quarantine."""
+        return 0 if self.root is None else upkeep.spoilt(self._room)
 
     def prune(self, max_size: int | None = None) -> int:
         """Removes what dead writers left over a day ago, old quarantine, and entries over size.
@@ -271,6 +288,10 @@ class Store:
         """Removes every entry that no process holds. Returns the bytes freed."""
         return self.prune(max_size=0)
 
+    def paths(self) -> list[Path]:
+        """Where all entries lie, sound or not."""
+        return [] if self.root is None else upkeep.paths(self._room)
+
     @property
     def _room(self) -> Path:
         assert self.root is not None
@@ -278,18 +299,19 @@ class Store:
 
     def _sound(self, path: Path) -> Entry | None:
         try:
-            return entries.read(path)
+            return read(path)
         except Foreign as error:
             _log.debug("%s", error)
         except (ValueError, FileNotFoundError) as error:
             if os.path.lexists(path):  # else it was evicted while we read
                 _log.warning("%s is damaged and set aside: %s", path, error)
-                self._set_aside(path)
+                self.set_aside(path)
         except OSError as error:
             self._once(f"read {path}", "%s cannot be read: %s", path, error)
         return None
 
-    def _set_aside(self, path: Path) -> Path | None:
+    def set_aside(self, path: Path) -> Path | None:
+        """Moves a path into quarantine. Returns the directory that holds it now; None: it stays."""
         try:
             return upkeep.set_aside(self._room, path)
         except FileNotFoundError as error:
@@ -348,8 +370,9 @@ def _usable(path: Path) -> Path:
 
 
 def _refuse_strangers(directory: Path) -> None:
-    """Raises `PermissionError` where another user could plant an entry."""
-    if sys.platform == "win32":
+    """Raises `PermissionError` where another user could plant an entry, and nobody has said that
+    those who can are trusted."""
+    if sys.platform == "win32" or os.environ.get("OVSHIM_CACHE_SHARED", "").strip() == "1":
         return
     found = directory.stat()
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

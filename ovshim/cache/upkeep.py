@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ovshim.cache import files
-from ovshim.cache.entries import MARKER, is_key
+from ovshim.cache.entry import MARKER, is_key
 
 DAY = 86400.0  # seconds
 
@@ -60,16 +60,27 @@ def set_aside(room: Path, path: Path) -> Path:
 
 def size(room: Path) -> int:
     """Bytes of all entries, and of what is in quarantine."""
-    return sum(size for _, size, _ in _entries(room)) + _bytes(room / "quarantine")
+    return sum(size for _, size, _ in _entries(room)) + spoilt(room)
+
+
+def spoilt(room: Path) -> int:
+    """Bytes of what is in quarantine."""
+    return bytes_of(room / "quarantine")
+
+
+def paths(room: Path) -> list[Path]:
+    """Where all entries lie, by name."""
+    families = [family for family in children(room) if is_key(family.name)]
+    return [path for family in families for path in children(family)]
 
 
 def sweep(room: Path) -> None:
-    """Removes what has lain for a day in v1/tmp and v1/quarantine."""
+    """Removes what has lain for a day in v1/tmp, v1/quarantine and v1/marks."""
     now = time.time()
-    for name in ("tmp", "quarantine"):
+    for name in ("tmp", "quarantine", "marks"):
         for path in children(room / name):
             # Distance, not age: after a clock went back all files lie in the future.
-            if abs(now - _modified(path)) > DAY:
+            if abs(now - modified(path)) > DAY:
                 erase(path)
 
 
@@ -79,12 +90,12 @@ def evict(room: Path, limit: int, keep: Path | None = None) -> None:
     Quarantine goes before any entry. An entry that a process holds stays, and so does `keep`.
     """
     entries = sorted(_entries(room))
-    spoilt = _bytes(room / "quarantine")
-    total = sum(size for _, size, _ in entries) + spoilt
-    if total > limit and spoilt:
+    damaged = spoilt(room)
+    total = sum(size for _, size, _ in entries) + damaged
+    if total > limit and damaged:
         for path in children(room / "quarantine"):
             erase(path)
-        total -= spoilt
+        total -= damaged
     for _, freed, path in entries:
         if total <= limit:
             return
@@ -121,10 +132,8 @@ def _evicted(room: Path, path: Path) -> bool:
 
 def _entries(room: Path) -> Iterator[tuple[float, int, Path]]:
     """Of every entry: when it was last held, its bytes, its path."""
-    for family in children(room):
-        if is_key(family.name):
-            for path in children(family):
-                yield _modified(path / MARKER), _bytes(path), path
+    for path in paths(room):
+        yield modified(path / MARKER), bytes_of(path), path
 
 
 def _fresh(parent: Path) -> Path:
@@ -132,14 +141,16 @@ def _fresh(parent: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=parent))
 
 
-def _modified(path: Path) -> float:
+def modified(path: Path) -> float:
+    """When a file was last written to, in seconds since 1970; 0 where there is none."""
     try:
         return os.lstat(path).st_mtime
     except OSError:
         return 0.0
 
 
-def _bytes(path: Path) -> int:
+def bytes_of(path: Path) -> int:
+    """Bytes of all files below a directory."""
     total = 0
     for directory, _, names in os.walk(path):
         for name in names:

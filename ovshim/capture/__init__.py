@@ -2,8 +2,9 @@
 
     dynamo     torch's own full-graph capture, with its guards: right, or it refuses
     traced     `torch.jit.trace` of the module itself, where Dynamo refuses for a harmless reason
+    onnx       for a module that is an ONNX model: that model
 
-`frontend` turns what either of them traced into an `ov.Model`, whose operations `names` knows by
+`frontend` turns what the first two traced into an `ov.Model`, whose operations `names` knows by
 their modules.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ovshim.guards import ValueGuard
+from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, TensorLeaf, flatten, unflatten_call
 
@@ -108,6 +110,10 @@ def capture(request: Request) -> Captured:
     Raises:
         CaptureError: none can.
     """
+    if isinstance(request.module, OnnxModule):
+        from ovshim.capture import onnx
+
+        return onnx.capture(request)
     from ovshim.capture import dynamo, traced
 
     with TRACE_LOCK, torch.autocast("cpu", enabled=False):

@@ -23,7 +23,7 @@ from ovshim.reasons import reason
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["Origin", "convert", "trace"]
+__all__ = ["Origin", "convert", "guarded", "trace"]
 
 log = logging.getLogger("ovshim")
 
@@ -81,14 +81,14 @@ def convert(
         model = _by_frontend(traced, origin)
     except _InterfaceMovedError as moved:
         log.info("OpenVINO's PyTorch frontend has moved (%s): ov.convert_model serves", moved)
-        model = _guarded(lambda: runtime.openvino().convert_model(traced))
+        model = guarded(lambda: runtime.openvino().convert_model(traced))
     if len(model.inputs) != len(shapes):
         detail = f"the graph has {len(model.inputs)} inputs for {len(shapes)} tensors"
         raise CaptureError(reason("capture-failed", detail))
     for parameter, sizes in zip(model.get_parameters(), shapes, strict=True):
         dims = [-1 if size is None else size for size in sizes]
         parameter.set_partial_shape(ov.PartialShape(dims))
-    _guarded(model.validate_nodes_and_infer_types)
+    guarded(model.validate_nodes_and_infer_types)
     return model
 
 
@@ -118,7 +118,7 @@ def _by_frontend(traced: torch.jit.ScriptModule, origin: Origin | None) -> ov.Mo
         convert = frontend.convert, frontend.load
     except (ImportError, AttributeError, TypeError) as error:
         raise _InterfaceMovedError(str(error)) from error
-    return _guarded(lambda: convert[0](convert[1](decoder)))
+    return guarded(lambda: convert[0](convert[1](decoder)))
 
 
 def _marking(origin: Origin) -> Any:
@@ -149,7 +149,7 @@ def _marking(origin: Origin) -> Any:
     return Marking
 
 
-def _guarded(call: Any) -> Any:
+def guarded(call: Any) -> Any:
     """Run a step of OpenVINO's; its failures become a CaptureError.
 
     `OpConversionFailure` is not a RuntimeError, and some converters raise a bare Exception: only

@@ -1,4 +1,4 @@
-"""The command line: `ovshim demo`, `ovshim devices`, `ovshim explain`.
+"""The command line: `ovshim cache`, `demo`, `devices`, `explain`, `warm`.
 
 A command parses, calls the library and prints; nothing can be done here that cannot be done in
 Python. Exit codes: 0; 1 when what was asked for did not come out; 2 when it could not be asked for
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 
 import ovshim
-from ovshim.cli import demo, devices, explain
+from ovshim.cli import cache, demo, devices, explain, warm
 
 __all__ = ["main", "parser"]
 
-_COMMANDS = (demo, devices, explain)
+_COMMANDS = (cache, demo, devices, explain, warm)
 
 
 def parser() -> argparse.ArgumentParser:

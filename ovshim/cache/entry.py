@@ -61,13 +61,7 @@ def complete(directory: Path, head: dict[str, Any]) -> dict[str, Any]:
 
     Returns the manifest. `ValueError` for a subdirectory, a link or an odd name among the files.
     """
-    listed: dict[str, Any] = {}
-    for name in sorted(os.listdir(directory)):
-        _check_file(name)
-        files.sync(directory / name)
-        size, digest = files.checksum(directory / name)
-        listed[name] = {"size": size, "xxh3": digest}
-    sealed = files.seal({**head, "files": listed})
+    sealed = files.seal({**head, "files": listed(directory)})
     files.write_new(directory / MARKER, b"")
     files.write_new(directory / MANIFEST, sealed)
     files.sync(directory)
@@ -87,15 +81,35 @@ def read(path: Path) -> Entry:
     names = (manifest.get("family"), manifest.get("variant"))
     if names != (path.parent.name, path.name):
         raise ValueError(f"its manifest belongs to {names}")
-    listed = manifest.get("files")
-    if not isinstance(manifest.get("created"), float) or not isinstance(listed, dict):
+    if not isinstance(manifest.get("created"), float):
         raise ValueError("its manifest is incomplete")
-    for name, expected in listed.items():
-        _check_file(name)
-        size, digest = files.checksum(path / name)
-        if expected != {"size": size, "xxh3": digest}:
-            raise ValueError(f"{name} does not match its checksum")
+    check(path, manifest.get("files"))
     return Entry(path, path.parent.name, path.name, manifest)
+
+
+def listed(directory: Path) -> dict[str, Any]:
+    """Size and checksum of every file in a directory, by name; all of them are on the disk then.
+
+    `ValueError` for a subdirectory, a link or an odd name among them.
+    """
+    found: dict[str, Any] = {}
+    for name in sorted(os.listdir(directory)):
+        _check_file(name)
+        files.sync(directory / name)
+        size, digest = files.checksum(directory / name)
+        found[name] = {"size": size, "xxh3": digest}
+    return found
+
+
+def check(directory: Path, expected: Any) -> None:
+    """`ValueError` or `FileNotFoundError` unless a directory's files are as `listed` found them."""
+    if not isinstance(expected, dict):
+        raise ValueError("its manifest is incomplete")
+    for name, record in expected.items():
+        _check_file(name)
+        size, digest = files.checksum(directory / name)
+        if record != {"size": size, "xxh3": digest}:
+            raise ValueError(f"{name} does not match its checksum")
 
 
 def _check_file(name: str) -> None:

@@ -1,0 +1,205 @@
+"""`ovshim.load`: a module made of an artifact, without the code that it was saved from.
+
+It has the plans of the artifact and no eager to fall back on: what eager would have to answer
+raises FallbackError with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import nn
+
+from ovshim import runtime
+from ovshim.bound import install, installed
+from ovshim.dispatch import Dispatcher
+from ovshim.errors import FallbackError, OptionError
+from ovshim.generation import Generation
+from ovshim.handle import Handle
+from ovshim.options import OptionFields, Options, resolve
+from ovshim.plan import Plan
+from ovshim.planner import Planner
+from ovshim.reasons import Reason, reason
+from ovshim.signature import Kind, describe, sizes_of
+
+__all__ = ["load"]
+
+# The others are about conversion, or about eager.
+_TAKEN = frozenset({"device", "hint", "streams", "threads", "properties", "strict", "progress"})
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> nn.Module:
+    """A module that runs what `fast.ovshim.save(directory)` has written, without its code.
+
+    It answers the kinds of calls that were saved, and was proved on this machine against the
+    recorded answers. There is no eager: whatever eager would have to answer (training mode, NaN in
+    an input, other kinds of calls) raises FallbackError. Outputs of classes that the saved module's
+    code defines come as objects with the same fields.
+
+    Args:
+        options, fields: `device`, `hint`, `streams`, `threads` and `properties` of
+            `ovshim.Options`; what is about conversion was settled when the artifact was made.
+
+    Raises:
+        ArtifactError: the directory is no artifact, is damaged, or does not give the recorded
+            answers here.
+        OptionError: an option that has no meaning here, or cannot be right.
+    """
+    chosen = resolve(options, {**fields, "cache_dir": False, "strict": True})
+    default = Options(cache_dir=False, strict=True)
+    for name in set(Options.__dataclass_fields__) - _TAKEN - {"cache_dir"}:
+        harmless = (getattr(default, name), "openvino" if name == "prefer" else None)
+        if getattr(chosen, name) not in harmless:
+            given = getattr(chosen, name)
+            remedy = "Give it to accelerate() before the artifact is saved."
+            raise OptionError(name, given, f"nothing but {', '.join(sorted(_TAKEN))}", remedy)
+    runtime.check_device(chosen.device)
+    where = Path(directory).expanduser().absolute()
+    module = Loaded(where).eval()
+    install(module, "forward", Maker(where, chosen))
+    # Not setattr: it is not part of what the module is.
+    module.__dict__["ovshim"] = Handle(module, chosen)
+    dispatcher = installed(module)["forward"].dispatcher  # reads, compiles and proves
+    assert isinstance(dispatcher, Artifact)
+    dispatcher.tally.tell_precision()
+    module.name = dispatcher.name
+    return module
+
+
+class Loaded(nn.Module):
+    """What `load` gives.
+
+    Attributes:
+        name: of the class that was saved.
+        directory: the artifact.
+    """
+
+    name = ""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Nobody's code: the dispatcher in the instance answers."""
+        raise _no_eager(reason("not-in-artifact"))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {str(self.directory)!r}"
+
+
+class Maker:
+    """Reads an artifact: what copies and pickles of a loaded module carry along."""
+
+    def __init__(self, directory: Path, options: Options) -> None:
+        self.directory = directory
+        self.options = options
+
+    def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Artifact:
+        from ovshim.artifact.read import read
+
+        name, plans = read(self.directory, self.options, _Unchanging())
+        return Artifact(module, name, plans, original, self.options)
+
+
+class Artifact(Dispatcher):
+    """Serves the calls of a loaded module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        plans: Sequence[Plan],
+        original: Callable[..., Any],
+        options: Options,
+    ) -> None:
+        def planner(*args: Any) -> Planner:
+            return _Fixed(plans, *args)
+
+        super().__init__(module, "forward", original, options, make_planner=planner)
+        self.name = name
+        self._off = False  # there is nothing else that could answer
+
+    def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.tally.count(why)
+        raise _no_eager(why)
+
+    def _failed(self, plan: Plan, error: Exception) -> None:
+        try:
+            super()._failed(plan, error)
+        except FallbackError as failed:
+            raise _no_eager(failed.reason) from error
+
+
+class _Fixed(Planner):
+    """The plans of an artifact: no others are ever made, and none goes."""
+
+    def __init__(self, plans: Sequence[Plan], *args: Any) -> None:
+        super().__init__(*args)
+        self._fixed = list(plans)
+        for grad in (False, True):
+            self._on_change(grad, tuple(plans))
+
+    @property
+    def plans(self) -> list[Plan]:
+        return list(self._fixed)
+
+    def answer(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
+    ) -> tuple[Any, Reason]:
+        """Raises FallbackError: of such calls there is no plan."""
+        known = "; ".join(describe(plan.kind, plan.pattern) for plan in self._fixed)
+        asked = describe(kind, sizes_of(leaves))
+        raise _no_eager(reason("not-in-artifact", f"{asked}; there are: {known}"))
+
+    def prepare(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+        leaves: Sequence[Any],
+        wait: bool = True,
+    ) -> Plan | None:
+        """The plan for such calls; FallbackError where there is none."""
+        for plan in self._fixed:
+            if plan.match(args, kwargs) is not None:
+                return plan
+        self.answer(args, kwargs, kind, leaves)
+        return None
+
+    def drop(self, plan: Plan) -> None:
+        """Nothing goes."""
+
+    def drop_stale(self) -> None:
+        """Nothing goes stale: there is no module behind the graph."""
+
+    def drop_all(self) -> None:
+        """Nothing goes: nothing could be made anew."""
+
+
+class _Unchanging(Generation):
+    """The generation of what has neither code nor weights."""
+
+    def __init__(self) -> None:
+        pass
+
+    def holds(self) -> bool:
+        return True
+
+    def grad_wanted(self) -> bool:
+        return False
+
+
+def _no_eager(why: Reason) -> FallbackError:
+    remedy = why.remedy
+    if why.code != "not-in-artifact":
+        remedy = "An artifact has no eager module: ask the module itself about such calls."
+    return FallbackError(Reason(why.code, why.message, remedy))
