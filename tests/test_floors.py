@@ -56,6 +56,7 @@ FLOORS: dict[str, set[str]] = {
         "__init__",
         "__main__",
         "api",
+        "backend",
         "bound",
         "cli",
         "handle",
