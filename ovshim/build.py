@@ -43,7 +43,7 @@ from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
 from ovshim.version import __version__
 
-__all__ = ["build"]
+__all__ = ["build", "is_cached"]
 
 log = logging.getLogger("ovshim")
 
@@ -68,7 +68,7 @@ def build(job: Job) -> Plan:
                 # Two answers were of two modules: it says nothing of either.
                 why = reason("stale", "weights changed while the plan was made")
             plan = eager_plan(job, why)
-            plan.trouble = stopped.__cause__
+            plan.trouble = _without_frames(stopped.__cause__)
         except OptionError:
             raise
         except Exception as error:  # a fault of ours must not become one of the user's program
@@ -81,6 +81,22 @@ def build(job: Job) -> Plan:
         "%s.%s: %s%s in %.2f s, cache %s", name, job.method, plan.path, code, spent, plan.cache
     )
     return plan
+
+
+def _without_frames(error: BaseException | None) -> BaseException | None:
+    """The error, to be kept: its frames would keep whatever the program has in its own."""
+    chain = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+    return error
+
+
+def is_cached(job: Job) -> bool:
+    """Whether there are entries for a module like the job's. Raises whatever a build meets."""
+    job.lowering = lowering_of(job)
+    family, _ = _family(job)
+    return family is not None and bool(job.store.entries(family))
 
 
 def _build(job: Job) -> Plan:

@@ -79,9 +79,12 @@ class Dispatcher:
         self.tally = Tally(module, lambda: self._planner.plans, options.strict, quiet)
         make = make_planner or (LatePlanner if options.background else Planner)
         self._planner = make(
-            module, method, original, options, self._plans.__setitem__, self.tally.retire, divide
+            module, method, original, options, self._publish, self.tally.retire, divide
         )
         self._off = not enabled_in_environment()
+
+    def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
+        self._plans[grad] = plans
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""

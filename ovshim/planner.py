@@ -28,6 +28,8 @@ __all__ = ["Building", "Planner", "building_here", "known_kind", "serving", "unf
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
+# So many kinds of calls that have no plan, and sizes of each, are taken note of.
+_MOST_MET = 32
 # A plan that goes stale before it has served so many calls was not worth its build: the next
 # build waits, twice as many calls each time.
 _WORTH_BUILDING = 16
@@ -44,6 +46,7 @@ class Family:
         self.wait = 0
         self.why = reason("stale", "it keeps changing")
         self.build: Any = None  # what another thread is making
+        self.met: set[tuple[tuple[int, ...], ...]] = set()  # sizes of calls that had no plan
 
     def add(self, plan: Plan) -> list[Plan]:
         """A plan for more sizes takes the place of those that it covers, which are returned."""
@@ -146,6 +149,23 @@ class Planner:
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
 
+    def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
+        """Take note of a call that no plan was made of: sizes that differ are left open later."""
+        key = kind, torch.is_grad_enabled()
+        if key in self._families or len(self._families) < _MOST_MET:
+            met = self._families.setdefault(key, Family()).met
+            if len(met) < _MOST_MET:
+                met.add(sizes)
+
+    def is_cached(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
+    ) -> bool:
+        """Whether the cache has something for such calls, so that a plan is made in tenths."""
+        from ovshim.build import is_cached
+
+        with Building():
+            return is_cached(self._job(Family(), args, kwargs, kind, leaves, lenient=True))
+
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in other threads; whether that was so in time."""
         return True
@@ -225,6 +245,8 @@ class Planner:
         )
         for plan in family.plans:
             job.open_sizes(plan.pattern, plan.pinned)
+        for sizes in list(family.met):
+            job.open_sizes(sizes, frozenset())
         return job
 
     def _make(self, family: Family, job: Job) -> Plan:

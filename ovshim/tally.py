@@ -17,7 +17,7 @@ __all__ = ["Tally"]
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
-    | {"stale", "special-values", "out-of-range", "taking-turns", "empty-tensor"}
+    | {"stale", "special-values", "out-of-range", "taking-turns", "empty-tensor", "seldom"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}
@@ -30,12 +30,15 @@ class Tally:
         plans: gives the plans that stand; they count their own calls.
         strict: raise instead of warning.
         quiet: warn of nothing.
+
+    Attributes:
+        name: of the module, in warnings.
     """
 
     def __init__(
         self, module: nn.Module, plans: Callable[[], Sequence[Plan]], strict: bool, quiet: bool
     ) -> None:
-        self._module = module
+        self.name = type(module).__qualname__
         self._plans = plans
         self._strict = strict
         self._quiet = quiet
@@ -62,8 +65,7 @@ class Tally:
         if why.code not in self._warned:
             self._warned.add(why.code)
             if why.code not in _SILENT and not self._quiet:
-                name = type(self._module).__qualname__
-                warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
+                warnings.warn(FallbackWarning(why, self.name), stacklevel=_users_level())
 
     def tell_precision(self) -> None:
         """Warn, once each, of plans that run in another precision than was asked for."""
@@ -81,9 +83,13 @@ class Tally:
                 self._earlier[path] += plan.calls.value
                 plan.calls = Counter()
 
-    def served(self, path: str) -> int:
-        """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well."""
-        standing = (plan.calls.value for plan in self._plans() if _counts_as(plan) == path)
+    def served(self, path: str, plans: Iterable[Plan] | None = None) -> int:
+        """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well.
+
+        plans: those that stand, where they are at hand.
+        """
+        plans = self._plans() if plans is None else plans
+        standing = (plan.calls.value for plan in plans if _counts_as(plan) == path)
         return self._earlier[path] + sum(standing)
 
     @property
