@@ -158,13 +158,18 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=f"{job.kind} grad={job.grad}",
+            inputs=f"{job.kind} grad={_grad_of(job)}",
             options=repr(decisive),
             environment={"torch": torch.__version__, "openvino": runtime.version()},
         )
     except Unkeyable as unkeyable:
         return None, str(unkeyable)
     return found.key, None
+
+
+def _grad_of(job: Job) -> str:
+    """Which weights gradients are recorded for: torch takes other ways where there are none."""
+    return "".join("01"[p.requires_grad] for p in job.module.parameters()) if job.grad else "off"
 
 
 # --- a miss -----------------------------------------------------------------------------------
@@ -226,8 +231,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         with job.stage("compile"):
             engine = engine_of(job, source, record, entry)
         weakref.finalize(engine, keep)
-        served = served_by(job, engine, record, seen)
         with job.stage("proof"):
+            served = served_by(job, engine, record, generation, seen, job.copies())
             found = _proved(job, served, record)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))

@@ -44,6 +44,7 @@ class Generation:
     Args:
         guards, roots: what the captured graph read beyond the tree (`guards.roots_of`).
         code: qualified names of the functions that were captured; None: it is not known which.
+        grad: whether it matters which tensors require grad.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
@@ -57,6 +58,7 @@ class Generation:
         guards: Sequence[ValueGuard] = (),
         roots: Mapping[str, Any] | None = None,
         code: Collection[str] | None = None,
+        grad: bool = False,
     ) -> None:
         self._module = module
         self._modules = list(module.modules())
@@ -85,7 +87,7 @@ class Generation:
         reads = any(_reads_environment(f.__code__) for f in self._functions)
         self._environment = dict(os.environ) if reads else None
         self._watch_tensors()
-        self._flags = list(map(_wants_grad, self._tensors)) if reads_grad else None
+        self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
         rare = (self._contents, self._orders, self._classes, self._flags, self._environment)
         self._rare = any(rare)
 
@@ -124,9 +126,22 @@ class Generation:
     def _read_methods(self) -> list[Any]:
         return [read(cls) for cls, read in self._methods]
 
-    def grad_wanted(self) -> bool:
-        """Whether a tensor of the module requires grad at this moment."""
-        return any(tensor.requires_grad for tensor in self._tensors)
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Every tensor of the module, and those beyond it that the captured graph read."""
+        return self._tensors
+
+    def tensors_hold(self) -> bool:
+        """Whether no tensor was written to or moved, nor anything changed beyond the tree: what has
+        become of the tree itself does not matter to a copy of it."""
+        try:
+            return (
+                list(map(_version, self._tensors)) == self._versions
+                and list(map(_data_ptr, self._tensors)) == self._pointers
+                and self._watch.holds()
+            )
+        except (RuntimeError, KeyError, ValueError, AttributeError, BadGuardError):
+            return False
 
     def change(self) -> str:
         """What has changed, in words, for a reason or a report."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ovshim.generation import Generation
     from ovshim.infer import Engine
 
-__all__ = ["Counter", "OutOfRangeError", "Plan", "Served"]
+__all__ = ["Counter", "OutOfRangeError", "Plan", "Recording", "Served"]
 
 
 class Counter:
@@ -41,6 +41,13 @@ class Counter:
         return int(repr(self._count)[6:-1])
 
 
+class Recording(Protocol):
+    """Gives a plan's outputs their place in autograd's graph."""
+
+    def refusal(self, tensors: Sequence[torch.Tensor], /) -> Reason | None:
+        """Why it cannot, for a call of these; None where it can."""
+
+
 class OutOfRangeError(Exception):
     """An index of a call lies outside of its table: eager knows what to raise."""
 
@@ -54,12 +61,14 @@ class Served:
         inputs: which tensors of the call these are, by index; None for all, in order.
         builder: puts the computed tensors into the module's own containers.
         checked: whether the last computed tensor says whether all indices were in range.
+        recorder: gives the outputs gradients, as `builder`; None where they have none.
     """
 
     engine: Engine
     inputs: tuple[int, ...] | None
     builder: Builder
     checked: bool = False
+    recorder: Recording | None = None
 
     def answer(self, given: Sequence[torch.Tensor]) -> Any:
         """The module's output for these tensors of a call.
@@ -120,6 +129,7 @@ class Plan:
         notes: keeps with the entry what is found out later; None where nothing is cached.
         parts: answers where some submodules run in OpenVINO under an eager parent.
         generation: the state of the module that the plan was made for.
+        grad: whether it is for calls in grad mode.
         example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
         raced: whether buckets are raced against eager before OpenVINO serves them.
@@ -143,6 +153,7 @@ class Plan:
     reason: Reason | None
     generation: Generation | None
     precision: str
+    grad: bool = False
     example: tuple[tuple[int, ...], ...] = ()
     precision_run: str | None = None
     error: float | None = None
@@ -205,6 +216,7 @@ class Plan:
         """The plan as `explain(...).to_dict()` promises it."""
         return {
             "signature": describe(self.kind, self.pattern),
+            "grad": self.grad,
             "path": self.path,
             "reason": self.reason.to_dict() if self.reason else None,
             "precision_run": self.precision_run,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ovshim.cache import Store
+from ovshim.gradients import is_watched
 from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import Plan
@@ -24,7 +25,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit"]
+__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit", "unrecordable"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
@@ -70,6 +71,9 @@ class Planner:
         on_change: called, under the lock, with the plans for each grad mode whenever they change.
         on_gone: called with plans that serve no longer.
         divide: makes a mixed plan of one that eager serves, where that gains something.
+
+    Attributes:
+        backward: whether a backward pass has reached an answer of this method's.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Planner:
         self._on_change = on_change
         self._on_gone = on_gone
         self._divide = divide
+        self.backward = Backward()
 
     @property
     def plans(self) -> list[Plan]:
@@ -165,6 +170,7 @@ class Planner:
         with self._lock:
             self._on_gone(self.plans)
             self._families.clear()
+            self.backward.seen = False
             self._publish()
 
     # --- making one ---------------------------------------------------------------------------
@@ -217,6 +223,7 @@ class Planner:
             leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
             dynamic=dims,
             grad=torch.is_grad_enabled(),
+            backward=self.backward,
             lenient=lenient,
         )
         for plan in family.plans:
@@ -248,7 +255,7 @@ class Planner:
             self._on_change(grad, tuple(p for f in families for p in reversed(f.plans)))
 
 
-def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None:
+def unfit(leaves: Sequence[Any], grad: bool = False) -> Reason | None:
     """Why a call of such leaves cannot be served whatever the module does with them.
 
     Args:
@@ -266,9 +273,18 @@ def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None
             return reason("empty-tensor", f"an input of sizes {tuple(leaf.shape)}")
         if grad and leaf.requires_grad:
             return reason("input-grad")
-    if grad and any(parameter.requires_grad for parameter in module.parameters()):
-        return reason("grad")
     return None
+
+
+def unrecordable(leaves: Sequence[Any], module: nn.Module, backward: Backward) -> Reason | None:
+    """Why a call in grad mode cannot be served whatever the module does, if it has gradients."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    if backward.seen:
+        return reason("backward")
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    watched = is_watched() or any(tensor.is_inference() for tensor in tensors)
+    return reason("special-mode") if watched else None
 
 
 def known_kind(leaves: Sequence[Any], structure: Structure) -> Kind | Reason:
@@ -329,3 +345,17 @@ class _Building:
         _here.depth -= 1
         with _count_lock:
             running -= 1
+
+
+class Backward(_Building):
+    """Entered while a backward pass runs the module again.
+
+    Attributes:
+        seen: whether one ever did.
+    """
+
+    seen = False
+
+    def __enter__(self) -> Self:
+        self.seen = True
+        return super().__enter__()

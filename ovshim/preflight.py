@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
-__all__ = ["Look", "Operators", "look"]
+__all__ = ["Look", "Operators", "look", "reached"]
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -37,6 +37,7 @@ class Look:
         leaves, structure: the flattened output.
         containers: the lists, dicts and other mutable objects that hold the leaves.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
+        reached: for each leaf, see `reached`.
         seconds: how long the call took.
         undo: puts attributes back to what they were before the call.
         reason: why this module cannot be served by a graph, or None.
@@ -46,6 +47,7 @@ class Look:
     structure: Structure
     containers: list[Any]
     given: list[int | None]
+    reached: list[list[torch.Tensor]]
     seconds: float
     reason: Reason | None = None
     undo: Callable[[], None]
@@ -89,8 +91,28 @@ def look(
     found.leaves, found.structure = flatten(output)
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
+    found.reached = [reached(leaf) for leaf in found.leaves]
     found.reason = found.reason or _unfit_output(module, found, inputs)
     return found
+
+
+def reached(value: Any) -> list[torch.Tensor]:
+    """The leaves of autograd's graph that a tensor depends on; none of what is no tensor."""
+    if not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return []
+    if value.grad_fn is None:
+        return [value]
+    leaves: list[torch.Tensor] = []
+    todo: list[Any] = [value.grad_fn]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):  # only nodes that accumulate a leaf's gradient have it
+            leaves.append(node.variable)
+        below = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= below
+        todo += below
+    return leaves
 
 
 class _World:

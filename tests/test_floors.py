@@ -50,6 +50,7 @@ FLOORS: dict[str, set[str]] = {
         "dispatch",
         "plan",
         "planner",
+        "gradients",
         "proof",
     },
     "4": {
