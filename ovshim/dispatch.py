@@ -17,12 +17,12 @@ from ovshim import planner
 from ovshim.background import LatePlanner
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
-from ovshim.gradients import refusal
+from ovshim.gradients import refusal, unrecordable
 from ovshim.job import Job
 from ovshim.lanes import Lane
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import OutOfRangeError, Plan, Served
-from ovshim.planner import Planner, building_here, known_kind, unfit, unrecordable
+from ovshim.planner import Planner, building_here, known_kind, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.signature import describe, flatten, flatten_call, sizes_of
 from ovshim.tally import Tally

@@ -4,9 +4,10 @@ Hardly any call in grad mode is ever differentiated. So OpenVINO answers it, and
 a node of autograd's graph. If a backward pass comes by, the node runs the module once more, in
 eager, and differentiates that, as `torch.utils.checkpoint` does.
 
-The node is one `autograd.Function` whose inputs are all the weights that eager's graph reaches. A
+The node is an `autograd.Function` whose inputs are all the weights that eager's graph reaches. A
 dummy input whose backward accumulates gradients by itself would answer `autograd.grad`, hooks and
-double backward otherwise than eager does.
+double backward otherwise than eager does. An output that eager computes from another one (pooled
+from hidden states) gets a node with that one for an input.
 
 What is run again is a snapshot of the module, for the module may have changed since; over aliases
 of its weights, for hooks on the weights themselves would be called twice.
@@ -16,41 +17,39 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import graphlib
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd import Function
+from torch.nn.modules import module as torch_module
 
 from ovshim.generation import Generation
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import Builder
 from ovshim.plan import Recording
-from ovshim.preflight import Look, reached
+from ovshim.preflight import Look, sources
 from ovshim.proof import alike
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Kind, TensorLeaf, flatten, unflatten_call
 
-__all__ = ["Recorder", "is_watched", "recorder_of", "refusal"]
+__all__ = ["Recorder", "recorder_of", "refusal", "unrecordable"]
 
 log = logging.getLogger("ovshim")
 
 _INPUT_GRAD = reason("input-grad")
 _BACKWARD = reason("backward")
 _SPECIAL_MODE = reason("special-mode")
-_HOOKED = reason("grad", "a weight that not every output depends on has a hook")
+_INNER_HOOKS = reason("inner-hooks", "for the backward pass")
 
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _may_save: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled")  # noqa: B009 # no stub has it
 _anomalies = torch.is_anomaly_enabled
-_hooks: Callable[[torch.Tensor], tuple[Any, Any]] = attrgetter(
-    "_backward_hooks", "_post_accumulate_grad_hooks"
-)
-_NO_HOOKS = (None, None)
 
 
 class Backward(AbstractContextManager[Any], Protocol):
@@ -64,6 +63,24 @@ class Backward(AbstractContextManager[Any], Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """A node to be: for outputs that are computed from the same.
+
+    Attributes:
+        computed: indices of the tensors; `leaves`, of the same in eager's output.
+        parents: indices of other tensors that these are computed from; `parent_leaves`, in eager's
+            output.
+        weights: the weights that they are computed from, but for those reached by way of parents.
+    """
+
+    computed: tuple[int, ...]
+    leaves: tuple[int, ...]
+    parents: tuple[int, ...]
+    parent_leaves: tuple[int, ...]
+    weights: tuple[torch.Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Recorder:
     """Builds the outputs of a plan, as its `builder` does, as nodes of autograd's graph.
 
@@ -72,9 +89,8 @@ class Recorder:
         call: the module's method, bound to a snapshot of the module.
         held: the tensors of the snapshot, which are the module's own.
         weights: those of them that eager's graph reaches.
-        computed: indices of the computed tensors that require grad, and `leaves`, of the same in
-            eager's output.
-        uneven: whether some outputs reach fewer weights than others.
+        nodes: parents first.
+        hooks: those of the module's submodules that a backward pass would call.
         kind, constants: the call's leaves; in `constants` None stands for each tensor.
         generation: the state of the module that all this was found in; `name`, of its class.
         backward: see `Backward`.
@@ -84,9 +100,8 @@ class Recorder:
     call: Callable[..., Any]
     held: Sequence[torch.Tensor]
     weights: tuple[torch.Tensor, ...]
-    computed: tuple[int, ...]
-    leaves: tuple[int, ...]
-    uneven: bool
+    nodes: tuple[Node, ...]
+    hooks: tuple[Any, ...]
     kind: Kind
     constants: Sequence[Any]
     generation: Generation
@@ -95,57 +110,62 @@ class Recorder:
 
     def __call__(self, computed: Any, given: Sequence[torch.Tensor]) -> Any:
         """The module's output, as `builder` makes it. `computed` is a list, and written to."""
-        kept = [computed[i] for i in self.computed]
-        for i, tensor in zip(self.computed, _record(self, kept, given, *self.weights), strict=True):
-            computed[i] = tensor
+        for node in self.nodes:
+            kept = [computed[i] for i in node.computed]
+            parents = [computed[i] for i in node.parents]
+            recorded = _record(self, node, kept, given, *parents, *node.weights)
+            for i, tensor in zip(node.computed, recorded, strict=True):
+                computed[i] = tensor
         return self.builder(computed, given)
-
-    def gradients(
-        self, given: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        """The gradient of each weight, for those of the outputs; differentiable in grad mode.
-
-        Raises:
-            RuntimeError: a weight has been changed since the call.
-        """
-        again = torch.is_grad_enabled()  # with create_graph, what is found is differentiated too
-        with self.backward, ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.set_grad_enabled(True))
-            modes.enter_context(torch.autocast("cpu", enabled=False))
-            if not self.generation.tensors_hold():
-                raise RuntimeError(
-                    "One of the variables needed for gradient computation has been modified since "
-                    f"the call of {self.name}: it was answered by "
-                    "OpenVINO, and its gradients are computed from the weights as they were. Call "
-                    "backward() before they change, or make the call in fast.train()."
-                )
-            aliases = [_view(w) if again else _alias(w) for w in self.weights]
-            leaves, _ = flatten(self._run_over(aliases, given))
-            outputs = [leaves[i] for i in self.leaves]
-            pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
-            if not pairs:
-                return [None] * len(aliases)
-            found = torch.autograd.grad(
-                [y for y, _ in pairs],
-                aliases,
-                [g for _, g in pairs],
-                create_graph=again,
-                allow_unused=True,
-            )
-        return list(found)
 
     def refusal(self, tensors: Sequence[torch.Tensor]) -> Reason | None:
         """Why eager has to answer a call of these; None where gradients can be recorded."""
         if self.backward.seen:
             return _BACKWARD
         # Eager itself cannot save inference tensors for a backward pass, and says so.
-        if is_watched() or any(tensor.is_inference() for tensor in tensors):
+        if _is_watched() or any(tensor.is_inference() for tensor in tensors):
             return _SPECIAL_MODE
-        # A node hands on a gradient to each weight, None where there is none, and hooks see it.
-        if self.uneven and any(_hooks(weight) != _NO_HOOKS for weight in self.weights):
-            return _HOOKED
-        return None
+        return _INNER_HOOKS if any(self.hooks) else None
+
+    def gradients(
+        self,
+        node: Node,
+        given: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor | None]:
+        """The gradients of a node's parents and weights, for those of its outputs; differentiable
+        in grad mode.
+
+        Raises:
+            RuntimeError: a weight has been changed since the call.
+        """
+        again = torch.is_grad_enabled()  # with create_graph, what is found is differentiated too
+        with self.backward, torch.inference_mode(False), torch.enable_grad():
+            if not self.generation.tensors_hold():
+                raise RuntimeError(
+                    "One of the variables needed for gradient computation has been modified since "
+                    f"the call of {self.name}: it was answered by OpenVINO, and its gradients are "
+                    "computed from the weights as they were. Call backward() before they change."
+                )
+            aliases = {id(w): _view(w) if again else _alias(w) for w in self.weights}
+            with torch.autocast("cpu", enabled=False):  # as in the call
+                leaves, _ = flatten(self._run_over(aliases, given))
+            pairs = [
+                (leaves[i], grad)
+                for i, grad in zip(node.leaves, grads, strict=True)
+                if grad is not None
+            ]
+            parents = [leaves[i] for i in node.parent_leaves]
+            weights = [aliases[id(weight)] for weight in node.weights]
+            cut = _Cut(parents)
+            found = torch.autograd.grad(
+                [leaf for leaf, _ in pairs],
+                [*parents, *weights],
+                [grad for _, grad in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        return [*cut.grads, *found[len(parents) :]]
 
     def check(self, seen: Look, leaves: Sequence[Any]) -> None:
         """Run the snapshot as a backward pass would.
@@ -156,21 +176,24 @@ class Recorder:
         Raises:
             BuildStopped: it is not the same.
         """
-        aliases = [_alias(weight) for weight in self.weights]
+        aliases = {id(weight): _alias(weight) for weight in self.weights}
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         again = Look()
         again.leaves, again.structure = flatten(self._run_over(aliases, tensors))
-        own = {id(a): id(w) for a, w in zip(aliases, self.weights, strict=True)}
-        found = [{own.get(id(w)) for w in reached(leaf)} for leaf in again.leaves]
-        wanted = [set(map(id, tensors)) for tensors in seen.reached]
+        wanted = [
+            source and (source.outputs, {id(aliases.get(id(w))) for w in source.weights})
+            for source in seen.sources
+        ]
+        found = [
+            source and (source.outputs, set(map(id, source.weights)))
+            for source in sources(again.leaves)
+        ]
         if found != wanted or not alike(seen, again):
             raise BuildStopped(reason("grad", "a copy of the module does not answer as it does"))
 
-    def _run_over(self, aliases: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> Any:
-        """Eager's answer, with these in the place of the weights."""
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in self.held}
-        memo.update({id(w): a for w, a in zip(self.weights, aliases, strict=True)})
-        call = copy.deepcopy(self.call, memo)
+    def _run_over(self, aliases: Mapping[int, torch.Tensor], given: Sequence[torch.Tensor]) -> Any:
+        """Eager's answer, with other tensors in the place of the weights, given by their ids."""
+        call = copy.deepcopy(self.call, {id(tensor): tensor for tensor in self.held} | {**aliases})
         tensors = iter(given)
         leaves: list[Any] = []
         for i, (leaf, constant) in enumerate(zip(self.kind.leaves, self.constants, strict=True)):
@@ -183,6 +206,24 @@ class Recorder:
         return call(*args, **kwargs)
 
 
+class _Cut:
+    """Keeps the gradients that arrive at tensors, and lets none of them go on from there: what is
+    beyond is another node's.
+
+    Attributes:
+        grads: the gradient of each tensor, None where none has arrived.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.grads: list[torch.Tensor | None] = [None] * len(tensors)
+        for i, tensor in enumerate(tensors):
+            torch.Tensor.register_hook(tensor, functools.partial(self._arrived, i))  # type: ignore[no-untyped-call]
+
+    def _arrived(self, i: int, grad: torch.Tensor) -> torch.Tensor:
+        self.grads[i] = grad
+        return torch.zeros_like(grad)
+
+
 class Recomputed(Function):
     """The node. (Its name shows in `grad_fn`.)"""
 
@@ -190,18 +231,22 @@ class Recomputed(Function):
     def forward(
         ctx: Any,
         recorder: Recorder,
+        node: Node,
         computed: Sequence[torch.Tensor],
         given: Sequence[torch.Tensor],
-        *weights: torch.Tensor,
+        *parents_and_weights: torch.Tensor,
     ) -> Any:
-        ctx.recorder = recorder
+        ctx.recorder, ctx.node = recorder, node
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given)
         return tuple(computed)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        return None, None, None, *ctx.recorder.gradients(ctx.saved_tensors, grads)
+        given = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, None, *ctx.recorder.gradients(ctx.node, given, grads)
 
 
 # Function.apply asks for functorch first, which a call that comes here is not under.
@@ -225,27 +270,29 @@ def recorder_of(
     Raises:
         BuildStopped: eager's gradients could not be promised.
     """
-    if not job.grad or not any(seen.reached):
+    if not any(seen.sources):
         return None
-    weights = {id(tensor): tensor for tensors in seen.reached for tensor in tensors}
+    if not job.grad:
+        raise BuildStopped(reason("grad", "the module turns grad mode on by itself"))
+    weights = {id(w): w for source in seen.sources if source for w in source.weights}
     foreign = weights.keys() - set(map(id, generation.tensors))
     if foreign or not all(weight.is_leaf for weight in weights.values()):
         raise BuildStopped(reason("grad", "the output depends on a tensor beside the module's own"))
     call: Any = job.call if job.apart is None else job.apart.resolve()
+    if getattr(call, "__self__", None) is not (job.apart or job).module:
+        raise BuildStopped(reason("grad", f"its {job.method} is no method of the module's class"))
     held = _tensors_of(call.__self__)
     try:
         snapshot = copy.deepcopy(call, {id(tensor): tensor for tensor in held})
     except Exception as error:  # whatever the attributes of users' modules raise
         raise BuildStopped(reason("grad", f"the module cannot be copied: {error}")) from error
-    computed = [n for n, i in enumerate(outputs) if seen.reached[i]]
     made = Recorder(
         builder=builder,
         call=snapshot,
         held=held,
         weights=tuple(weights.values()),
-        computed=tuple(computed),
-        leaves=tuple(outputs[n] for n in computed),
-        uneven=any(len(seen.reached[outputs[n]]) < len(weights) for n in computed),
+        nodes=tuple(_nodes(seen, outputs)),
+        hooks=tuple(_backward_hooks(job.module)),
         kind=job.kind,
         constants=[None if isinstance(leaf, torch.Tensor) else leaf for leaf in job.leaves],
         generation=generation,
@@ -261,6 +308,29 @@ def recorder_of(
     return made
 
 
+def _nodes(seen: Look, outputs: Sequence[int]) -> Iterator[Node]:
+    """One node for all outputs of the same sources: for several, each would run the module again.
+    Not one for outputs of other sources: it would hand on gradients to weights that have none, and
+    hooks would see them."""
+    groups: dict[Any, list[int]] = {}
+    below = {i: source.outputs for i in outputs if (source := seen.sources[i]) is not None}
+    for i in graphlib.TopologicalSorter(below).static_order():
+        source = seen.sources[i]
+        assert source is not None
+        groups.setdefault((source.outputs, frozenset(map(id, source.weights))), []).append(i)
+    place = {i: n for n, i in enumerate(outputs)}
+    for leaves in groups.values():
+        source = seen.sources[leaves[0]]
+        assert source is not None
+        yield Node(
+            computed=tuple(place[i] for i in leaves),
+            leaves=tuple(leaves),
+            parents=tuple(place[i] for i in source.outputs),
+            parent_leaves=source.outputs,
+            weights=source.weights,
+        )
+
+
 def refusal(tensors: Sequence[torch.Tensor], recorder: Recording | None) -> Reason | None:
     """Why eager has to answer a call in grad mode, of a plan that OpenVINO serves; else None.
 
@@ -273,10 +343,32 @@ def refusal(tensors: Sequence[torch.Tensor], recorder: Recording | None) -> Reas
     return None if recorder is None else recorder.refusal(tensors)
 
 
-def is_watched() -> bool:
+def unrecordable(leaves: Sequence[Any], module: nn.Module, backward: Backward) -> Reason | None:
+    """Why a call in grad mode cannot be served whatever the module does, if it has gradients."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    if backward.seen:
+        return _BACKWARD
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if _is_watched() or any(tensor.is_inference() for tensor in tensors):
+        return _SPECIAL_MODE
+    return _INNER_HOOKS if any(_backward_hooks(module)) else None
+
+
+def _is_watched() -> bool:
     """Whether somebody looks at what this thread records for a backward pass: one node in the
     place of a module's own would show."""
     return _anomalies() or not _may_save() or _saving_hooks(True) is not None
+
+
+def _backward_hooks(module: nn.Module) -> Iterator[Any]:
+    """The hooks that a backward pass calls within a module. Its own are called around it."""
+    yield torch_module._global_backward_hooks
+    yield torch_module._global_backward_pre_hooks
+    for inner in module.modules():
+        if inner is not module:
+            yield inner._backward_hooks
+            yield inner._backward_pre_hooks
 
 
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ovshim.cache import Store
-from ovshim.gradients import is_watched
 from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import Plan
@@ -25,7 +24,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit", "unrecordable"]
+__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
@@ -274,17 +273,6 @@ def unfit(leaves: Sequence[Any], grad: bool = False) -> Reason | None:
         if grad and leaf.requires_grad:
             return reason("input-grad")
     return None
-
-
-def unrecordable(leaves: Sequence[Any], module: nn.Module, backward: Backward) -> Reason | None:
-    """Why a call in grad mode cannot be served whatever the module does, if it has gradients."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        return None
-    if backward.seen:
-        return reason("backward")
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    watched = is_watched() or any(tensor.is_inference() for tensor in tensors)
-    return reason("special-mode") if watched else None
 
 
 def known_kind(leaves: Sequence[Any], structure: Structure) -> Kind | Reason:
