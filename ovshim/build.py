@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import tempfile
 import time
 import weakref
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ovshim import proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
@@ -142,9 +144,18 @@ def _refuse_at_sight(job: Job) -> None:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():
             raise BuildStopped(reason("untracked-weights", name))
+    if _is_sharded(job.module):
+        raise BuildStopped(reason("untracked-weights", "FSDP gathers them anew for each call"))
     doubles = [own_dtype(job.module), *(tensor.dtype for tensor in job.tensors)]
     if job.options.precision is None and torch.float64 in doubles:
         raise BuildStopped(reason("double-precision"))
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` was applied: it writes gathered weights behind
+    torch's back, to tensors that look untouched."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in module.modules())
 
 
 def _family(job: Job) -> tuple[str | None, str | None]:

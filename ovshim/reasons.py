@@ -143,8 +143,9 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Move it with .to('cpu'); the device= option chooses where OpenVINO computes.",
         ),
         "untracked-weights": Sentence(
-            "A weight was made in inference mode, so that changes of it go unnoticed.",
-            "Build or load the module outside torch.inference_mode().",
+            "Changes of a weight would go unnoticed, because it was made in inference mode or is "
+            "sharded.",
+            "Build or load the module outside torch.inference_mode(), and accelerate it unsharded.",
         ),
         "double-precision": Sentence(
             "The module computes in float64, which OpenVINO would lower to float32.",
