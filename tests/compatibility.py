@@ -279,7 +279,7 @@ def _(m: Any) -> Any:
 
 @feature(COMPILERS, "torch.jit.script(fast)", "eager", "the script is the original's")
 def _(m: Any) -> Any:
-    return torch.jit.script(m.encoder)(X), m
+    return torch.jit.script(m)(X), m
 
 
 @feature(COMPILERS, "torch.fx.symbolic_trace(fast)", "eager", "the graph is the original's")
@@ -565,13 +565,10 @@ def _(m: Any) -> Any:
     return [norm, gradients(m)], m
 
 
-@feature(
-    UTILS, "torch.ao.quantization.quantize_dynamic(fast)", "OpenVINO", "or eager, for a reason"
-)
+@feature(UTILS, "torch.ao.quantization.quantize_dynamic(fast)", "eager")
 def _(m: Any) -> Any:
-    result = answers(m)
-    quantized = torch.ao.quantization.quantize_dynamic(m.encoder, {nn.Linear}, torch.qint8)
-    return [result, answers(quantized)], m
+    quantized = torch.ao.quantization.quantize_dynamic(m, {nn.Linear}, torch.qint8)
+    return answers(quantized), quantized
 
 
 # Copies
