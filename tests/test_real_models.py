@@ -476,8 +476,8 @@ def test_hidden_states_that_hooks_of_transformers_take_down() -> None:
     outer.encoder = part
     with quietly(), torch.inference_mode():
         for asked in (False, True) * 6:
-            before = counts(part)["openvino"]
+            before = counts(part)["eager"]
             same(outer(ids, output_hidden_states=asked), module(ids, output_hidden_states=asked))
-            assert not (asked and counts(part)["openvino"] > before)
-    assert counts(part)["openvino"] > 0
+            assert not asked or counts(part)["eager"] == before + 1
+    assert counts(part)["openvino"] + counts(part)["mixed"] > 0
     assert eager_reasons(part)["inner-hooks"] > 0
