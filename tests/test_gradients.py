@@ -539,7 +539,7 @@ def test_inputs_that_require_grad_are_eagers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("planned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_modes_that_look_into_the_graph(planned: bool) -> None:
     module, fast = fast_mlp()
     x = X if planned else X[None]
@@ -594,6 +594,7 @@ def test_backward_hooks_on_submodules_are_called() -> None:
         settle(fast, module, X, under=torch.enable_grad)
 
 
+@pytest.mark.slow
 @ABOUT_HOOKS
 def test_backward_hooks_on_the_module_are_called() -> None:
     module, fast = fast_mlp()
@@ -713,6 +714,7 @@ def test_a_plan_out_of_the_cache() -> None:
     same(grads(fast), grads(module))
 
 
+@pytest.mark.slow
 def test_a_plan_made_in_another_thread() -> None:
     module, fast = make(Mlp), ovshim.accelerate(make(Mlp), prefer="openvino", background=True)
     fast(X)
@@ -738,6 +740,7 @@ def test_other_precisions(precision: str) -> None:
     same(grads(fast), grads(module), 0.05)
 
 
+@pytest.mark.slow
 def test_a_race_that_gradients_take_part_in() -> None:
     """Lanes too: calls that take turns answer with gradients."""
     module = make(Mlp)
@@ -748,6 +751,7 @@ def test_a_race_that_gradients_take_part_in() -> None:
             assert fast(torch.randn(5, 8)).requires_grad
 
 
+@pytest.mark.slow
 def test_calls_ahead_of_their_turn() -> None:
     """What a call would save for a backward pass may be written to before its turn comes."""
     module, fast = fast_mlp()
@@ -759,6 +763,7 @@ def test_calls_ahead_of_their_turn() -> None:
     assert all(y.requires_grad for y in fast.ovshim.map([X, X + 1], in_flight=2))
 
 
+@pytest.mark.slow
 def test_threads_with_and_without_gradients() -> None:
     module, fast = fast_mlp()
     with torch.no_grad():
@@ -803,6 +808,7 @@ def test_answers_hold_nothing_when_they_are_gone() -> None:
     assert held() is None
 
 
+@pytest.mark.slow
 def test_a_second_accelerated_module_after_the_first() -> None:
     """The second is given an input that requires grad."""
     one, other = fast_mlp()[1], ovshim.accelerate(make(Mlp, 4, 8, 2), prefer="openvino")
