@@ -62,7 +62,7 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session
 def ecosystem(session: nox.Session) -> None:
-    """Libraries built on torch, each given an accelerated model; docs/ecosystem.md tells of them."""
+    """Libraries built on torch, each given an accelerated model (docs/ecosystem.md)."""
     install(session, "ecosystem")
     session.run("pytest", *PARALLEL, "-m", "slow", "tests/test_ecosystem.py", *session.posargs)
 
