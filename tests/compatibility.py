@@ -670,7 +670,7 @@ line is run by the tests, on a plain module and on its twin, and comes to the sa
 column stands who answers there: OpenVINO, or eager, which is the module's own method, run as ever,
 or seen through by what compiles and traces.
 
-Beside these, the inputs that PyTorch's own tests have for every module of `torch.nn`
+Beside these, inputs that PyTorch's own tests have for every module of `torch.nn`
 (`torch.testing._internal.common_modules.module_db`) are given to each module and to its twin.
 """
 

@@ -58,6 +58,8 @@ def test_the_page_is_of_this_matrix() -> None:
 # Of these nothing runs in OpenVINO.
 IN_EAGER: set[str] = set()
 INITIALS = "ABCEFGHIKLMNPRSTZ"
+# LinearCrossEntropyLoss alone has hundreds, which differ in a flag or two.
+MOST_INPUTS = 10
 
 
 def answer_or_error(module: nn.Module, under: Any, given: Any) -> Any:
@@ -85,7 +87,7 @@ def test_torchs_own_tests_of_its_modules(initial: str) -> None:
             info, device="cpu", dtype=torch.float32, requires_grad=False, training=False
         )
         assert inputs
-        for number, given in enumerate(inputs):
+        for number, given in enumerate(inputs[:MOST_INPUTS]):
             made, call = given.constructor_input, given.forward_input
             module = info.module_cls(*made.args, **made.kwargs).eval()
             answer_or_error(module, torch.no_grad, call)  # some have no weights before
