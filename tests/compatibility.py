@@ -671,7 +671,8 @@ column stands who answers there: OpenVINO, or eager, which is the module's own m
 or seen through by what compiles and traces.
 
 Beside these, inputs that PyTorch's own tests have for every module of `torch.nn`
-(`torch.testing._internal.common_modules.module_db`) are given to each module and to its twin.
+(`torch.testing._internal.common_modules.module_db`) are given to each module and to its twin. All
+but most of the losses and the two random poolings are answered by OpenVINO.
 """
 
 
