@@ -64,6 +64,13 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def ecosystem(session: nox.Session) -> None:
+    """Libraries built on torch, each given an accelerated model (docs/ecosystem.md)."""
+    install(session, "ecosystem")
+    session.run("pytest", *PARALLEL, "-m", "slow", "tests/test_ecosystem.py", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks, on an otherwise idle machine, in one process."""
     install(session, "bench")

@@ -13,6 +13,7 @@ from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
 from ovshim.eager import Eager
 from ovshim.generation import Generation
+from ovshim.gradients import recorder_of
 from ovshim.guards import roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
@@ -43,7 +44,7 @@ __all__ = [
 def generation_of(job: Job, record: Record) -> Generation:
     roots = roots_of(job.module, job.call)
     try:
-        return Generation(job.module, record.value_guards, roots, record.code)
+        return Generation(job.module, record.value_guards, roots, record.code, job.grad)
     except ValueError as error:
         raise BuildStopped(reason("untracked-weights", str(error))) from error
 
@@ -88,7 +89,20 @@ def _compiled(
         raise BuildStopped(reason("compile-failed", detail)) from error
 
 
-def served_by(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
+def served_by(
+    job: Job,
+    engine: Engine,
+    record: Record,
+    generation: Generation,
+    seen: Look,
+    leaves: Sequence[Any],
+) -> Served:
+    """What answers as eager has answered `leaves`: `seen`.
+
+    Raises:
+        BuildStopped: eager's answer is not of the graph's structure, or its gradients could not be
+            promised.
+    """
     tensors = distinct_tensors(job.kind)
     every = list(job.kind.tensors)
     inputs = None if tensors == every else tuple(every.index(i) for i in tensors)
@@ -108,7 +122,9 @@ def served_by(job: Job, engine: Engine, record: Record, seen: Look) -> Served:
         else:
             outputs.append(Output(value=leaf))
     builder = compile_builder(seen.structure, outputs)
-    return Served(engine, inputs, builder, tuple(outputs), seen.structure, record.checked)
+    recorder = recorder_of(job, generation, builder, record.outputs, seen, leaves)
+    made = recorder or builder
+    return Served(engine, inputs, made, tuple(outputs), seen.structure, record.checked, recorder)
 
 
 def eager_of(job: Job) -> Eager:
@@ -148,6 +164,7 @@ def plan_of(
         reason=None,
         generation=generation,
         precision=job.precision,
+        grad=job.grad,
         example=sizes_of(job.leaves),
         precision_run=job.precision_run,
         lowered=record.lowered,
@@ -191,7 +208,7 @@ def eager_plan(
     """A plan that eager serves: for every size of this kind, where the reason is the module's."""
     pattern = pattern or tuple((None,) * tensor.dim() for tensor in job.tensors)
     try:
-        generation = Generation(job.module)
+        generation = Generation(job.module, grad=job.grad)
     except ValueError:  # weights that count no versions: nothing to watch, the reason stays
         generation = None
     return Plan(
@@ -204,6 +221,7 @@ def eager_plan(
         reason=why,
         generation=generation,
         precision=job.precision,
+        grad=job.grad,
         example=sizes_of(job.leaves),
         cache="off" if entry is None else "hit",
         cache_path=None if entry is None else str(entry.path),

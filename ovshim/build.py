@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import platform
+import sys
 import tempfile
 import time
 import weakref
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ovshim import proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
@@ -30,6 +32,7 @@ from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
+from ovshim.generation import Generation
 from ovshim.hit import from_cache, head_of, keep_verdict
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
@@ -160,9 +163,18 @@ def _refuse_at_sight(job: Job) -> None:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():
             raise BuildStopped(reason("untracked-weights", name))
+    if _is_sharded(job.module):
+        raise BuildStopped(reason("untracked-weights", "FSDP gathers them anew for each call"))
     doubles = [own_dtype(job.module), *(tensor.dtype for tensor in job.tensors)]
     if job.options.precision is None and torch.float64 in doubles:
         raise BuildStopped(reason("double-precision"))
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether `torch.distributed.fsdp.fully_shard` was applied: it writes gathered weights behind
+    torch's back, to tensors that look untouched."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in module.modules())
 
 
 def _family(job: Job) -> tuple[str | None, str | None]:
@@ -180,7 +192,7 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=json.dumps({"kind": str(job.kind), "grad": job.grad}),
+            inputs=json.dumps({"kind": str(job.kind), "grad": str(_grad_of(job))}),
             options=json.dumps(decisive, sort_keys=True),
             environment={
                 "numpy": np.__version__,
@@ -194,6 +206,11 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         return None, str(unkeyable)
     job.fingerprint = found.parts
     return found.key, None
+
+
+def _grad_of(job: Job) -> str:
+    """Which weights gradients are recorded for: torch takes other ways where there are none."""
+    return "".join("01"[p.requires_grad] for p in job.module.parameters()) if job.grad else "off"
 
 
 # --- a miss -----------------------------------------------------------------------------------
@@ -252,7 +269,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
     try:
-        served, record = _served_and_proved(job, source, record, entry, seen)
+        served, record = _served_and_proved(job, source, record, entry, generation, seen)
         weakref.finalize(served.engine, keep)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
@@ -317,16 +334,21 @@ def _publish(
 
 
 def _served_and_proved(
-    job: Job, source: Path, record: Record, entry: Entry | None, seen: Look
+    job: Job,
+    source: Path,
+    record: Record,
+    entry: Entry | None,
+    generation: Generation,
+    seen: Look,
 ) -> tuple[Served, Record]:
     """The graph compiled and proved; where it dies of a size, that is pinned and both done anew."""
     samples = [] if job.lowering is None else job.lowering.to_prove_with(record.pattern)
     while True:
         with job.stage("compile"):
             engine = engine_of(job, source, record, entry)
-        served = served_by(job, engine, record, seen)
         try:
             with job.stage("proof"):
+                served = served_by(job, engine, record, generation, seen, job.copies())
                 sizes = (record.pattern, record.size_guards)
                 eager = eager_of(job)
                 found = proof.prove(eager, served, job.tensors, *sizes, job.check_time, samples)

@@ -17,6 +17,7 @@ from ovshim import planner
 from ovshim.background import LatePlanner
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
+from ovshim.gradients import refusal, unrecordable
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.lanes import Lane
@@ -100,9 +101,7 @@ class Dispatcher:
             served = plan.served
             if served is None:
                 return self._without_graph(plan, tensors, args, kwargs)
-            if grad and _gradients_wanted(plan, tensors):
-                by_input = any(tensor.requires_grad for tensor in tensors)
-                why = reason("input-grad" if by_input else "grad")
+            if grad and (why := refusal(tensors, served.recorder)) is not None:
                 return self._in_eager(why, args, kwargs)
             if plan.bucket(tensors) not in plan.open:
                 return self._in_lane(plan, tensors, args, kwargs)
@@ -142,8 +141,10 @@ class Dispatcher:
                 continue
             fits = (
                 plan.served is not None
+                # What it would save for a backward pass may be written to before its turn.
+                and plan.served.recorder is None
                 and (not settled or plan.bucket(tensors) in plan.open)
-                and not (grad and _gradients_wanted(plan, tensors))
+                and not (grad and refusal(tensors, None))
                 and plan.generation is not None
                 and plan.generation.holds()
                 and plan.values_fit(tensors)
@@ -259,7 +260,7 @@ class Dispatcher:
         kwargs: dict[str, Any],
     ) -> Any:
         why = plan.reason or _SLOWER
-        if plan.parts is not None and not (_grad_enabled() and _gradients_wanted(plan, tensors)):
+        if plan.parts is not None and not (_grad_enabled() and refusal(tensors, None)):
             if plan.generation is not None and not plan.generation.holds():
                 return self._stale(plan, args, kwargs)
             plan.calls.add()
@@ -302,7 +303,10 @@ class Dispatcher:
         if self._off or self.options.prefer == "eager":
             return self._in_eager(reason("off" if self._off else "prefer-eager"), args, kwargs)
         leaves, structure = flatten_call(args, kwargs)
-        why = obstacle(self.module) or unfit(leaves, self.module, _grad_enabled())
+        grad = _grad_enabled()
+        why = obstacle(self.module) or unfit(leaves, grad)
+        if why is None and grad:
+            why = unrecordable(leaves, self.module, self._planner.backward)
         if why is not None:
             return self._in_eager(why, args, kwargs)
         kind = known_kind(leaves, structure)
@@ -327,7 +331,7 @@ class Dispatcher:
         if self._off or self.options.prefer == "eager":
             return
         leaves, structure = flatten_call(args, kwargs)
-        why = obstacle(self.module) or unfit(leaves, self.module, grad=False)
+        why = obstacle(self.module) or unfit(leaves)
         kind = known_kind(leaves, structure)
         if why is None and isinstance(kind, Reason):
             why = kind
@@ -390,8 +394,3 @@ def _only_cpu_devices() -> bool:
         type(mode) is DeviceContext and mode.device.type == "cpu"
         for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     )
-
-
-def _gradients_wanted(plan: Plan, tensors: Sequence[torch.Tensor]) -> bool:
-    wanted = any(tensor.requires_grad for tensor in tensors)
-    return wanted or (plan.generation is not None and plan.generation.grad_wanted())

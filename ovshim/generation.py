@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -36,6 +37,10 @@ _values: Callable[[Any], Iterable[Any]] = dict.values
 _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwdefaults__")
 
 
+_RECORDING = "transformers.utils.output_capturing"
+# Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
+# that is gone raises. Either way something was replaced.
+_RAISED = (RuntimeError, KeyError, ValueError, AttributeError, TypeError, BadGuardError)
 _OF_MODULES = frozenset(nn.Module().__dict__)
 
 
@@ -45,6 +50,7 @@ class Generation:
     Args:
         guards, roots: what the captured graph read beyond the tree (`guards.roots_of`).
         code: qualified names of the functions that were captured; None: it is not known which.
+        grad: whether it matters which tensors require grad.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
@@ -58,6 +64,7 @@ class Generation:
         guards: Sequence[ValueGuard] = (),
         roots: Mapping[str, Any] | None = None,
         code: Collection[str] | None = None,
+        grad: bool = False,
     ) -> None:
         self._module = module
         self._modules = list(module.modules())
@@ -69,7 +76,9 @@ class Generation:
         held = [d for m in self._modules if _is_plain(m) for d in (m._parameters, m._buffers)]
         self._holders = [d for d in held if d]
         self._empty = tuple(d for d in held if not d)
-        self._hooks = tuple(_inner_hooks(module, self._modules))
+        hooks = list(_inner_hooks(module, self._modules))
+        self._hooks = tuple(held for held in hooks if not held or _are_called(held))
+        self._recorders = [(held, dict(held)) for held in hooks if held and not _are_called(held)]
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
         self._watch = Watch(guards, roots or {}, _plain_numbers(self._modules))
@@ -83,11 +92,8 @@ class Generation:
         reads = any(_reads_environment(f.__code__) for f in self._functions)
         self._environment = dict(os.environ) if reads else None
         self._watch_tensors()
-        self._flags = list(map(_wants_grad, self._tensors)) if reads_grad else None
-        # Two different tensors (or arrays) in one attribute answer == with more than a bool; a
-        # watched key that is gone raises. Either way something was replaced.
-        raised = (RuntimeError, KeyError, ValueError, AttributeError, TypeError, BadGuardError)
-        conditions = Conditions(*raised)
+        self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
+        conditions = Conditions(*_RAISED)
         self._of_the_tree(conditions)
         self._of_tensors(conditions)
         self._of_code(conditions)
@@ -113,6 +119,9 @@ class Generation:
             conditions.add("list({0}({1}({2}, {3}))) == {4}", *operands, held)
         else:
             conditions.add("list(map(id, {0}({1}({2}, {3})))) == {4}", *operands, self._ids)
+        self._of_versions(conditions)
+
+    def _of_versions(self, conditions: Conditions) -> None:
         if self._tensors:
             of_each = "list(map({0}, {1})) == {2}"
             conditions.add(of_each, _version, self._tensors, self._versions)
@@ -144,10 +153,23 @@ class Generation:
             conditions.add("list(map({0}, {1})) == {2}", _wants_grad, self._tensors, self._flags)
         if self._environment is not None:
             conditions.add("{0} == {1}.environ", self._environment, os)
+        for held, before in self._recorders:
+            conditions.add("{0} == {1}", held, before)
+        if self._recorders:
+            conditions.add("not {0}()", _is_recorded)
 
-    def grad_wanted(self) -> bool:
-        """Whether a tensor of the module requires grad at this moment."""
-        return any(tensor.requires_grad for tensor in self._tensors)
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Every tensor of the module, and those beyond it that the captured graph read."""
+        return self._tensors
+
+    def tensors_hold(self) -> bool:
+        """Whether no tensor was written to or moved, nor anything changed beyond the tree: what has
+        become of the tree itself does not matter to a copy of it."""
+        conditions = Conditions(*_RAISED)
+        self._of_versions(conditions)
+        self._watch.conditions(conditions)
+        return conditions.compiled()()
 
     def change(self) -> str:
         """What has changed, in words, for a reason or a report."""
@@ -202,8 +224,10 @@ def obstacle(module: nn.Module) -> Reason | None:
     for name, inner in module.named_modules():
         if inner is module:
             continue
-        if inner._forward_hooks or inner._forward_pre_hooks:
+        if _are_called(inner._forward_hooks) or inner._forward_pre_hooks:
             return reason("inner-hooks", name)
+        if inner._forward_hooks and _is_recorded():
+            return reason("inner-hooks", f"{name}, which a model around this one records")
     return None
 
 
@@ -226,6 +250,19 @@ def _inner_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> Iterable[Any]
             yield module._forward_pre_hooks
     yield torch_module._global_forward_hooks
     yield torch_module._global_forward_pre_hooks
+
+
+def _are_called(hooks: Mapping[Any, Any]) -> bool:
+    """Whether there are hooks that a graph would have to call. Not those that transformers puts on
+    layers once hidden states or the like were asked for: they give what the same call returns."""
+    return any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks.values())
+
+
+def _is_recorded() -> bool:
+    """Whether a transformers model that is running now takes down what its layers answer."""
+    recording = sys.modules.get(_RECORDING)
+    # What it takes down is empty where nothing was asked for.
+    return recording is not None and bool(recording._active_collector.get())
 
 
 def _contents(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable[..., Any], Any, Any]]:

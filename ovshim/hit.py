@@ -12,7 +12,7 @@ import torch
 from ovshim import proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
-from ovshim.generation import GuardFailedError
+from ovshim.generation import Generation, GuardFailedError
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.plan import Plan, Served
@@ -79,7 +79,7 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         with job.stage("compile"):
             engine = engine_of(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
-            served, error = _proved_small(job, engine, record)
+            served, error = _proved_small(job, engine, record, generation)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
@@ -97,7 +97,9 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     return plan_of(job, served, record, generation, "hit", entry)
 
 
-def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, float]:
+def _proved_small(
+    job: Job, engine: Engine, record: Record, generation: Generation
+) -> tuple[Served, float]:
     """The plan's server, after one look at eager and one comparison, both on a small input."""
     small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
     tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
@@ -110,7 +112,7 @@ def _proved_small(job: Job, engine: Engine, record: Record) -> tuple[Served, flo
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
-    served = served_by(job, engine, record, seen)
+    served = served_by(job, engine, record, generation, seen, small)
     return served, proof.prove_small(eager_of(job), served, tensors, seen)
 
 

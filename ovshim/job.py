@@ -55,6 +55,7 @@ class Job:
         kind, leaves: the example, flattened; its tensors are copies that nobody else holds.
         dynamic: the dimensions of each tensor that should be able to change.
         grad: whether grad mode is on in the calls that the plan is for.
+        backward: told when a backward pass reaches an answer (see `gradients.Backward`).
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module
             itself is in use by other threads meanwhile.
@@ -79,6 +80,7 @@ class Job:
     leaves: Sequence[Any]
     dynamic: Dims
     grad: bool
+    backward: Any
     look: Look | None = None
     apart: Any = None
     began: Generation | None = None

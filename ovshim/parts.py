@@ -98,6 +98,8 @@ def divide(job: Job, whole: Plan) -> Plan:
     plain = job.options.precision in (None, "fp32", "bf16", "fp16")
     if not divisible or not plain or job.options.strict or job.module.training:
         return whole
+    if job.grad and any(parameter.requires_grad for parameter in job.module.parameters()):
+        return whole  # what one part answers would be an input that requires grad to the next
     modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
     with modes[0], modes[1], torch.autocast("cpu", enabled=False):
         try:

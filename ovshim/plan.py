@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ovshim.generation import Generation
     from ovshim.infer import Engine
 
-__all__ = ["Counter", "Graph", "OutOfRangeError", "Plan", "Served"]
+__all__ = ["Counter", "Graph", "OutOfRangeError", "Plan", "Recording", "Served"]
 
 
 class Counter:
@@ -42,6 +42,13 @@ class Counter:
         return int(repr(self._count)[6:-1])
 
 
+class Recording(Protocol):
+    """Gives a plan's outputs their place in autograd's graph."""
+
+    def refusal(self, tensors: Sequence[torch.Tensor], /) -> Reason | None:
+        """Why it cannot, for a call of these; None where it can."""
+
+
 class OutOfRangeError(Exception):
     """An index of a call lies outside of its table: eager knows what to raise."""
 
@@ -56,6 +63,7 @@ class Served:
         builder: puts the computed tensors into the module's own containers; `outputs` and
             `structure` say how.
         checked: whether the last computed tensor says whether all indices were in range.
+        recorder: gives the outputs gradients, as `builder`; None where they have none.
         answer: the module's output for the tensors of a call. Raises OutOfRangeError where an index
             lies outside of its table, and EngineDead and ValueError as `infer.Engine.run` does.
     """
@@ -66,6 +74,7 @@ class Served:
     outputs: tuple[Output, ...]
     structure: Structure
     checked: bool = False
+    recorder: Recording | None = None
     answer: Callable[[Sequence[torch.Tensor]], Any] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +169,7 @@ class Plan:
         notes: keeps with the entry what is found out later; None where nothing is cached.
         parts: answers where some submodules run in OpenVINO under an eager parent.
         generation: the state of the module that the plan was made for.
+        grad: whether it is for calls in grad mode.
         example: sizes of the call that it was made for.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
         raced: whether buckets are raced against eager before OpenVINO serves them.
@@ -185,6 +195,7 @@ class Plan:
     reason: Reason | None
     generation: Generation | None
     precision: str
+    grad: bool = False
     example: tuple[tuple[int, ...], ...] = ()
     precision_run: str | None = None
     error: float | None = None
@@ -249,6 +260,7 @@ class Plan:
         """The plan as `explain(...).to_dict()` promises it."""
         return {
             "signature": describe(self.kind, self.pattern),
+            "grad": self.grad,
             "path": self.path,
             "reason": self.reason.to_dict() if self.reason else None,
             "precision_run": self.precision_run,

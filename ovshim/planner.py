@@ -77,6 +77,9 @@ class Planner:
         on_change: called, under the lock, with the plans for each grad mode whenever they change.
         on_gone: called with plans that serve no longer.
         divide: makes a mixed plan of one that eager serves, where that gains something.
+
+    Attributes:
+        backward: whether a backward pass has reached an answer of this method's.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Planner:
         self._on_change = on_change
         self._on_gone = on_gone
         self._divide = divide
+        self.backward = Backward()
 
     @property
     def plans(self) -> list[Plan]:
@@ -189,6 +193,7 @@ class Planner:
         with self._lock:
             self._on_gone(self.plans)
             self._families.clear()
+            self.backward.seen = False
             self._publish()
 
     # --- making one ---------------------------------------------------------------------------
@@ -241,6 +246,7 @@ class Planner:
             leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
             dynamic=dims,
             grad=torch.is_grad_enabled(),
+            backward=self.backward,
             lenient=lenient,
         )
         for plan in family.plans:
@@ -275,7 +281,7 @@ class Planner:
             self._on_change(grad, tuple(p for f in families for p in reversed(f.plans)))
 
 
-def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None:
+def unfit(leaves: Sequence[Any], grad: bool = False) -> Reason | None:
     """Why a call of such leaves cannot be served whatever the module does with them.
 
     Args:
@@ -293,8 +299,6 @@ def unfit(leaves: Sequence[Any], module: nn.Module, grad: bool) -> Reason | None
             return reason("empty-tensor", f"an input of sizes {tuple(leaf.shape)}")
         if grad and leaf.requires_grad:
             return reason("input-grad")
-    if grad and any(parameter.requires_grad for parameter in module.parameters()):
-        return reason("grad")
     return None
 
 
@@ -356,3 +360,17 @@ class Building:
         _here.depth -= 1
         with _count_lock:
             running -= 1
+
+
+class Backward(Building):
+    """Entered while a backward pass runs the module again.
+
+    Attributes:
+        seen: whether one ever did.
+    """
+
+    seen = False
+
+    def __enter__(self) -> Self:
+        self.seen = True
+        return super().__enter__()

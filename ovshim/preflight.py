@@ -7,6 +7,7 @@ before and after a call, and stays in eager with that reason.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
-__all__ = ["Look", "Operators", "look"]
+__all__ = ["Look", "Operators", "Sources", "look", "sources"]
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -37,6 +38,7 @@ class Look:
         leaves, structure: the flattened output.
         containers: the lists, dicts and other mutable objects that hold the leaves.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
+        sources: see `sources`.
         seconds: how long the call took.
         undo: puts attributes back to what they were before the call.
         reason: why this module cannot be served by a graph, or None.
@@ -46,6 +48,7 @@ class Look:
     structure: Structure
     containers: list[Any]
     given: list[int | None]
+    sources: list[Sources | None]
     seconds: float
     reason: Reason | None = None
     undo: Callable[[], None]
@@ -92,8 +95,56 @@ def look(
     found.leaves, found.structure = flatten(output)
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
+    found.sources = sources(found.leaves)
     found.reason = found.reason or _unfit_output(module, found, inputs)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What a tensor of an output is computed from, in autograd's graph.
+
+    Attributes:
+        weights: leaves of the graph.
+        outputs: other tensors of the output, by index; what is reached only by way of them is left
+            out.
+    """
+
+    weights: tuple[torch.Tensor, ...]
+    outputs: tuple[int, ...]
+
+
+def sources(leaves: Sequence[Any]) -> list[Sources | None]:
+    """The sources of each leaf of an output; None where it does not require grad."""
+    edges: dict[Any, int] = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+            edges.setdefault((leaf.grad_fn, leaf.output_nr), i)
+    return [
+        _sources(leaf, edges) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
+        for leaf in leaves
+    ]
+
+
+def _sources(tensor: torch.Tensor, edges: dict[Any, int]) -> Sources:
+    if tensor.grad_fn is None:
+        return Sources((tensor,), ())
+    own = edges[tensor.grad_fn, tensor.output_nr]
+    weights: list[torch.Tensor] = []
+    outputs: set[int] = set()
+    todo: list[Any] = [tensor.grad_fn]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):  # only nodes that accumulate a leaf's gradient have it
+            weights.append(node.variable)
+        for edge in node.next_functions:
+            if edges.get(edge, own) != own:
+                outputs.add(edges[edge])
+            elif edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                todo.append(edge[0])
+    return Sources(tuple(weights), tuple(sorted(outputs)))
 
 
 class _World:

@@ -97,8 +97,13 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Call eval() on the accelerated module.",
         ),
         "grad": Sentence(
-            "Gradients are being recorded.",
+            "Gradients are being recorded, in a way that only eager can.",
             "Call the module under torch.inference_mode() or torch.no_grad().",
+        ),
+        "backward": Sentence(
+            "A backward pass has reached an earlier answer, so gradients are wanted.",
+            "Nothing needs doing in training; else call under torch.inference_mode() or "
+            "torch.no_grad().",
         ),
         "input-grad": Sentence(
             "An input requires grad.",
@@ -129,8 +134,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Nothing needs doing: eager answers such calls.",
         ),
         "special-mode": Sentence(
-            "A functorch transform, forward-mode differentiation or a function or dispatch mode "
-            "is active.",
+            "A functorch transform, forward-mode differentiation, a function or dispatch mode, "
+            "anomaly detection or hooks on saved tensors are active.",
             "Call the module outside the transform or mode.",
         ),
         "not-on-cpu": Sentence(
@@ -138,8 +143,9 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Move it with .to('cpu'); the device= option chooses where OpenVINO computes.",
         ),
         "untracked-weights": Sentence(
-            "A weight was made in inference mode, so that changes of it go unnoticed.",
-            "Build or load the module outside torch.inference_mode().",
+            "Changes of a weight would go unnoticed, because it was made in inference mode or is "
+            "sharded.",
+            "Build or load the module outside torch.inference_mode(), and accelerate it unsharded.",
         ),
         "double-precision": Sentence(
             "The module computes in float64, which OpenVINO would lower to float32.",

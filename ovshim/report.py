@@ -62,7 +62,8 @@ class Report:
 
 
 def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    lines = [f"  {plan['signature'] or 'no arguments'}"]
+    mode = ", in grad mode" if plan["grad"] else ""
+    lines = [f"  {plan['signature'] or 'no arguments'}{mode}"]
     reason = plan["reason"]
     if plan["path"] == "mixed":
         lines.append(f"    eager, with {len(plan['parts'])} submodules in OpenVINO")

@@ -44,6 +44,7 @@ def seen_twice(job: Job) -> Look:
         raise BuildStopped(reason("aliases-input", "two calls gave the same list or dict"))
     if not alike(first, second):
         raise BuildStopped(reason("nondeterministic"))
+    first.sources = second.sources  # the first may be a call of the user's, in inference mode
     return first
 
 

@@ -54,6 +54,7 @@ FLOORS: dict[str, set[str]] = {
         "dispatch",
         "plan",
         "planner",
+        "gradients",
         "proof",
     },
     "4": {

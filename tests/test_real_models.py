@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, counts, paths, plans, quietly, same, served, settle
+from checks import (
+    check,
+    counts,
+    eager_reasons,
+    paths,
+    plans,
+    quietly,
+    same,
+    served,
+    settle,
+)
 from modules import (
     DigitsCnn,
     Recurrent,
@@ -448,3 +458,26 @@ def test_a_compiled_module_is_right() -> None:
             for _ in range(2):
                 same(fast(x), module(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_hidden_states_that_hooks_of_transformers_take_down() -> None:
+    """Its hooks stay on the layers once they were asked for, and do nothing by themselves; but a
+    model around an accelerated part listens to those inside of it."""
+    ids = torch.arange(12).view(2, 6)
+    module, fast = small_bert(), ovshim.accelerate(small_bert(), prefer="openvino")
+    for asked in (False, True, False, True):
+        settle(fast, module, ids, output_hidden_states=asked)
+        with served(fast, "openvino"), torch.inference_mode():
+            fast(ids, output_hidden_states=asked)
+
+    module, outer = small_bert(), small_bert()
+    part: Any = ovshim.accelerate(outer.get_submodule("encoder"), prefer="openvino")
+    outer.encoder = part
+    with quietly(), torch.inference_mode():
+        for asked in (False, True) * 6:
+            before = counts(part)["eager"]
+            same(outer(ids, output_hidden_states=asked), module(ids, output_hidden_states=asked))
+            assert not asked or counts(part)["eager"] == before + 1
+    assert counts(part)["openvino"] + counts(part)["mixed"] > 0
+    assert eager_reasons(part)["inner-hooks"] > 0

@@ -209,8 +209,7 @@ def test_the_mode_is_that_of_the_thread_that_asks() -> None:
         answer = next(line)
         assert not answer.is_inference()
         assert not answer.requires_grad
-    with falls_back("grad"):
-        assert next(line).requires_grad
+    assert next(line).requires_grad
     with torch.autocast("cpu"), torch.inference_mode(), falls_back("autocast"):
         assert next(line).dtype == torch.bfloat16
 

@@ -214,9 +214,12 @@ def test_modes_are_each_threads_own() -> None:
                 return False
         return True
 
-    with falls_back("grad"):
+    with falls_back():
         assert all(in_threads(work))
-    assert counts(fast) == {"openvino": 60, "mixed": 0, "eager": 60}
+        assert fast(torch.randn(3, 8)).requires_grad
+    calls = counts(fast)
+    assert calls["openvino"] > 60  # those in grad mode too, once their plan is made
+    assert sum(calls.values()) == 121
 
 
 # Processes that share a cache
