@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 from ovshim import planner
 from ovshim.background import LatePlanner
+from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
 from ovshim.infer import EngineDead, SpecialValuesError
@@ -74,12 +75,13 @@ class Dispatcher:
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self.tally = Tally(module, lambda: self._planner.plans, options.strict, quiet)
+        self.tally = Tally(module, lambda: self.plans, options.strict, quiet)
         planner_class = LatePlanner if options.background else Planner
         self._planner = planner_class(
             module, method, original, options, self._plans.__setitem__, self.tally.retire, divide
         )
         self._off = not enabled_in_environment()
+        self._room = room_for(module, method, original, options, self._planner.store, self.tally)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""
@@ -87,6 +89,10 @@ class Dispatcher:
             return self.original(*args, **kwargs)
         if self.module.training or in_special_mode():
             return self._in_eager(self._mode(), args, kwargs)
+        if self._room is not None and not self._off:
+            answer = self._room.answer(args, kwargs)
+            if answer is not NOT_OURS:
+                return answer
         grad = _grad_enabled()
         for plan in self._plans[grad]:
             tensors = plan.match(args, kwargs)
@@ -323,6 +329,11 @@ class Dispatcher:
             return
         leaves, structure = flatten_call(args, kwargs)
         why = obstacle(self.module) or unfit(leaves, self.module, grad=False)
+        if why is None and self._room is not None and self._room.takes(args, kwargs):
+            why = self._room.prepare().reason
+            if why is not None:
+                self.tally.tell(why)
+            return
         kind = known_kind(leaves, structure)
         if why is None and isinstance(kind, Reason):
             why = kind
@@ -361,11 +372,14 @@ class Dispatcher:
     @property
     def plans(self) -> list[Plan]:
         """Every plan that stands."""
-        return self._planner.plans
+        decodings = [] if self._room is None else self._room.plans
+        return [*self._planner.plans, *decodings]
 
     def refresh(self) -> None:
         """Drop every plan: something changed that torch does not count (a write by `.data`)."""
         self._planner.drop_all()
+        if self._room is not None:
+            self._room.drop()
 
 
 def in_special_mode() -> bool:

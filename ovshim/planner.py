@@ -24,7 +24,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Planner", "building_here", "known_kind", "serving", "unfit"]
+__all__ = ["Building", "Family", "Planner", "building_here", "known_kind", "serving", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
@@ -114,7 +114,7 @@ class Planner:
             if why is not None:
                 return self.original(*args, **kwargs), why
             job = self._job(family, args, kwargs, kind, leaves, lenient=True)
-            with _Building():
+            with Building():
                 output, job.look = self._watched(args, kwargs, leaves)
                 plan = self._make(family, job)
             why = None if plan.path == "openvino" else plan.reason
@@ -138,7 +138,7 @@ class Planner:
         Raises:
             OptionError: `dynamic_shapes` does not fit the example.
         """
-        with self._lock, torch.no_grad(), _Building():
+        with self._lock, torch.no_grad(), Building():
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
 
@@ -228,7 +228,7 @@ class Planner:
         from ovshim.auto import build_auto
         from ovshim.build import build
 
-        with _Building():
+        with Building():
             plan = build_auto(job) if job.options.precision == "auto" else build(job)
             stale = plan.reason is not None and plan.reason.code == "stale"
             if plan.path == "eager" and not stale and self._divide is not None:
@@ -314,7 +314,7 @@ def serving() -> Iterator[None]:
         _here.depth = depth
 
 
-class _Building:
+class Building:
     """Marks this thread as one that builds."""
 
     def __enter__(self) -> Self:

@@ -72,14 +72,14 @@ class Tally:
     def retire(self, plans: Iterable[Plan]) -> None:
         """Keep the counts of plans that go."""
         for plan in plans:
-            path = _counts_as(plan)
+            path = plan.counted_as
             if path is not None:
                 self._earlier[path] += plan.calls.value
                 plan.calls = Counter()
 
     def served(self, path: str) -> int:
         """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well."""
-        standing = (plan.calls.value for plan in self._plans() if _counts_as(plan) == path)
+        standing = (plan.calls.value for plan in self._plans() if plan.counted_as == path)
         return self._earlier[path] + sum(standing)
 
     @property
@@ -93,13 +93,6 @@ class Tally:
         self._eager.clear()
         for plan in self._plans():
             plan.calls, plan.eager_calls = Counter(), Counter()
-
-
-def _counts_as(plan: Plan) -> str | None:
-    """What the calls are that a plan has counted as its own."""
-    if plan.served is not None:
-        return "openvino"
-    return None if plan.parts is None else "mixed"
 
 
 def _users_level() -> int:
