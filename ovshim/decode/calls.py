@@ -52,10 +52,12 @@ class Reader:
     Args:
         names: the parameters of its forward, in order.
         uses_cache: what its configuration says of `use_cache`.
+        caches: the classes of caches that can be bound, or are.
     """
 
-    def __init__(self, names: tuple[str, ...], uses_cache: bool) -> None:
+    def __init__(self, names: tuple[str, ...], uses_cache: bool, caches: tuple[type, ...]) -> None:
         self.names = names
+        self.caches = caches
         self.uses_cache = uses_cache
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | Reason | None:
@@ -66,6 +68,8 @@ class Reader:
         use_cache = given.get("use_cache")
         if cache is None and not (self.uses_cache if use_cache is None else use_cache):
             return None
+        if cache is not None and type(cache) not in self.caches:
+            return reason("cache-unknown", f"a {type(cache).__qualname__}")
         call = self._step(given, cache)
         if isinstance(call, Call):
             return call

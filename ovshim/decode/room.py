@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
@@ -78,7 +79,8 @@ class Room:
         config: Any = module.config
         text = config.get_text_config(decoder=True)
         names = tuple(inspect.signature(original.resolve()).parameters)
-        self._reader = Reader(names, bool(getattr(text, "use_cache", False)))
+        uses_cache = bool(getattr(text, "use_cache", False))
+        self._reader = Reader(names, uses_cache, (DynamicCache, StatefulCache))
         embedded = module.get_input_embeddings()  # type: ignore[operator]
         self._vocabulary = int(embedded.weight.shape[0])
         self._longest = getattr(text, "max_position_embeddings", None)
