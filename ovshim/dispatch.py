@@ -330,9 +330,9 @@ class Dispatcher:
         leaves, structure = flatten_call(args, kwargs)
         why = obstacle(self.module) or unfit(leaves, self.module, grad=False)
         if why is None and self._room is not None and self._room.takes(args, kwargs):
-            why = self._room.prepare().reason
-            if why is not None:
-                self.tally.tell(why)
+            decoding = self._room.prepare(wait)
+            if decoding is not None and decoding.reason is not None:
+                self.tally.tell(decoding.reason)
             return
         kind = known_kind(leaves, structure)
         if why is None and isinstance(kind, Reason):
@@ -355,7 +355,11 @@ class Dispatcher:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until no plan is being made in another thread; whether that was so in time."""
-        return self._planner.wait(timeout)
+        begun = time.monotonic()
+        if not self._planner.wait(timeout):
+            return False
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
+        return self._room is None or self._room.wait(left)
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""

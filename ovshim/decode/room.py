@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ovshim.background import Work, pause
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
 from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
@@ -32,7 +33,7 @@ from ovshim.job import Job
 from ovshim.lanes import later
 from ovshim.options import Options
 from ovshim.plan import OutOfRangeError
-from ovshim.planner import Building, Family, unfit
+from ovshim.planner import Building, Family, building_here, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 from ovshim.tally import Tally
@@ -76,6 +77,7 @@ class Room:
         self._decoding: Decoding | None = None
         self._family = Family()
         self._lock = threading.RLock()
+        self._work: Work | None = None
         config: Any = module.config
         text = config.get_text_config(decoder=True)
         names = tuple(inspect.signature(original.resolve()).parameters)
@@ -118,10 +120,24 @@ class Room:
         """Whether such a call is a step that can be served."""
         return isinstance(self._reader.read(args, kwargs), Call)
 
-    def prepare(self) -> Decoding:
-        """Make the decoding before any call."""
+    def prepare(self, wait: bool = True) -> Decoding | None:
+        """Make the decoding before any call.
+
+        Args:
+            wait: False: None, and the decoding later, where another thread makes it.
+        """
+        if self.options.background and not building_here():
+            self._start()
+            if not wait:
+                return None
+            self.wait(None)
         with self._lock:
             return self._decoding or self._build()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until no other thread makes the decoding; whether that was so in time."""
+        work = self._work
+        return work is None or not work.under_way or work.done.wait(timeout)
 
     def drop(self) -> None:
         """Forget the decoding: the next step makes a new one."""
@@ -289,11 +305,19 @@ class Room:
                 self._family.wait -= 1
                 return self._in_eager(reason("stale", "it keeps changing"), args, kwargs)
             output = self.original(*args, **kwargs)
-            made = self._decoding or self._build()
+            if self.options.background:
+                self._start()
+            made = self._decoding if self.options.background else self._build()
         finally:
             self._lock.release()
-        self.tally.note(made.reason or reason("building"))
+        self.tally.note((made and made.reason) or reason("building"))
         return output
+
+    def _start(self) -> None:
+        """Let another thread make the decoding."""
+        if self._decoding is None and (self._work is None or not self._work.under_way):
+            self._work = Work(self._build)
+            self._work.start()
 
     def _build(self) -> Decoding:
         from ovshim.decode.build import build
@@ -310,6 +334,8 @@ class Room:
             dynamic=(frozenset(),),
             grad=False,
         )
+        if self.options.background:
+            job.pause = pause
         with Building():
             made = build(job, self._vocabulary, self._longest)
         if made.reason is not None and made.reason.code == "stale":
