@@ -28,7 +28,7 @@ from ovshim.planner import Family, Planner, building_here
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Kind
 
-__all__ = ["LatePlanner", "Work", "pause"]
+__all__ = ["LatePlanner", "Work", "apart", "pause"]
 
 log = logging.getLogger("ovshim")
 
@@ -136,13 +136,13 @@ class LatePlanner(Planner):
         """Make a plan, in this thread. None where the module cannot be copied."""
         for _ in range(2):  # a module that has changed meanwhile may be done with it
             began = _state(self.module)  # before the copy, which is then of this state or of none
-            apart = _apart(self.original)
-            if apart is None:
+            copied = apart(self.original)
+            if copied is None:
                 self._late = False
                 return None
             job = dataclasses.replace(
                 job,
-                apart=apart,
+                apart=copied,
                 began=began,
                 pause=_builder.pause,
                 started=time.perf_counter(),
@@ -316,7 +316,7 @@ def _is_ending() -> bool:
     return not threading.main_thread().is_alive()
 
 
-def _apart(original: Any) -> Any:
+def apart(original: Any) -> Any:
     """The user's method over a copy of its module that shares the parameters; None without one."""
     module = original.module
     kept = list(module.parameters())

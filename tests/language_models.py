@@ -55,6 +55,10 @@ CONFIGS: dict[str, Any] = {
         max_position_embeddings=128,
     ),
     "bloom": lambda: hf.BloomConfig(**_GPT, hidden_size=48),
+    "mixtral": lambda: hf.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(
+        **_LLAMA, **_EXPERTS, shared_expert_intermediate_size=32
+    ),
 }
 
 

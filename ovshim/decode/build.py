@@ -31,6 +31,7 @@ from ovshim.child import try_in_child
 from ovshim.decode import probes
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
 from ovshim.decode.engine import StatefulEngine
+from ovshim.decode.experts import experts_of, made_dense
 from ovshim.decode.probes import Eager, Measured, ProbeFailed
 from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
@@ -61,17 +62,18 @@ _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "p
 _RACED = probes.Probe((16, *(1,) * 8))
 
 
-def build(job: Job, vocabulary: int, longest: int | None) -> Decoding:
+def build(job: Job, original: Any, vocabulary: int, longest: int | None) -> Decoding:
     """The decoding for a job, whose kind and leaves are of no account.
 
     Args:
+        original: the user's own forward; `job.call` is what it resolves to.
         vocabulary: how many tokens there are.
         longest: how many positions the module has; None: as many as one likes.
     """
     modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
     with modes[0], modes[1], modes[2]:
         try:
-            made = _Build(job, vocabulary, longest).run()
+            made = _Build(job, original, vocabulary, longest).run()
         except BuildStopped as stopped:
             why = stopped.reason
             if job.weights_moved():
@@ -88,8 +90,9 @@ def build(job: Job, vocabulary: int, longest: int | None) -> Decoding:
 
 
 class _Build:
-    def __init__(self, job: Job, vocabulary: int, longest: int | None) -> None:
+    def __init__(self, job: Job, original: Any, vocabulary: int, longest: int | None) -> None:
         self.job = job
+        self.original = original
         self.vocabulary = vocabulary
         self.longest = longest
         self.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
@@ -243,7 +246,9 @@ class _Build:
 
     def _captured(self) -> tuple[Any, StepRecord]:
         job, form = self.job, self.form
-        step = Step(job.module, job.call, form)
+        experts = experts_of(job.module)
+        call: Any = job.call if not experts else made_dense(self.original, experts)
+        step = Step(call.__self__, call, form)
         whole = _PAST + _LENGTH
         positions = torch.arange(_PAST, whole).expand(_BATCH, _LENGTH).clone()
         given = (
@@ -278,7 +283,7 @@ class _Build:
             raise BuildStopped(reason("capture-failed", detail))
         record = StepRecord(
             size_guards=captured.size_guards,
-            value_guards=StepRecord.of_module(captured.value_guards),
+            value_guards=StepRecord.of_module(captured.value_guards, experts),
             code=captured.code,
             route=captured.route,
             checked=captured.checked,

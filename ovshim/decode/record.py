@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ovshim.cache import Entry
@@ -45,16 +45,22 @@ class StepRecord:
     verdict: Reason | None = None
 
     @staticmethod
-    def of_module(guards: Iterable[ValueGuard]) -> tuple[ValueGuard, ...]:
+    def of_module(guards: Iterable[ValueGuard], replaced: Sequence[str]) -> tuple[ValueGuard, ...]:
         """The guards of a captured step that speak of the user's module and of what it reads.
 
         Left out are those on the step itself, and how many entries the registries of a library
         have: they grow whenever another class is used for the first time.
+
+        Args:
+            replaced: paths of submodules whose forward was another in the capture; what they hold
+                in attributes the generation knows of itself.
         """
         kept = []
         for guard in guards:
             if guard.root == "module" and guard.path[:2] == _TO_MODULE:
-                kept.append(dataclasses.replace(guard, path=guard.path[2:]))
+                guard = dataclasses.replace(guard, path=guard.path[2:])
+                if not any(_leads_into(guard, path) for path in replaced):
+                    kept.append(guard)
             elif guard.root.startswith("import:") and guard.test not in ("length", "keys"):
                 kept.append(guard)
         return tuple(kept)
@@ -108,6 +114,12 @@ class StepRecord:
             met=tuple(_sizes(one) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),
         )
+
+
+def _leads_into(guard: ValueGuard, path: str) -> bool:
+    # Children are reached by attribute, by item, or through `_modules`.
+    names = [str(key) for _, key in guard.path if key != "_modules"]
+    return names[: path.count(".") + 1] == path.split(".")
 
 
 def _sizes(stored: Any) -> tuple[int, int, int]:

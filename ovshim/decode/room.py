@@ -337,7 +337,7 @@ class Room:
         if self.options.background:
             job.pause = pause
         with Building():
-            made = build(job, self._vocabulary, self._longest)
+            made = build(job, self.original, self._vocabulary, self._longest)
         if made.reason is not None and made.reason.code == "stale":
             self._family.put_off()  # it changed under the build: there is nothing to keep
         else:
