@@ -58,6 +58,7 @@ _BATCH, _LENGTH, _PAST, _KEPT = 3, 4, 7, 2
 # Windows that are wider are not looked beyond: a proof of that length would take minutes.
 _WIDEST = 1024
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
+_KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
 # What is raced: a short prompt and some tokens after it.
 _RACED = probes.Probe((16, *(1,) * 8))
 
@@ -331,9 +332,10 @@ class _Build:
         wanted = job.own_precision if compressed else job.precision
         with job.stage("compile"):
             safe = runtime.safe_precision(wanted, **job.placement)
-            settings = runtime.settings(
-                precision=safe, **job.placement, properties=job.options.properties
-            )
+            # By default the plugin keeps them in 8 bits, in every precision but fp32.
+            kept = {} if safe == "fp32" else {"KV_CACHE_PRECISION": _KEPT_IN[safe]}
+            properties = {**kept, **job.options.properties}
+            settings = runtime.settings(precision=safe, **job.placement, properties=properties)
             try:
                 compiled = runtime.compile_model(source, job.options.device, settings)
                 job.precision_run = runtime.precision_run(compiled)

@@ -32,9 +32,9 @@ class Call:
     """A step.
 
     Attributes:
-        input_ids: int64 [batch, length].
-        attention_mask: int64 or bool [batch, past + length], or None for all ones.
-        position_ids: int64 [batch or 1, length], or None for the module's own.
+        input_ids: int64 [batch, length], as all of these.
+        attention_mask: [batch, past + length], or None for all ones.
+        position_ids: [batch or 1, length], or None for the module's own.
         cache: None where the module would make one.
         keep: of how many of the last tokens logits are wanted; 0: of all.
     """
@@ -84,8 +84,10 @@ class Reader:
         for name in ("use_cache", "return_dict"):
             if given.get(name) is False:
                 return name
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        positions, keep = given.get("position_ids"), given.get("logits_to_keep", 0)
+        ids, positions, mask = (
+            _widened(given.get(name)) for name in ("input_ids", "position_ids", "attention_mask")
+        )
+        keep = given.get("logits_to_keep", 0)
         if not _is_whole(ids) or ids.numel() == 0:
             return "input_ids"
         batch, length = ids.shape
@@ -97,11 +99,14 @@ class Reader:
             return "position_ids"
         if type(keep) is not int or keep < 0:
             return "logits_to_keep"
-        if type(mask) is torch.Tensor and mask.dtype is torch.bool:
-            mask = mask.to(torch.int64)
         if mask is not None and not (_is_whole(mask) and mask.shape[0] == batch):
             return "attention_mask"
         return Call(ids, mask, positions, cache, keep)
+
+
+def _widened(x: Any) -> Any:
+    narrow = type(x) is torch.Tensor and x.dtype in (torch.bool, torch.int32)
+    return x.to(torch.int64) if narrow else x
 
 
 def _is_whole(x: Any) -> TypeGuard[torch.Tensor]:

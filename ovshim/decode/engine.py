@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ovshim.decode.states import INPUTS, variable
-from ovshim.infer import Engine, Slot
+from ovshim.infer import Engine, EngineDead, Slot
 
 __all__ = ["StatefulEngine"]
 
@@ -57,15 +57,22 @@ class StatefulEngine(Engine):
         _engines.add(self)
 
     def open(self) -> Slot:
-        """A slot with an empty state."""
+        """A slot with an empty state. Raises EngineDead after a failure."""
         try:
             return self._idle.pop()
         except IndexError:
             # OpenVINO 2026.4 ends the process when a request is made while another of the same
             # dynamic model runs.
             with self._gate:
-                self._gate.wait_for(lambda: self._running == 0)
-                slot = Slot(self._compiled.create_infer_request(), len(INPUTS))
+                self._opening += 1
+                try:
+                    self._gate.wait_for(lambda: self._running == 0)
+                    if self.dead is not None:
+                        raise EngineDead(self.dead) from None
+                    slot = Slot(self._compiled.create_infer_request(), len(INPUTS))
+                finally:
+                    self._opening -= 1
+                    self._gate.notify_all()
                 self._all.add(slot)
                 return slot
 
@@ -83,6 +90,8 @@ class StatefulEngine(Engine):
             ValueError: the model does not take these sizes; the state is as it was.
         """
         with self._gate:
+            if self._opening:  # or new requests would wait for ever where many steps run
+                self._gate.wait_for(lambda: not self._opening)
             self._running += 1
         try:
             outputs = self._run(slot, tensors)
@@ -114,7 +123,7 @@ class StatefulEngine(Engine):
 
     def _settle(self) -> None:
         self._gate = threading.Condition()
-        self._running = 0
+        self._running = self._opening = 0
 
 
 def _as_torch(tensor: Any) -> torch.Tensor:

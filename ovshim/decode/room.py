@@ -172,16 +172,16 @@ class Room:
             raise _LeftToEager(reason("decode-call", f"sizes {(batch, length, columns)}"))
         if not self._values_fit((ids, mask, positions)):
             raise _LeftToEager(_SPECIAL_VALUES)
-        sizes = bucket(batch, length, columns)
-        expected = None if sizes in made.met else self._by_eager(call, args, kwargs)
-        if cache is None:
-            cache = new_cache(self.module)
-        if not bound:
+        if not bound and cache is not None:
             refused = refusal(cache, ready.form)
             if refused is not None:
                 raise _LeftToEager(reason("cache-unknown", refused))
-            bind(cache, ready.engine, ready.form)
+        sizes = bucket(batch, length, columns)
+        expected = None if sizes in made.met else self._by_eager(call, args, kwargs)
         try:
+            if not bound:
+                cache = new_cache(self.module) if cache is None else cache
+                bind(cache, ready.engine, ready.form)
             logits = session_of(cache).step(ids, mask, positions, call.keep)
         except OutOfRangeError:
             raise _LeftToEager(_OUT_OF_RANGE) from None
