@@ -153,6 +153,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "The call brings a key-value cache of a kind that OpenVINO does not keep.",
             "Leave past_key_values and cache_implementation out, or give a DynamicCache.",
         ),
+        "first-step": Sentence(
+            "The first step of an encoder-decoder model runs its encoder's side in eager.",
+            "Nothing needs doing; the steps after it are served.",
+        ),
         # What the build met.
         "capture-failed": Sentence(
             "The module could not be captured as one graph.",

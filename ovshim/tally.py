@@ -17,7 +17,7 @@ __all__ = ["Tally"]
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
-    | {"stale", "special-values", "out-of-range", "taking-turns", "empty-tensor"}
+    | {"stale", "first-step", "special-values", "out-of-range", "taking-turns", "empty-tensor"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}

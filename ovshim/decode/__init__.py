@@ -5,6 +5,7 @@
     engine      the compiled graph, and a request for each conversation
     cache       what the caller holds of it: a `DynamicCache`, until somebody looks into it
     calls       which calls are steps
+    manner      what steps are given, and what eager is asked; `seq2seq` with an encoder
     build       capture, proof, race; `probes` compares with eager
     room        who serves a call: what the dispatcher asks
 
@@ -34,7 +35,7 @@ NOT_OURS = object()
 def room_for(
     module: nn.Module, method: str, original: Any, options: Options, store: Store, tally: Tally
 ) -> Room | None:
-    """The room that serves a module's steps; None for what is no causal language model.
+    """The room that serves a module's steps; None for what does not generate.
 
     Args:
         original: the user's own method; its `resolve()` gives the bound method.
@@ -53,5 +54,4 @@ def _generates(module: nn.Module) -> bool:
         "transformers.generation.utils.GenerationMixin",
         "transformers.modeling_utils.PreTrainedModel",
     }
-    config = getattr(module, "config", None)
-    return wanted <= names and not getattr(config, "is_encoder_decoder", True)
+    return wanted <= names

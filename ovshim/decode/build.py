@@ -32,10 +32,11 @@ from ovshim.decode import probes
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
 from ovshim.decode.engine import StatefulEngine
 from ovshim.decode.experts import experts_of, made_dense
-from ovshim.decode.probes import Eager, Measured, ProbeFailed
+from ovshim.decode.manner import Causal
+from ovshim.decode.probes import ProbeFailed
 from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
-from ovshim.decode.step import Form, Step, Unfit, new_cache
+from ovshim.decode.step import Unfit
 from ovshim.eager import LOW_TOLERANCE
 from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation, GuardFailedError
@@ -52,9 +53,6 @@ __all__ = ["build"]
 log = logging.getLogger("ovshim")
 
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8_weights", "int4_weights")
-# Sizes of the step that is captured: batch, tokens, past, tokens that logits are kept of. All
-# different, so that none is taken for another.
-_BATCH, _LENGTH, _PAST, _KEPT = 3, 4, 7, 2
 # Windows that are wider are not looked beyond: a proof of that length would take minutes.
 _WIDEST = 1024
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
@@ -63,18 +61,16 @@ _KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
 _RACED = probes.Probe((16, *(1,) * 8))
 
 
-def build(job: Job, original: Any, vocabulary: int, longest: int | None) -> Decoding:
+def build(job: Job, original: Any, manner: Causal) -> Decoding:
     """The decoding for a job, whose kind and leaves are of no account.
 
     Args:
         original: the user's own forward; `job.call` is what it resolves to.
-        vocabulary: how many tokens there are.
-        longest: how many positions the module has; None: as many as one likes.
     """
     modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
     with modes[0], modes[1], modes[2]:
         try:
-            made = _Build(job, original, vocabulary, longest).run()
+            made = _Build(job, original, manner).run()
         except BuildStopped as stopped:
             why = stopped.reason
             if job.weights_moved():
@@ -91,11 +87,10 @@ def build(job: Job, original: Any, vocabulary: int, longest: int | None) -> Deco
 
 
 class _Build:
-    def __init__(self, job: Job, original: Any, vocabulary: int, longest: int | None) -> None:
+    def __init__(self, job: Job, original: Any, manner: Causal) -> None:
         self.job = job
         self.original = original
-        self.vocabulary = vocabulary
-        self.longest = longest
+        self.manner = manner
         self.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
         self.exact = job.precision == "fp32"
 
@@ -104,9 +99,8 @@ class _Build:
         if job.precision not in _PRECISIONS:
             raise BuildStopped(reason("decode-precision", job.precision))
         with job.stage("preflight"):
-            names = tuple(_parameters(job.call))
             try:
-                self.form = Form.of(job.module, job.call, names)
+                self.form = self.manner.form(job.call)
             except Unfit as unfit:
                 raise BuildStopped(reason("decode-unfit", str(unfit))) from unfit
             if self.form.dtype is torch.float64 and job.options.precision is None:
@@ -137,7 +131,7 @@ class _Build:
             found = fingerprint(
                 job.module,
                 job.method,
-                inputs="decoding",
+                inputs=f"decoding by {type(self.manner).__name__}",
                 options=repr([*decisive, self.tolerance]),
                 environment=versions,
             )
@@ -183,7 +177,7 @@ class _Build:
         job = self.job
         for entry in job.store.entries(family):
             try:
-                record = StepRecord.of_entry(entry, len(self.form.sizes))
+                record = StepRecord.of_entry(entry, self._ranks())
                 generation = self._generation(record)
             except (BadGuardError, GuardFailedError, KeyError, TypeError, ValueError) as error:
                 log.info("the entry %s is passed over: %s", entry.path, error)
@@ -208,6 +202,9 @@ class _Build:
             return self._decoding(engine, record, generation, "hit", entry)
         return None
 
+    def _ranks(self) -> list[int]:
+        return [len(sizes) for sizes in self.form.sizes_of(1, 1, 1, 1)]
+
     # --- a miss -------------------------------------------------------------------------------
 
     def _from_capture(self, family: str | None) -> Decoding:
@@ -222,18 +219,19 @@ class _Build:
                 graphs.prepare(model)
                 model = quantize.compress(model, job.precision)
         with job.stage("capture"):
-            make_stateful(model, len(self.form.sizes))
+            make_stateful(model, self._names(), len(self.form.sizes))
             source, entry, keep = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
         try:
             engine = self._engine(source, record)
             weakref.finalize(engine, keep)
             with job.stage("proof"):
-                record = self._conventions(record)
+                conventions = self.manner.conventions(job.call, self.form)
                 window = self.form.window
                 wide = window is not None and window > _WIDEST
-                record = dataclasses.replace(record, most=window if wide else None)
-                asked = probes.all_probes(None if wide else window, self.longest)
+                most = window if wide else None
+                record = dataclasses.replace(record, most=most, conventions=conventions)
+                asked = self.manner.probes(None if wide else window)
                 record = self._proved(engine, record, list(asked))
             if job.weights_moved():
                 raise BuildStopped(reason("stale", "weights changed while the plan was made"))
@@ -249,17 +247,7 @@ class _Build:
         job, form = self.job, self.form
         experts = experts_of(job.module)
         call: Any = job.call if not experts else made_dense(self.original, experts)
-        step = Step(call.__self__, call, form)
-        whole = _PAST + _LENGTH
-        positions = torch.arange(_PAST, whole).expand(_BATCH, _LENGTH).clone()
-        given = (
-            torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH) % self.vocabulary,
-            torch.ones((_BATCH, whole), dtype=torch.int64),
-            positions,
-            torch.arange(_LENGTH - _KEPT, _LENGTH),
-            *(torch.randn(_BATCH, h, _PAST, w, dtype=form.dtype) for h, w in form.sizes),
-        )
-        open_ = [{0, 1}, {0, 1}, {0, 1}, {0}, *({0, 2} for _ in form.sizes)]
+        step, given, open_ = self.manner.example(form, call)
         leaves, structure = flatten_call(given, {})
         request = Request(
             step,
@@ -340,7 +328,10 @@ class _Build:
                 compiled = runtime.compile_model(source, job.options.device, settings)
                 job.precision_run = runtime.precision_run(compiled)
                 states = len(self.form.sizes)
-                return StatefulEngine(compiled, states, self.form.dtype, record.checked)
+                inputs = [torch.int64] * len(self.manner.inputs)
+                if self.form.cross:
+                    inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
+                return StatefulEngine(compiled, inputs, states, self.form.dtype, record.checked)
             except (RuntimeError, TypeError, ValueError) as error:
                 detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
                 raise BuildStopped(reason("compile-failed", detail)) from error
@@ -350,17 +341,21 @@ class _Build:
     ) -> StepRecord:
         job, form = self.job, self.form
         error, met = record.error, set(record.met)
-        fits = compile_fits(record.size_guards, form.sizes, record.most)
+        fits = compile_fits(record.size_guards, form, record.most)
         try:
             for seed, probe in enumerate(asked):
                 job.check_time()
-                ways = [Eager(job.call, new_cache(job.module), form), Measured(engine, form)]
+                ways = [
+                    self.manner.eager(job.call, form, probe),
+                    self.manner.candidate(job.call, form, engine, probe),
+                ]
                 done = 0
-                answers = probes.ask(probe, ways, self.vocabulary, seed)
+                answers = probes.ask(probe, ways, self.manner.vocabulary, seed)
                 for n, (expected, found) in enumerate(answers):
                     done += probe.pieces[n]
-                    error = max(error, probes.error_of(expected, found, self.tolerance, self.exact))
-                    sizes = len(probe.pads), probe.pieces[n], done
+                    off = probes.error_of(expected, found, self.tolerance, self.exact)
+                    error = max(error, off)
+                    sizes = len(probe.pads), probe.pieces[n], done, self.manner.probed_source
                     if not fits(*sizes):
                         raise BuildStopped(reason("capture-failed", f"not for sizes {sizes}"))
                     met.add(probes.bucket(*sizes))
@@ -371,25 +366,9 @@ class _Build:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead
         return dataclasses.replace(record, error=error, met=tuple(sorted(met)))
 
-    def _conventions(self, record: StepRecord) -> StepRecord:
-        """What the module makes of a call without a mask or without positions."""
-        call, form = self.job.call, self.form
-        ids = torch.arange(10).reshape(2, 5) % self.vocabulary
-        ones = torch.ones_like(ids)
-        given = {"input_ids": ids, "use_cache": True}
-        places = torch.arange(5).expand(2, 5)
-        explicit = {"position_ids": places} if form.positions else {}
-        plain = call(**given, attention_mask=ones, **explicit).logits
-        bare = call(**given).logits
-        padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-        open_ = call(**given, attention_mask=padded).logits
-        rule = ""
-        for name, positions in (("arange", places), ("mask", probes.positions_of(padded))):
-            more = {"position_ids": positions} if form.positions else {}
-            if _alike(call(**given, attention_mask=padded, **more).logits, open_):
-                rule = name
-                break
-        return dataclasses.replace(record, fills_mask=_alike(plain, bare), fills_positions=rule)
+    def _names(self) -> list[str]:
+        crossed = [f"cross.{number}" for number in range(len(self.form.cross))]
+        return [*self.manner.inputs, *crossed]
 
     def _decoding(
         self,
@@ -400,8 +379,8 @@ class _Build:
         entry: Entry | None,
     ) -> Decoding:
         job, form = self.job, self.form
-        fits = compile_fits(record.size_guards, form.sizes, record.most)
-        ready = Ready(engine, form, fits, record.fills_mask, record.fills_positions)
+        fits = compile_fits(record.size_guards, form, record.most)
+        ready = Ready(engine, form, fits, record.conventions)
         made = _shell(job, None, entry, cache)
         made.ready, made.generation, made.error = ready, generation, record.error
         made.met, made.tolerance, made.entry = set(record.met), self.tolerance, entry
@@ -412,7 +391,7 @@ class _Build:
         return made
 
     def _race(self, made: Decoding, record: StepRecord, entry: Entry | None) -> None:
-        job, form = self.job, self.form
+        job, form, manner = self.job, self.form, self.manner
         assert made.ready is not None
         engine = made.ready.engine
         where = f"{runtime.processor()} threads={torch.get_num_threads()}"
@@ -422,14 +401,14 @@ class _Build:
         else:
 
             def run(way: Callable[[], Any]) -> None:
-                for _ in probes.ask(_RACED, [way()], self.vocabulary):
+                for _ in probes.ask(_RACED, [way()], self.manner.vocabulary):
                     if made.generation is not None:
                         made.generation.holds()  # eager does not pay for it, but it is little
 
             with job.stage("race"):
                 finish = race(
-                    lambda: run(lambda: Eager(job.call, new_cache(job.module), form)),
-                    lambda: run(lambda: Measured(engine, form)),
+                    lambda: run(lambda: manner.eager(job.call, form, _RACED)),
+                    lambda: run(lambda: manner.candidate(job.call, form, engine, _RACED)),
                     job.race_seconds(),
                 )
             if entry is not None and finish.decided:
@@ -473,13 +452,3 @@ def _shell(job: Job, why: Reason | None, entry: Entry | None, cache: str) -> Dec
         bytes=sum(file["size"] for file in files.values()) if entry is not None else None,
         seconds=job.seconds,
     )
-
-
-def _parameters(call: Callable[..., Any]) -> Sequence[str]:
-    import inspect
-
-    return list(inspect.signature(call).parameters)
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)

@@ -63,30 +63,31 @@ class Session:
         """How many tokens there are."""
         return self.columns if self._kept is None else len(self._kept)
 
-    def step(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, keep: int
-    ) -> torch.Tensor:
-        """The logits of the last `keep` tokens (0: of all), after which these belong to the past.
+    def step(self, given: Sequence[torch.Tensor], batch: int, length: int) -> torch.Tensor:
+        """The logits of a step, after which its tokens belong to the past.
 
         Args:
-            ids, positions: int64 [batch, length].
-            mask: int64 [batch, past + length].
+            given: what the graph takes, less the rows to go on from.
+            batch, length: of the step.
 
         Raises:
             OutOfRangeError: an index lies outside of its table; the past is as it was.
             EngineDead, ValueError: see `StatefulEngine.step`.
         """
-        self.tidy()
-        batch, length = ids.shape
-        first = length - keep if 0 < keep < length else 0
-        rows = _numbers(0, batch, torch.int32) if self.order is None else self.order
-        given = (ids, self.mask(mask), positions.expand(batch, length), _numbers(first, length))
+        rows = self.numbers(0, batch, torch.int32) if self.order is None else self.order
         outputs = self.engine.step(self.slot, (*given, rows))
         self._grow(batch, length)
         if len(outputs) > 1 and not outputs[1]:
             self.cut(length)
             raise OutOfRangeError
         return outputs[0]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def numbers(first: int, end: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """Integers in a row; nobody may write to them."""
+        with torch.inference_mode(False):  # they will be used outside of that mode as well
+            return torch.arange(first, end, dtype=dtype)
 
     def _grow(self, batch: int, tokens: int) -> None:
         """A step has added so many tokens to so many rows."""
@@ -122,11 +123,12 @@ class Session:
         return mask
 
     def tidy(self) -> None:
-        """Drop the masked columns where they are many, or stand within a sliding window."""
+        """Drop the masked columns where they are many, or cannot be masked or left in a window."""
         if self._kept is None:
             return
         masked = self.columns - len(self._kept)
-        if self.form.window is not None or masked > _MOST_MASKED + _SHARE_MASKED * self.columns:
+        can_stay = self.form.masks and self.form.window is None
+        if not can_stay or masked > _MOST_MASKED + _SHARE_MASKED * self.columns:
             self.write(self.read())
 
     def read(self) -> list[torch.Tensor]:
@@ -150,12 +152,6 @@ class Session:
     def close(self) -> None:
         """Give the slot back."""
         self._release()
-
-
-@functools.lru_cache(maxsize=256)
-def _numbers(first: int, end: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    with torch.inference_mode(False):  # it will be used outside of that mode as well
-        return torch.arange(first, end, dtype=dtype)
 
 
 class StatefulCache(DynamicCache):  # type: ignore[misc] # transformers is not looked into

@@ -10,7 +10,7 @@ import torch
 
 from ovshim.reasons import Reason, reason
 
-__all__ = ["Call", "Reader"]
+__all__ = ["Call", "LeftToEager", "Reader", "is_whole", "widened"]
 
 _KNOWN = frozenset(
     {
@@ -25,6 +25,14 @@ _KNOWN = frozenset(
 )
 # Not every forward has these.
 _OF_SOME = frozenset({"position_ids", "logits_to_keep"})
+
+
+class LeftToEager(Exception):
+    """A step that is not served, and why."""
+
+    def __init__(self, why: Reason) -> None:
+        super().__init__(str(why))
+        self.reason = why
 
 
 @dataclasses.dataclass(slots=True)
@@ -85,31 +93,32 @@ class Reader:
             if given.get(name) is False:
                 return name
         ids, positions, mask = (
-            _widened(given.get(name)) for name in ("input_ids", "position_ids", "attention_mask")
+            widened(given.get(name)) for name in ("input_ids", "position_ids", "attention_mask")
         )
         keep = given.get("logits_to_keep", 0)
-        if not _is_whole(ids) or ids.numel() == 0:
+        if not is_whole(ids) or ids.numel() == 0:
             return "input_ids"
         batch, length = ids.shape
         if positions is not None and not (
-            _is_whole(positions)
+            is_whole(positions)
             and positions.shape[0] in (1, batch)
             and positions.shape[1] == length
         ):
             return "position_ids"
         if type(keep) is not int or keep < 0:
             return "logits_to_keep"
-        if mask is not None and not (_is_whole(mask) and mask.shape[0] == batch):
+        if mask is not None and not (is_whole(mask) and mask.shape[0] == batch):
             return "attention_mask"
         return Call(ids, mask, positions, cache, keep)
 
 
-def _widened(x: Any) -> Any:
+def widened(x: Any) -> Any:
+    """Masks and ids of narrower types as int64; whatever else it is."""
     narrow = type(x) is torch.Tensor and x.dtype in (torch.bool, torch.int32)
     return x.to(torch.int64) if narrow else x
 
 
-def _is_whole(x: Any) -> TypeGuard[torch.Tensor]:
+def is_whole(x: Any) -> TypeGuard[torch.Tensor]:
     """Whether it is a plain matrix of int64."""
     return (
         type(x) is torch.Tensor

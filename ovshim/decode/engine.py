@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ovshim.decode.states import INPUTS, variable
+from ovshim.decode.states import variable
 from ovshim.infer import Engine, EngineDead, Slot
 
 __all__ = ["StatefulEngine"]
@@ -40,15 +40,22 @@ class StatefulEngine(Engine):
     """Runs the steps of many conversations, each in a slot of its own.
 
     Args:
-        compiled: takes `states.INPUTS` and gives the logits, and, if `checked`, whether all indices
-            were in range.
+        compiled: takes some inputs and, for each row, the row of the state to go on from; gives the
+            logits, and, if `checked`, whether all indices were in range.
+        inputs: dtypes of those inputs but for the last.
         states: how many tensors of keys and values it keeps.
-        dtype: of the logits, the keys and the values, in torch.
+        dtype: of the logits, the keys and the values.
     """
 
-    def __init__(self, compiled: Any, states: int, dtype: torch.dtype, checked: bool) -> None:
-        given = [torch.int64] * (len(INPUTS) - 1)
-        super().__init__(compiled, [*given, torch.int32], [dtype, *[torch.bool] * checked])
+    def __init__(
+        self,
+        compiled: Any,
+        inputs: Sequence[torch.dtype],
+        states: int,
+        dtype: torch.dtype,
+        checked: bool,
+    ) -> None:
+        super().__init__(compiled, [*inputs, torch.int32], [dtype, *[torch.bool] * checked])
         self.dtype = dtype
         self._names = [variable(number) for number in range(states)]
         self._all: weakref.WeakSet[Slot] = weakref.WeakSet()
@@ -69,7 +76,7 @@ class StatefulEngine(Engine):
                     self._gate.wait_for(lambda: self._running == 0)
                     if self.dead is not None:
                         raise EngineDead(self.dead) from None
-                    slot = Slot(self._compiled.create_infer_request(), len(INPUTS))
+                    slot = Slot(self._compiled.create_infer_request(), len(self._types))
                 finally:
                     self._opening -= 1
                     self._gate.notify_all()
@@ -83,7 +90,7 @@ class StatefulEngine(Engine):
             self._idle.append(slot)
 
     def step(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The outputs for `states.INPUTS`, after which the slot's state is one step longer.
+        """The outputs for these inputs, after which the slot's state is one step longer.
 
         Raises:
             EngineDead: OpenVINO failed; what became of the state is not known.
@@ -96,7 +103,7 @@ class StatefulEngine(Engine):
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
-            slot.forget(len(INPUTS))
+            slot.forget(len(self._types))
             raise
         finally:
             with self._gate:

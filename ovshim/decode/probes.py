@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ovshim.decode.cache import Session
-from ovshim.decode.engine import StatefulEngine
-from ovshim.decode.step import Form
 from ovshim.verify import relative_errors
 
 __all__ = [
-    "Eager",
-    "Measured",
     "Probe",
     "ProbeFailed",
     "all_probes",
@@ -79,55 +74,6 @@ def all_probes(window: int | None, longest: int | None) -> Iterator[Probe]:
             yield probe
 
 
-class Eager:
-    """The module's own answers, step by step.
-
-    Args:
-        call: its forward.
-        cache: an empty one.
-    """
-
-    def __init__(self, call: Callable[..., Any], cache: Any, form: Form) -> None:
-        self._call = call
-        self._form = form
-        self.cache = cache
-        self.cache.activate_past_recording()  # so that tokens can be cut off beyond a window
-
-    def step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        more = {"position_ids": positions} if self._form.positions else {}
-        output = self._call(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **more,
-        )
-        logits: torch.Tensor = output.logits
-        return logits
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        self.cache.reorder_cache(rows)
-
-    def cut(self, tokens: int) -> None:
-        self.cache.crop(-tokens)
-
-
-class Measured:
-    """The candidate's, in the same form."""
-
-    def __init__(self, engine: StatefulEngine, form: Form) -> None:
-        self._session = Session(engine, form, [])
-
-    def step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self._session.step(ids, mask, positions, 0)
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        self._session.reorder(rows)
-
-    def cut(self, tokens: int) -> None:
-        self._session.cut(tokens)
-
-
 def ask(
     probe: Probe, ways: Sequence[Any], vocabulary: int, seed: int = 0
 ) -> Iterator[list[torch.Tensor]]:
@@ -182,6 +128,6 @@ def error_of(expected: torch.Tensor, found: torch.Tensor, tolerance: float, ids:
     return error
 
 
-def bucket(batch: int, length: int, total: int) -> tuple[int, int, int]:
+def bucket(*sizes: int) -> tuple[int, ...]:
     """Sizes that are looked at together: the same powers of two."""
-    return batch.bit_length(), length.bit_length(), total.bit_length()
+    return tuple(size.bit_length() for size in sizes)

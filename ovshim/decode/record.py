@@ -24,7 +24,7 @@ class StepRecord:
         size_guards, value_guards, code, route, checked: see `capture.Captured`; value guards lead
             from the user's module, not from the step.
         most: the greatest length, the past included, for which it was proved; None: no end.
-        fills_mask, fills_positions: see `decoding.Ready`.
+        conventions: see `decoding.Ready`.
         error: the largest relative L2 error found.
         met: buckets of sizes at which it was found right.
         race: medians and quartiles, by processor and threads.
@@ -37,10 +37,9 @@ class StepRecord:
     route: str = ""
     checked: bool = False
     most: int | None = None
-    fills_mask: bool = False
-    fills_positions: str = ""
+    conventions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     error: float = 0.0
-    met: tuple[tuple[int, int, int], ...] = ()
+    met: tuple[tuple[int, ...], ...] = ()
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verdict: Reason | None = None
 
@@ -80,18 +79,17 @@ class StepRecord:
         """The section "proof"."""
         return {
             "most": self.most,
-            "fills_mask": self.fills_mask,
-            "fills_positions": self.fills_positions,
+            "conventions": dict(self.conventions),
             "error": self.error,
             "met": [list(sizes) for sizes in self.met],
         }
 
     @staticmethod
-    def of_entry(entry: Entry, states: int) -> StepRecord:
+    def of_entry(entry: Entry, ranks: Sequence[int]) -> StepRecord:
         """The record that a manifest holds.
 
         Args:
-            states: how many tensors of keys and values there are.
+            ranks: of all that the captured step takes.
 
         Raises KeyError, TypeError, ValueError or BadGuardError where it holds none.
         """
@@ -99,7 +97,6 @@ class StepRecord:
         if verdict is not None:
             return StepRecord(verdict=_reason(verdict))
         proof = entry.manifest["proof"]  # without one it was never proved
-        ranks = [2, 2, 2, 1, *[4] * states]
         most = proof["most"]
         return StepRecord(
             size_guards=tuple(checked_size_guard(text, ranks) for text in graph["size_guards"]),
@@ -108,10 +105,12 @@ class StepRecord:
             route=str(graph["route"]),
             checked=bool(graph["checked"]),
             most=None if most is None else int(most),
-            fills_mask=bool(proof["fills_mask"]),
-            fills_positions=str(proof["fills_positions"]),
+            conventions={
+                "fills_mask": bool(proof["conventions"]["fills_mask"]),
+                "fills_positions": str(proof["conventions"]["fills_positions"]),
+            },
             error=float(proof["error"]),
-            met=tuple(_sizes(one) for one in entry.manifest.get("met") or proof["met"]),
+            met=tuple(tuple(map(int, one)) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),
         )
 
@@ -120,11 +119,6 @@ def _leads_into(guard: ValueGuard, path: str) -> bool:
     # Children are reached by attribute, by item, or through `_modules`.
     names = [str(key) for _, key in guard.path if key != "_modules"]
     return names[: path.count(".") + 1] == path.split(".")
-
-
-def _sizes(stored: Any) -> tuple[int, int, int]:
-    batch, length, total = map(int, stored)
-    return batch, length, total
 
 
 def _reason(stored: Mapping[str, Any]) -> Reason:

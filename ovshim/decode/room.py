@@ -8,7 +8,6 @@ cache frees itself when eager looks into it.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import threading
@@ -17,16 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
 from ovshim.background import Work, pause
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
 from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
-from ovshim.decode.calls import Call, Reader
+from ovshim.decode.calls import LeftToEager
 from ovshim.decode.decoding import Decoding, Ready
-from ovshim.decode.probes import ProbeFailed, bucket, error_of, positions_of
-from ovshim.decode.step import new_cache
+from ovshim.decode.manner import Causal
+from ovshim.decode.probes import ProbeFailed, bucket, error_of
+from ovshim.decode.seq2seq import Seq2Seq
 from ovshim.generation import obstacle
 from ovshim.infer import EngineDead
 from ovshim.job import Job
@@ -50,14 +49,6 @@ _OUT_OF_RANGE = reason("out-of-range")
 _TOKENS = torch.zeros((1, 1), dtype=torch.int64)
 
 
-class _LeftToEager(Exception):
-    """A step that is not served, and why."""
-
-    def __init__(self, why: Reason) -> None:
-        super().__init__(str(why))
-        self.reason = why
-
-
 class Room:
     """Serves the steps of one module.
 
@@ -78,15 +69,10 @@ class Room:
         self._family = Family()
         self._lock = threading.RLock()
         self._work: Work | None = None
-        config: Any = module.config
-        text = config.get_text_config(decoder=True)
         names = tuple(inspect.signature(original.resolve()).parameters)
-        uses_cache = bool(getattr(text, "use_cache", False))
-        self._reader = Reader(names, uses_cache, (DynamicCache, StatefulCache))
-        embedded = module.get_input_embeddings()  # type: ignore[operator]
-        self._vocabulary = int(embedded.weight.shape[0])
-        self._longest = getattr(text, "max_position_embeddings", None)
-        self._values_fit = compile_value_check([_TOKENS] * 3, {})
+        config: Any = module.config
+        self._manner = (Seq2Seq if config.is_encoder_decoder else Causal)(module, names)
+        self._values_fit = compile_value_check([_TOKENS] * self._manner.numbers, {})
 
     @property
     def plans(self) -> Sequence[Decoding]:
@@ -95,7 +81,7 @@ class Room:
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's answer to a step; NOT_OURS for what is none."""
-        call = self._reader.read(args, kwargs)
+        call = self._manner.read(args, kwargs)
         if call is None:
             return NOT_OURS
         if isinstance(call, Reason):
@@ -113,12 +99,13 @@ class Room:
             return self._stale(made, args, kwargs)
         try:
             return self._served(made, ready, call, args, kwargs)
-        except _LeftToEager as left:
+        except LeftToEager as left:
             return self._in_eager(left.reason, args, kwargs)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether such a call is a step that can be served."""
-        return isinstance(self._reader.read(args, kwargs), Call)
+        call = self._manner.read(args, kwargs)
+        return call is not None and not isinstance(call, Reason)
 
     def prepare(self, wait: bool = True) -> Decoding | None:
         """Make the decoding before any call.
@@ -152,82 +139,60 @@ class Room:
         self,
         made: Decoding,
         ready: Ready,
-        call: Call,
+        call: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        cache = call.cache
-        if type(cache) is StatefulCache and session_of(cache).engine is not ready.engine:
-            cache.layers  # noqa: B018 # frees it: it may be bound to this engine then
-        past = 0 if cache is None else cache.get_seq_length()
-        ids = call.input_ids
-        mask = self._mask(ready, call, past)
-        positions = self._positions(ready, call, mask, past)
-        batch, length = ids.shape
+        manner, whole = self._manner, call.cache
+        cache: Any = None if whole is None else manner.bindable(whole)
         bound = type(cache) is StatefulCache
-        if bound and session_of(cache).batch not in (0, batch):
-            raise _LeftToEager(reason("decode-call", "another batch than the cache's"))
+        if bound and session_of(cache).engine is not ready.engine:
+            cache.layers  # noqa: B018 # frees it: it may be bound to this engine then
+            bound = False
+        past = 0 if cache is None else cache.get_seq_length()
+        batch, length = call.input_ids.shape
+        if bound:
+            if session_of(cache).batch not in (0, batch):
+                raise LeftToEager(reason("decode-call", "another batch than the cache's"))
+            session_of(cache).tidy()
+        given = manner.given(ready.form, ready.conventions, call, past)
         columns = (session_of(cache).columns if bound else past) + length
-        if not ready.fits(batch, length, columns):
-            raise _LeftToEager(reason("decode-call", f"sizes {(batch, length, columns)}"))
-        if not self._values_fit((ids, mask, positions)):
-            raise _LeftToEager(_SPECIAL_VALUES)
+        sizes = batch, length, columns, given[2].shape[1] if ready.form.cross else 0
+        if not ready.fits(*sizes):
+            raise LeftToEager(reason("decode-call", f"sizes {sizes}"))
+        if not self._values_fit(given):
+            raise LeftToEager(_SPECIAL_VALUES)
         if not bound and cache is not None:
             refused = refusal(cache, ready.form)
             if refused is not None:
-                raise _LeftToEager(reason("cache-unknown", refused))
-        sizes = bucket(batch, length, columns)
-        expected = None if sizes in made.met else self._by_eager(call, args, kwargs)
+                raise LeftToEager(reason("cache-unknown", refused))
+        expected = None
+        if bucket(*sizes) not in made.met:
+            expected = self.original(**manner.eager_arguments(call, args, kwargs))
         try:
             if not bound:
-                cache = new_cache(self.module) if cache is None else cache
+                whole = manner.new_cache() if whole is None else whole
+                cache = manner.bindable(whole)
                 bind(cache, ready.engine, ready.form)
-            logits = session_of(cache).step(ids, mask, positions, call.keep)
+            session = session_of(cache)
+            physical = manner.over_columns(session, call, given)
+            logits = session.step(physical, batch, length)
         except OutOfRangeError:
-            raise _LeftToEager(_OUT_OF_RANGE) from None
+            raise LeftToEager(_OUT_OF_RANGE) from None
         except (EngineDead, RuntimeError, ValueError) as error:
-            raise _LeftToEager(self._failed(made, error)) from error
+            raise LeftToEager(self._failed(made, error)) from error
         if expected is not None:
             try:
                 error_of(expected.logits, logits, made.tolerance, ids=False)
             except ProbeFailed as failed:
-                why = reason("first-use-mismatch", f"{(batch, length, columns)}: {failed}")
-                return self._condemned(made, why, call, cache, expected)
-            made.met.add(sizes)
+                why = reason("first-use-mismatch", f"{sizes}: {failed}")
+                return self._condemned(made, why, call, expected)
+            made.met.add(bucket(*sizes))
             self._keep(made, "met", [list(one) for one in sorted(made.met)])
         made.calls.add()
-        return ready.output(logits, cache)
+        return manner.output(ready.form, logits, call, whole)
 
-    def _mask(self, ready: Ready, call: Call, past: int) -> torch.Tensor:
-        mask = call.attention_mask
-        batch, length = call.input_ids.shape
-        if mask is None:
-            if not ready.fills_mask:
-                raise _LeftToEager(reason("decode-call", "no attention_mask"))
-            return torch.ones((batch, past + length), dtype=torch.int64)
-        if mask.shape[1] != past + length:
-            detail = f"an attention_mask of length {mask.shape[1]} for {past + length} tokens"
-            raise _LeftToEager(reason("decode-call", detail))
-        return mask
-
-    def _positions(self, ready: Ready, call: Call, mask: torch.Tensor, past: int) -> torch.Tensor:
-        length = call.input_ids.shape[1]
-        if call.position_ids is not None:
-            return call.position_ids
-        padded = call.attention_mask is not None and not bool(mask.all())
-        if padded and ready.form.positions and ready.fills_positions == "mask":
-            return positions_of(mask)[:, -length:]
-        if padded and ready.form.positions and not ready.fills_positions:
-            raise _LeftToEager(reason("decode-call", "no position_ids"))
-        return torch.arange(past, past + length).unsqueeze(0)
-
-    def _by_eager(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Eager's answer to a step, with a copy of its cache."""
-        given = {**dict(zip(self._reader.names, args, strict=False)), **kwargs}
-        cache = new_cache(self.module) if call.cache is None else copy.deepcopy(call.cache)
-        return self.original(**{**given, "past_key_values": cache})
-
-    def _condemned(self, made: Decoding, why: Reason, call: Call, cache: Any, expected: Any) -> Any:
+    def _condemned(self, made: Decoding, why: Reason, call: Any, expected: Any) -> Any:
         """The graph is wrong: it never serves again, and the caller gets what eager answered."""
         self.tally.retire([made])
         made.ready, made.reason = None, why
@@ -235,8 +200,9 @@ class Room:
         self.tally.note(why)
         if call.cache is not None:
             # The caller's own object, with what eager has put into the copy.
-            cache.layers = expected.past_key_values.layers
-            expected["past_key_values"] = cache
+            copied = self._manner.bindable(expected.past_key_values)
+            self._manner.bindable(call.cache).layers = copied.layers
+            expected["past_key_values"] = call.cache
         return expected
 
     def _failed(self, made: Decoding, error: Exception) -> Reason:
@@ -260,7 +226,7 @@ class Room:
         return self.original(*args, **kwargs)
 
     def _left(
-        self, made: Decoding, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, made: Decoding, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A step of a module that eager serves."""
         assert made.reason is not None
@@ -290,11 +256,11 @@ class Room:
 
     # --- making it ----------------------------------------------------------------------------
 
-    def _first(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Eager answers, and the decoding is made, unless another thread is about it."""
         if self.options.prefer == "eager":
             return self._in_eager(reason("prefer-eager"), args, kwargs)
-        tensors = [call.input_ids, call.attention_mask, call.position_ids]
+        tensors = [call.input_ids, call.attention_mask]
         why = obstacle(self.module) or unfit(tensors, self.module, torch.is_grad_enabled())
         if why is not None:
             return NOT_OURS if call.cache is None else self._in_eager(why, args, kwargs)
@@ -337,7 +303,7 @@ class Room:
         if self.options.background:
             job.pause = pause
         with Building():
-            made = build(job, self.original, self._vocabulary, self._longest)
+            made = build(job, self.original, self._manner)
         if made.reason is not None and made.reason.code == "stale":
             self._family.put_off()  # it changed under the build: there is nothing to keep
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +12,7 @@ from ovshim import runtime
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["INPUTS", "make_stateful", "variable"]
-
-# What a stateful graph is given, in order; `beams` says, for each row of the batch, which row of
-# the state it goes on from.
-INPUTS = ("input_ids", "attention_mask", "position_ids", "keep", "beams")
+__all__ = ["make_stateful", "variable"]
 
 
 def variable(number: int) -> str:
@@ -23,26 +20,30 @@ def variable(number: int) -> str:
     return f"past.{number}.present.{number}"
 
 
-def make_stateful(model: ov.Model, states: int) -> None:
+def make_stateful(model: ov.Model, names: Sequence[str], states: int) -> None:
     """Turn a step graph into a stateful one, in place.
 
+    It gets one more input, `beams`: for each row of the batch, the row of the state that it goes on
+    from.
+
     Args:
-        model: takes `INPUTS` without the last, then the past as `states` tensors of shape
+        model: takes inputs, then the past as `states` tensors of shape
             [batch, heads, past, width]; gives the logits, as many tensors of the present, and
             perhaps more.
+        names: of the inputs before the past.
     """
     ov = runtime.openvino()
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     given, results = model.get_parameters(), model.get_results()
-    for parameter, name in zip(given, INPUTS[:-1], strict=False):
+    for parameter, name in zip(given, names, strict=False):
         parameter.output(0).get_tensor().set_names({name})
     beams = ops.parameter([-1], ov.Type.i32, name="beams")
     beams.output(0).get_tensor().set_names({"beams"})
     pairs = {}
     for number in range(states):
-        past, present = given[len(INPUTS) - 1 + number], results[1 + number]
+        past, present = given[len(names) + number], results[1 + number]
         # The row to go on from is gathered between the state and whatever reads it: the form in
         # which the CPU plugin recognises attention over a cache.
         readers = past.output(0).get_target_inputs()

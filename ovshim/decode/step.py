@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
-__all__ = ["Form", "Step", "Unfit", "new_cache"]
+from ovshim.matcher import model_output_maker
+
+__all__ = ["Form", "Past", "Step", "Unfit"]
 
 
 class Unfit(Exception):
@@ -22,27 +30,36 @@ class Form:
     """What the steps of one module are like.
 
     Attributes:
-        output: the class of its outputs.
+        make_output: makes an object of the class of its outputs of the fields that are not None.
         windows: for each layer, its sliding window; None where it sees everything.
         sizes: for each layer, (heads, width) of its keys, then of its values.
         dtype: of keys, values and logits.
         positions, keeps: whether it takes `position_ids` and `logits_to_keep`.
+        cross: as `sizes`, of the cross-attention of an encoder-decoder model.
+        width: of its encoder's output.
     """
 
-    output: type
+    make_output: Callable[[dict[str, Any]], Any]
     windows: tuple[int | None, ...]
     sizes: tuple[tuple[int, int], ...]
     dtype: torch.dtype
-    positions: bool
-    keeps: bool
+    positions: bool = False
+    keeps: bool = False
+    cross: tuple[tuple[int, int], ...] = ()
+    width: int = 0
 
     @property
     def window(self) -> int | None:
         """The smallest sliding window."""
         return min((w for w in self.windows if w is not None), default=None)
 
+    @property
+    def masks(self) -> bool:
+        """Whether a step takes a mask over its own past."""
+        return not self.cross
+
     @staticmethod
-    def of(module: nn.Module, call: Callable[..., Any], names: tuple[str, ...]) -> Form:
+    def of(call: Callable[..., Any], names: tuple[str, ...]) -> Form:
         """What a short call of eager shows.
 
         Args:
@@ -52,38 +69,78 @@ class Form:
             Unfit: it answers with more than logits and a cache of plain or windowed layers.
         """
         output = call(input_ids=torch.zeros((2, 2), dtype=torch.long), use_cache=True)
-        found = {k: v for k, v in output.items() if v is not None}
-        cache: Any = found.get("past_key_values")
-        if set(found) != {"logits", "past_key_values"}:
-            raise Unfit(f"its output has {', '.join(sorted(found))}")
-        if type(cache) is not DynamicCache or not cache.layers:
-            raise Unfit(f"its cache is a {type(cache).__qualname__}")
-        tensors = []
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise Unfit(f"its cache has a {type(layer).__qualname__}")
-            if not layer.is_initialized or layer.keys.dim() != 4 or layer.values.dim() != 4:
-                raise Unfit("not all layers of its cache hold keys and values")
-            tensors += [layer.keys, layer.values]
-        logits = found["logits"]
-        if any(t.dtype is not logits.dtype or t.shape[:3:2] != (2, 2) for t in tensors):
-            raise Unfit("keys, values and logits differ in dtype or sizes")
+        _check_fields(output, {"logits", "past_key_values"})
+        dtype = output.logits.dtype
         return Form(
-            output=type(output),
-            windows=tuple(getattr(layer, "sliding_window", None) for layer in cache.layers),
-            sizes=tuple((t.shape[1], t.shape[3]) for t in tensors),
-            dtype=logits.dtype,
+            make_output=model_output_maker(type(output)),
+            windows=_windows(output.past_key_values),
+            sizes=_sizes(output.past_key_values, dtype),
+            dtype=dtype,
             positions="position_ids" in names,
             keeps="logits_to_keep" in names,
         )
 
+    @staticmethod
+    def of_decoder(output: Any, width: int) -> Form:
+        """What an answer of an encoder-decoder model shows.
 
-def new_cache(module: nn.Module) -> DynamicCache:
-    """An empty cache as the module itself would make it."""
-    return DynamicCache(config=module.config)
+        Args:
+            width: of the encoder's output.
+
+        Raises:
+            Unfit: as `of`.
+        """
+        _check_fields(output, {"logits", "past_key_values", "encoder_last_hidden_state"})
+        cache, dtype = output.past_key_values, output.logits.dtype
+        if type(cache) is not EncoderDecoderCache:
+            raise Unfit(f"its cache is a {type(cache).__qualname__}")
+        if any(_windows(cache.self_attention_cache)):
+            raise Unfit("its decoder has sliding windows")
+        return Form(
+            make_output=model_output_maker(type(output)),
+            windows=_windows(cache.self_attention_cache),
+            sizes=_sizes(cache.self_attention_cache, dtype),
+            dtype=dtype,
+            cross=_sizes(cache.cross_attention_cache, dtype),
+            width=width,
+        )
+
+    def sizes_of(self, batch: int, length: int, past: int, source: int) -> list[tuple[int, ...]]:
+        """The sizes of all that a captured step takes, in order."""
+        pasts = [(batch, heads, past, width) for heads, width in self.sizes]
+        if not self.cross:
+            step = (batch, length)
+            return [step, (batch, past + length), step, (2,), *pasts]
+        crossed = [(batch, heads, source, width) for heads, width in self.cross]
+        inputs = [(batch, length), (batch, source), (batch, source, self.width)]
+        return [*inputs, *crossed, *pasts]
 
 
-class _Past(DynamicLayer):  # type: ignore[misc] # transformers is not looked into
+def _check_fields(output: Any, wanted: set[str]) -> None:
+    found = {name for name, value in output.items() if value is not None}
+    if found != wanted:
+        raise Unfit(f"its output has {', '.join(sorted(found))}")
+
+
+def _windows(cache: Any) -> tuple[int | None, ...]:
+    if type(cache) is not DynamicCache or not cache.layers:
+        raise Unfit(f"its cache is a {type(cache).__qualname__}")
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise Unfit(f"its cache has a {type(layer).__qualname__}")
+    return tuple(getattr(layer, "sliding_window", None) for layer in cache.layers)
+
+
+def _sizes(cache: Any, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    if any(t is None or t.dim() != 4 for t in tensors):
+        raise Unfit("not all layers of its cache hold keys and values")
+    if any(t.dtype is not dtype or t.shape[0] != 2 for t in tensors):
+        raise Unfit("keys, values and logits differ in dtype or batch")
+    return tuple((t.shape[1], t.shape[3]) for t in tensors)
+
+
+class Past(DynamicLayer):  # type: ignore[misc] # transformers is not looked into
     """All of a layer's past. A windowed layer's too: masks go by positions, and what lies outside
     of the window has no weight."""
 
@@ -94,7 +151,7 @@ class _Past(DynamicLayer):  # type: ignore[misc] # transformers is not looked in
         self.is_initialized = True
 
 
-class _WindowedPast(_Past):
+class _WindowedPast(Past):
     is_sliding = True
 
 
@@ -125,7 +182,7 @@ class Step(nn.Module):
         *past: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         layers = [
-            (_WindowedPast if windowed else _Past)(past[2 * i], past[2 * i + 1])
+            (_WindowedPast if windowed else Past)(past[2 * i], past[2 * i + 1])
             for i, windowed in enumerate(self.windowed)
         ]
         more = {}
