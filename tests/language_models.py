@@ -62,6 +62,69 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+_SOURCES = {"vocab_size": 99, "pad_token_id": 0, "decoder_start_token_id": 3, "d_model": 48}
+_ATTENTION = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+
+ENCODER_DECODERS: dict[str, Any] = {
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**_SOURCES, d_kv=12, d_ff=64, num_layers=2, num_heads=4)
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(
+        hf.BartConfig(**_SOURCES, **_ATTENTION, max_position_embeddings=128)
+    ),
+    "whisper": lambda: hf.WhisperForConditionalGeneration(
+        hf.WhisperConfig(
+            **_SOURCES,
+            **_ATTENTION,
+            bos_token_id=1,
+            eos_token_id=2,
+            num_mel_bins=16,
+            max_source_positions=50,
+            max_target_positions=64,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ),
+    "vision": lambda: hf.VisionEncoderDecoderModel(
+        hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            hf.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                image_size=32,
+                patch_size=8,
+            ),
+            hf.GPT2Config(**_GPT, n_embd=48, n_positions=128, add_cross_attention=True),
+        )
+    ),
+}
+
+
+def make_encoder_decoder(name: str) -> tuple[Any, dict[str, Any]]:
+    """A model with an encoder, and what its `generate` is given."""
+    torch.manual_seed(0)
+    model = ENCODER_DECODERS[name]().eval()
+    settings = model.generation_config
+    settings.eos_token_id = settings.forced_eos_token_id = None
+    settings.decoder_start_token_id, settings.pad_token_id = 3, 0
+    if name == "whisper":
+        return model, {"input_features": torch.randn(2, 16, 100)}
+    if name == "vision":
+        return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+    ids = torch.randint(4, 90, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    return model, {"inputs": ids, "attention_mask": mask}
+
+
 def make(name: str, seed: int = 0) -> nn.Module:
     """A model that never says it is done, so that every test has tokens enough."""
     torch.manual_seed(seed)

@@ -374,6 +374,60 @@ def test_a_loop_without_masks_and_positions(pair: Callable[[str], tuple[Any, Any
         assert counts(fast)["eager"] == before
 
 
+# --- encoders and decoders --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", lm.ENCODER_DECODERS)
+def test_a_decoder_goes_on_after_its_encoder(name: str, cache: Path) -> None:
+    model, given = lm.make_encoder_decoder(name)
+    fast = accelerated(model, cache_dir=cache)
+    fast.generate(**given, max_new_tokens=3)
+    for way in (
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    ):
+        torch.manual_seed(3)
+        expected = model.generate(**given, max_new_tokens=16, **way)
+        before = counts(fast)["openvino"]
+        torch.manual_seed(3)
+        found = fast.generate(**given, max_new_tokens=16, **way)
+        assert torch.equal(found, expected), way
+        assert counts(fast)["openvino"] == before + 15
+    assert set(eager_reasons(fast)) == {"first-step", "building"}
+
+
+@pytest.mark.slow
+def test_long_sound_is_transcribed_piece_by_piece(cache: Path) -> None:
+    model = lm.make_encoder_decoder("whisper")[0]
+    settings = model.generation_config
+    settings.no_timestamps_token_id, settings.is_multilingual = 50, False
+    fast = accelerated(model, cache_dir=cache)
+    sound, frames = torch.randn(2, 16, 260), torch.ones(2, 260, dtype=torch.long)
+    asked = {"attention_mask": frames, "return_timestamps": True, "max_new_tokens": 20}
+    for _ in range(2):
+        expected = model.generate(sound, do_sample=False, **asked)
+        before = counts(fast)["openvino"]
+        assert torch.equal(fast.generate(sound, do_sample=False, **asked), expected)
+    assert counts(fast)["openvino"] >= before + 50
+
+
+@pytest.mark.slow
+def test_a_decoders_cache_may_be_looked_into(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("bart")
+    fast = accelerated(model, cache_dir=cache)
+    fast.generate(**given, max_new_tokens=3)
+    caches = [generate(one, **given, do_sample=False).past_key_values for one in (fast, model)]
+    assert type(caches[0]) is hf.EncoderDecoderCache
+    same_caches(copy.deepcopy(caches[0]).self_attention_cache, caches[1].self_attention_cache)
+    caches[0].crop(-2)
+    caches[1].crop(-2)
+    same_caches(caches[0].self_attention_cache, caches[1].self_attention_cache)
+    same_caches(caches[0].cross_attention_cache, caches[1].cross_attention_cache)
+
+
 # --- what is left to eager --------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ Nothing here is imported, but for this file, before a module is called that tran
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ovshim.tally import Tally
 
 __all__ = ["NOT_OURS", "room_for"]
+
+log = logging.getLogger("ovshim")
 
 NOT_OURS = object()
 """What a room answers to a call that is no step of decoding."""
@@ -44,7 +47,11 @@ def room_for(
         return None
     from ovshim.decode.room import Room
 
-    return Room(module, original, options, store, tally)
+    try:
+        return Room(module, original, options, store, tally)
+    except Exception as error:  # whatever a configuration of the user's own makes of questions
+        log.debug("%s is not decoded: %s", type(module).__qualname__, error)
+        return None
 
 
 def _generates(module: nn.Module) -> bool:

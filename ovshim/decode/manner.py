@@ -48,8 +48,11 @@ class Causal:
         self.text = config.get_text_config(decoder=True)
         uses_cache = bool(getattr(self.text, "use_cache", False))
         self.reader = Reader(names, uses_cache, (DynamicCache, StatefulCache))
-        embedded = module.get_input_embeddings()  # type: ignore[operator]
-        self.vocabulary = int(embedded.weight.shape[0])
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return int(self.text.vocab_size)
 
     @property
     def longest(self) -> int | None:

@@ -105,10 +105,7 @@ class StepRecord:
             route=str(graph["route"]),
             checked=bool(graph["checked"]),
             most=None if most is None else int(most),
-            conventions={
-                "fills_mask": bool(proof["conventions"]["fills_mask"]),
-                "fills_positions": str(proof["conventions"]["fills_positions"]),
-            },
+            conventions=dict(proof["conventions"]),
             error=float(proof["error"]),
             met=tuple(tuple(map(int, one)) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),

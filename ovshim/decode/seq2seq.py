@@ -32,6 +32,7 @@ _KNOWN = frozenset(
     {"decoder_input_ids", "attention_mask", "encoder_outputs", "past_key_values"}
     | {"use_cache", "return_dict"}
 )
+_ENCODED = {"last_hidden_state", "pooler_output"}
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,6 +91,8 @@ class Seq2Seq(Causal):
 
     inputs = ("decoder_input_ids", "attention_mask", "encoder_hidden_states")
     numbers = 2
+    # Of the encoder's output; known by the first call.
+    width = 0
     probed_source = _SOURCE + 4
 
     @property
@@ -111,6 +114,7 @@ class Seq2Seq(Causal):
             return reason("cache-unknown", f"an EncoderDecoderCache of {kinds}")
         found = self._step(kwargs, cache)
         if not isinstance(found, str):
+            self.width = found.hidden.shape[2]
             if inner.get_seq_length() == 0 or not all(cache.is_updated.values()):
                 return reason("first-step")
             return found
@@ -129,9 +133,10 @@ class Seq2Seq(Causal):
         if mask is not None and not (is_whole(mask) and mask.shape[0] == ids.shape[0]):
             return "attention_mask"
         encoded = given.get("encoder_outputs")
-        if not isinstance(encoded, BaseModelOutput | dict) or [*encoded] != ["last_hidden_state"]:
+        # Of anything else that an encoder answers, something would be due in the output.
+        if not isinstance(encoded, dict) or not encoded.keys() <= _ENCODED:
             return "encoder_outputs"
-        hidden = encoded["last_hidden_state"]
+        hidden = encoded.get("last_hidden_state")
         if type(hidden) is not torch.Tensor or hidden.dim() != 3 or not hidden.is_cpu:
             return "encoder_outputs"
         return SeqCall(ids, mask, hidden, cache)
@@ -149,9 +154,9 @@ class Seq2Seq(Causal):
         cross = _tensors(call.cache.cross_attention_cache)
         batch, source, width = call.hidden.shape
         mask = call.attention_mask
-        if mask is None:
-            if not known["fills_mask"]:
-                raise LeftToEager(reason("decode-call", "no attention_mask"))
+        if mask is None and not known["fills_mask"]:
+            raise LeftToEager(reason("decode-call", "no attention_mask"))
+        if mask is None or not known["reads_mask"]:
             mask = torch.ones((batch, source), dtype=torch.int64)
         sizes = [(batch, heads, source, size) for heads, size in form.cross]
         fits = (
@@ -187,12 +192,12 @@ class Seq2Seq(Causal):
     # --- builds -------------------------------------------------------------------------------
 
     def form(self, call: Callable[..., Any]) -> Form:
-        width = int(getattr(self.text, "d_model", None) or self.text.hidden_size)
         dtype = next(self.module.parameters()).dtype
-        encoded = BaseModelOutput(last_hidden_state=torch.randn(2, _SOURCE, width, dtype=dtype))
+        hidden = torch.randn(2, _SOURCE, self.width, dtype=dtype)
+        encoded = BaseModelOutput(last_hidden_state=hidden)
         ids = torch.zeros((2, 2), dtype=torch.long)
         output = call(decoder_input_ids=ids, encoder_outputs=encoded, use_cache=True)
-        return Form.of_decoder(output, width)
+        return Form.of_decoder(output, self.width)
 
     def example(
         self, form: Form, call: Any
@@ -229,12 +234,15 @@ class Seq2Seq(Causal):
 
     def conventions(self, call: Callable[..., Any], form: Form) -> Conventions:
         ids = torch.arange(6).reshape(2, 3) % self.vocabulary
-        hidden, ones = _encoded(form, Probe((1,), (0, 0)))
+        hidden, padded = _encoded(form, Probe((1,), (0, 3)))
         given = {"decoder_input_ids": ids, "use_cache": True}
         encoded = BaseModelOutput(last_hidden_state=hidden)
-        bare = call(**given, encoder_outputs=encoded).logits
-        plain = call(**given, encoder_outputs=encoded, attention_mask=ones).logits
-        return {"fills_mask": alike(plain, bare), "fills_positions": ""}
+        bare, plain, masked = (
+            call(**given, encoder_outputs=encoded, attention_mask=mask).logits
+            for mask in (None, torch.ones_like(padded), padded)
+        )
+        # Whisper's is over frames of sound, and for the encoder alone.
+        return {"fills_mask": alike(plain, bare), "reads_mask": not alike(plain, masked)}
 
 
 class _Eager:
