@@ -331,6 +331,7 @@ class Dispatcher:
         why = obstacle(self.module) or unfit(leaves, self.module, grad=False)
         if why is None and self._room is not None and self._room.takes(args, kwargs):
             decoding = self._room.prepare(wait)
+            self.tally.tell_precision()
             if decoding is not None and decoding.reason is not None:
                 self.tally.tell(decoding.reason)
             return

@@ -64,7 +64,7 @@ class Tally:
     def tell_precision(self) -> None:
         """Warn, once each, of plans that run in another precision than was asked for."""
         for plan in self._plans():
-            for warning in plan.warnings if plan.served is not None else ():
+            for warning in plan.warnings if plan.counted_as == "openvino" else ():
                 if str(warning) not in self._warned:
                     self._warned.add(str(warning))
                     warnings.warn(warning, stacklevel=_users_level())

@@ -11,13 +11,14 @@ Whatever goes wrong on the way becomes a decoding that eager serves, with the re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ovshim.decode import probes
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
 from ovshim.decode.engine import StatefulEngine
 from ovshim.decode.experts import experts_of, made_dense
+from ovshim.decode.finish import by_eager, finished, run_race
 from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed
 from ovshim.decode.record import StepRecord
@@ -43,10 +45,10 @@ from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
+from ovshim.lowering import warnings_of
 from ovshim.plan import OutOfRangeError
-from ovshim.race import Finish, race
 from ovshim.reasons import Reason, reason
-from ovshim.signature import Pattern, flatten_call, kind_of
+from ovshim.signature import flatten_call, kind_of
 
 __all__ = ["build"]
 
@@ -57,8 +59,8 @@ _PRECISIONS = ("fp32", "bf16", "fp16", "int8_weights", "int4_weights")
 _WIDEST = 1024
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
 _KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
-# What is raced: a short prompt and some tokens after it.
-_RACED = probes.Probe((16, *(1,) * 8))
+# Properties that have cured graphs which OpenVINO compiled wrongly (see `ovshim.build`).
+_LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
 
 
 def build(job: Job, original: Any, manner: Causal) -> Decoding:
@@ -75,11 +77,11 @@ def build(job: Job, original: Any, manner: Causal) -> Decoding:
             why = stopped.reason
             if job.weights_moved():
                 why = reason("stale", "weights changed while the plan was made")
-            made = _by_eager(job, why)
+            made = by_eager(job, why)
             made.trouble = stopped.__cause__
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
-            made = _by_eager(job, reason("build-failed", f"{type(error).__name__}: {error}"))
+            made = by_eager(job, reason("build-failed", f"{type(error).__name__}: {error}"))
     name, code = type(job.module).__qualname__, f" ({made.reason.code})" if made.reason else ""
     spent = time.perf_counter() - job.started
     log.info("%s, decoding: %s%s in %.2f s, cache %s", name, made.path, code, spent, made.cache)
@@ -143,18 +145,27 @@ class _Build:
     def _alone(self, family: str) -> Decoding:
         job = self.job
         with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
-            found = self._from_cache(family)
-            if found is not None:
-                return found
-            try:
-                return self._from_capture(family)
-            except BuildStopped as stopped:
-                self._keep_verdict(family, stopped.reason)
-                raise
+            return self._from_cache_or_capture(family)
+
+    def _from_cache_or_capture(self, family: str) -> Decoding:
+        found = self._from_cache(family)
+        if found is not None:
+            return found
+        try:
+            return self._from_capture(family)
+        except BuildStopped as stopped:
+            self._keep_verdict(family, stopped.reason)
+            raise
 
     def _in_child(self, family: str) -> None:
-        with TRACE_LOCK:  # no other thread may be at it when the process forks
-            outcome = try_in_child(lambda: self._alone(family), self.job.seconds_left())
+        job = self.job
+        # Both are held for the child; see `ovshim.build`.
+        with (
+            job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time),
+            TRACE_LOCK,
+        ):
+            work = functools.partial(self._from_cache_or_capture, family)
+            outcome = try_in_child(work, job.seconds_left())
         if outcome == "crashed":
             self._keep_verdict(family, reason("crashed-before"))
             raise BuildStopped(reason("crashed-before"))
@@ -183,7 +194,7 @@ class _Build:
                 log.info("the entry %s is passed over: %s", entry.path, error)
                 continue
             if record.verdict is not None:
-                return _by_eager(job, record.verdict, entry)
+                return by_eager(job, record.verdict, entry)
             lease = job.store.hold(entry)
             if lease is None:
                 continue
@@ -199,7 +210,7 @@ class _Build:
                 job.store.discard(entry)
                 continue
             weakref.finalize(engine, lease.release)
-            return self._decoding(engine, record, generation, "hit", entry)
+            return self._finished(engine, record, generation, entry, "hit")
         return None
 
     def _ranks(self) -> list[int]:
@@ -223,16 +234,8 @@ class _Build:
             source, entry, keep = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
         try:
-            engine = self._engine(source, record)
+            engine, record = self._made_right(source, record)
             weakref.finalize(engine, keep)
-            with job.stage("proof"):
-                conventions = self.manner.conventions(job.call, self.form)
-                window = self.form.window
-                wide = window is not None and window > _WIDEST
-                most = window if wide else None
-                record = dataclasses.replace(record, most=most, conventions=conventions)
-                asked = self.manner.probes(None if wide else window)
-                record = self._proved(engine, record, list(asked))
             if job.weights_moved():
                 raise BuildStopped(reason("stale", "weights changed while the plan was made"))
         except BuildStopped:
@@ -241,7 +244,49 @@ class _Build:
             raise
         if entry is not None:
             entry = job.store.amend(entry, "proof", record.proof_to_json())
-        return self._decoding(engine, record, generation, "off" if entry is None else "miss", entry)
+        return self._finished(engine, record, generation, entry, "miss")
+
+    def _made_right(self, source: Path, record: StepRecord) -> tuple[StatefulEngine, StepRecord]:
+        """The graph compiled in the first of several ways that is proved."""
+        window = self.form.window
+        wide = window is not None and window > _WIDEST
+        record = dataclasses.replace(
+            record,
+            most=window if wide else None,
+            conventions=self.manner.conventions(self.job.call, self.form),
+        )
+        asked = list(self.manner.probes(None if wide else window))
+        first: BuildStopped | None = None
+        for properties in _LADDER:
+            record = dataclasses.replace(record, properties=properties)
+            try:
+                engine = self._engine(source, record)
+                with self.job.stage("proof"):
+                    return engine, self._proved(engine, record, asked)
+            except BuildStopped as stopped:
+                if stopped.reason.code not in ("proof-failed", "infer-failed"):
+                    raise first or stopped from None
+                log.info("%s, %s: %s", type(self.job.module).__qualname__, properties, stopped)
+                first = first or stopped
+        assert first is not None
+        raise first
+
+    def _finished(
+        self,
+        engine: StatefulEngine,
+        record: StepRecord,
+        generation: Generation,
+        entry: Entry | None,
+        cache: str,
+    ) -> Decoding:
+        form = self.form
+        fits = compile_fits(record.size_guards, form, record.most)
+        ready = Ready(engine, form, fits, record.conventions)
+        made = finished(self.job, ready, record, generation, entry, cache)
+        made.tolerance = self.tolerance
+        if self.job.options.prefer == "faster":
+            run_race(self.job, self.manner, made, record)
+        return made
 
     def _captured(self) -> tuple[Any, StepRecord]:
         job, form = self.job, self.form
@@ -322,11 +367,12 @@ class _Build:
             safe = runtime.safe_precision(wanted, **job.placement)
             # By default the plugin keeps them in 8 bits, in every precision but fp32.
             kept = {} if safe == "fp32" else {"KV_CACHE_PRECISION": _KEPT_IN[safe]}
-            properties = {**kept, **job.options.properties}
+            properties = {**kept, **dict(record.properties), **job.options.properties}
             settings = runtime.settings(precision=safe, **job.placement, properties=properties)
             try:
                 compiled = runtime.compile_model(source, job.options.device, settings)
                 job.precision_run = runtime.precision_run(compiled)
+                _, job.warnings = warnings_of(job, compiled)
                 states = len(self.form.sizes)
                 inputs = [torch.int64] * len(self.manner.inputs)
                 if self.form.cross:
@@ -369,86 +415,3 @@ class _Build:
     def _names(self) -> list[str]:
         crossed = [f"cross.{number}" for number in range(len(self.form.cross))]
         return [*self.manner.inputs, *crossed]
-
-    def _decoding(
-        self,
-        engine: StatefulEngine,
-        record: StepRecord,
-        generation: Generation,
-        cache: str,
-        entry: Entry | None,
-    ) -> Decoding:
-        job, form = self.job, self.form
-        fits = compile_fits(record.size_guards, form, record.most)
-        ready = Ready(engine, form, fits, record.conventions)
-        made = _shell(job, None, entry, cache)
-        made.ready, made.generation, made.error = ready, generation, record.error
-        made.met, made.tolerance, made.entry = set(record.met), self.tolerance, entry
-        made.precision_run, made.route = job.precision_run, record.route
-        made.size_guards, made.value_guards = record.size_guards, record.value_guards
-        if job.options.prefer == "faster":
-            self._race(made, record, entry)
-        return made
-
-    def _race(self, made: Decoding, record: StepRecord, entry: Entry | None) -> None:
-        job, form, manner = self.job, self.form, self.manner
-        assert made.ready is not None
-        engine = made.ready.engine
-        where = f"{runtime.processor()} threads={torch.get_num_threads()}"
-        stored = record.race.get(where)
-        if isinstance(stored, list) and len(stored) == 4:
-            finish = Finish(*map(float, stored))
-        else:
-
-            def run(way: Callable[[], Any]) -> None:
-                for _ in probes.ask(_RACED, [way()], self.manner.vocabulary):
-                    if made.generation is not None:
-                        made.generation.holds()  # eager does not pay for it, but it is little
-
-            with job.stage("race"):
-                finish = race(
-                    lambda: run(lambda: manner.eager(job.call, form, _RACED)),
-                    lambda: run(lambda: manner.candidate(job.call, form, engine, _RACED)),
-                    job.race_seconds(),
-                )
-            if entry is not None and finish.decided:
-                found = {**record.race, where: list(dataclasses.astuple(finish))}
-                job.store.amend(entry, "race", found)
-        made.medians = (finish.eager, finish.candidate)
-        made.speedup = finish.eager / finish.candidate
-        if finish.lost:
-            text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
-            made.reason = reason("slower", text)
-
-
-def _by_eager(job: Job, why: Reason, entry: Entry | None = None) -> Decoding:
-    made = _shell(job, why, entry, "off" if entry is None else "hit")
-    try:
-        made.generation = Generation(job.module)
-    except ValueError:  # weights that count no versions: nothing to watch, the reason stays
-        made.generation = None
-    return made
-
-
-def _shell(job: Job, why: Reason | None, entry: Entry | None, cache: str) -> Decoding:
-    """A decoding with what is known of each."""
-    tokens = torch.zeros((1, 1), dtype=torch.int64)
-    shown = {"input_ids": tokens, "attention_mask": tokens, "position_ids": tokens}
-    leaves, structure = flatten_call((), shown)
-    pattern: Pattern = ((None, None),) * 3
-    files: Mapping[str, Any] = {} if entry is None else entry.manifest["files"]
-    return Decoding(
-        kind=kind_of(leaves, structure),
-        pattern=pattern,
-        match=lambda args, kwargs: None,
-        values_fit=lambda tensors: True,
-        served=None,
-        reason=why,
-        generation=None,
-        precision=job.precision,
-        cache=cache,
-        cache_path=None if entry is None else str(entry.path),
-        family=None if entry is None else entry.family,
-        bytes=sum(file["size"] for file in files.values()) if entry is not None else None,
-        seconds=job.seconds,
-    )

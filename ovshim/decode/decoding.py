@@ -55,6 +55,9 @@ class Decoding(Plan):
     def counted_as(self) -> str | None:
         return "openvino"
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "signature": "decoding, step by step"}
+
 
 def compile_fits(size_guards: Sequence[str], form: Form, most: int | None) -> Fits:
     """The size guards of a captured step as a function of the sizes that there are.

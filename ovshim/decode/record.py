@@ -23,6 +23,7 @@ class StepRecord:
     Attributes:
         size_guards, value_guards, code, route, checked: see `capture.Captured`; value guards lead
             from the user's module, not from the step.
+        properties: OpenVINO's, beside those of the options.
         most: the greatest length, the past included, for which it was proved; None: no end.
         conventions: see `decoding.Ready`.
         error: the largest relative L2 error found.
@@ -36,6 +37,7 @@ class StepRecord:
     code: tuple[str, ...] | None = None
     route: str = ""
     checked: bool = False
+    properties: tuple[tuple[str, str], ...] = ()
     most: int | None = None
     conventions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     error: float = 0.0
@@ -78,6 +80,7 @@ class StepRecord:
     def proof_to_json(self) -> dict[str, Any]:
         """The section "proof"."""
         return {
+            "properties": [list(pair) for pair in self.properties],
             "most": self.most,
             "conventions": dict(self.conventions),
             "error": self.error,
@@ -104,6 +107,7 @@ class StepRecord:
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
             route=str(graph["route"]),
             checked=bool(graph["checked"]),
+            properties=tuple((str(k), str(v)) for k, v in proof["properties"]),
             most=None if most is None else int(most),
             conventions=dict(proof["conventions"]),
             error=float(proof["error"]),

@@ -273,9 +273,12 @@ class Room:
             output = self.original(*args, **kwargs)
             if self.options.background:
                 self._start()
-            made = self._decoding if self.options.background else self._build()
+            made = self._decoding
+            if made is None and not self.options.background:
+                made = self._build()
         finally:
             self._lock.release()
+        self.tally.tell_precision()
         self.tally.note((made and made.reason) or reason("building"))
         return output
 
