@@ -30,9 +30,9 @@ __all__ = ["Session", "StatefulCache", "bind", "refusal", "session_of"]
 
 _SESSION = "_ovshim_session"
 _FREED = "_ovshim_freed"
-# A cache that is freed more often than that is looked into between steps: copying it to and fro
-# would cost more than is gained.
-_MOST_FREED = 3
+# A cache that is freed more often than that, after so few steps each time, is looked into between
+# them: copying it to and fro would cost more than is gained.
+_MOST_FREED, _FEW_STEPS = 3, 8
 # Tokens that were cut off stay where they are, masked, until they are so many, or this share.
 _MOST_MASKED, _SHARE_MASKED = 64, 0.25
 
@@ -43,6 +43,7 @@ class Session:
     Attributes:
         layers: the cache's own, while they hold nothing.
         batch, columns: rows and length of the state.
+        steps: how many were made.
         order: for each row of the next step, the row of the state it goes on from; None: its own.
     """
 
@@ -51,7 +52,7 @@ class Session:
         self.form = form
         self.layers = layers
         self.slot = engine.open()
-        self.batch = self.columns = 0
+        self.batch = self.columns = self.steps = 0
         self.order: torch.Tensor | None = None
         # The columns of the tokens, where some others are masked.
         self._kept: torch.Tensor | None = None
@@ -96,6 +97,7 @@ class Session:
             self._kept = torch.cat([self._kept, added])
         self.batch = batch
         self.columns += tokens
+        self.steps += 1
         self.order = None
 
     def cut(self, tokens: int) -> None:
@@ -301,14 +303,11 @@ def _free(cache: StatefulCache) -> list[Any]:
     session: Session = held[_SESSION]
     layers = session.layers
     length = session.length
-    if length:
-        if not layers:  # made as they are needed, by a cache that was made without a config
-            layers.extend(DynamicLayer() for _ in session.form.windows)
-        _fill(layers, session)
+    _fill(layers, session)
     del held[_SESSION]
     cache.__class__ = DynamicCache
     cache.layers = layers
-    held[_FREED] = held.get(_FREED, 0) + (length > 0)
+    held[_FREED] = held.get(_FREED, 0) + (length > 0) if session.steps < _FEW_STEPS else 0
     session.close()
     return layers
 
@@ -317,7 +316,7 @@ def _fill(layers: list[Any], session: Session) -> None:
     """Put a session's keys and values into layers, as eager would have left them there."""
     if not session.length:
         return
-    if not layers:
+    if not layers:  # made as they are needed, by a cache that was made without a config
         layers.extend(DynamicLayer() for _ in session.form.windows)
     found = session.read()
     for layer, keys, values in zip(layers, found[::2], found[1::2], strict=True):
