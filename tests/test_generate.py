@@ -509,7 +509,7 @@ def test_weights_that_change_in_the_middle_are_seen(cache: Path) -> None:
         with torch.no_grad(), quietly():
             output = one(PROMPT, use_cache=True)
             for n, token in enumerate((40, 41, 42, 43)):
-                if n == 2:
+                if n == 3:
                     model.lm_head.weight.mul_(2.0)
                 ids = torch.tensor([[token]])
                 output = one(ids, past_key_values=output.past_key_values, use_cache=True)
