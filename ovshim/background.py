@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ovshim.planner import Family, Planner, building_here
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Kind
 
-__all__ = ["LatePlanner"]
+__all__ = ["LatePlanner", "Work", "apart", "pause"]
 
 log = logging.getLogger("ovshim")
 
@@ -136,13 +136,13 @@ class LatePlanner(Planner):
         """Make a plan, in this thread. None where the module cannot be copied."""
         for _ in range(2):  # a module that has changed meanwhile may be done with it
             began = _state(self.module)  # before the copy, which is then of this state or of none
-            apart = _apart(self.original)
-            if apart is None:
+            copied = apart(self.original)
+            if copied is None:
                 self._late = False
                 return None
             job = dataclasses.replace(
                 job,
-                apart=apart,
+                apart=copied,
                 began=began,
                 pause=_builder.pause,
                 started=time.perf_counter(),
@@ -189,20 +189,60 @@ class Build:
         self.done.set()
 
 
+class Work:
+    """Something else that is to be made by that thread.
+
+    Attributes:
+        done: set when that has come to an end.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._builder = _builder
+        self.done = threading.Event()
+
+    @property
+    def under_way(self) -> bool:
+        # A forked child has its parent's work, and nobody who does it.
+        return self._builder is _builder and not self.done.is_set()
+
+    def start(self) -> None:
+        """Let the thread do it. Whoever starts it has to keep it."""
+        _builder.add(self)
+
+    def run(self) -> None:
+        """Do it. Nothing is raised."""
+        try:
+            self._make()
+        except BaseException:  # users' code runs in there, and nobody is here to be told
+            log.debug("a build was given up", exc_info=True)
+        finally:
+            self.end(None)
+
+    def end(self, plan: None) -> None:
+        """Nothing more will come of it."""
+        self.done.set()
+
+
+def pause() -> None:
+    """What `Job.pause` is for what that thread makes."""
+    _builder.pause()
+
+
 class _Builder:
     """The thread that makes plans, and what forks and the program's end have to know of it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Weakly: a module that is gone needs no plan.
-        self._queue: collections.deque[weakref.ref[Build]] = collections.deque()
+        self._queue: collections.deque[weakref.ref[Build | Work]] = collections.deque()
         self._thread: threading.Thread | None = None
         # Held while a stage of a build runs, and while a fork is made.
         self._stage = threading.Lock()
         # Threads that fork, and whether each has got that lock.
         self._forks: dict[int, bool] = {}
 
-    def add(self, build: Build) -> None:
+    def add(self, build: Build | Work) -> None:
         """Make it after those that were added before."""
         with self._lock:
             self._queue.append(weakref.ref(build))
@@ -244,7 +284,7 @@ class _Builder:
                 build.run()
             del build
 
-    def _next(self) -> Build | None:
+    def _next(self) -> Build | Work | None:
         while self._queue:
             build = self._queue.popleft()()
             if build is not None and _is_ending():
@@ -276,7 +316,7 @@ def _is_ending() -> bool:
     return not threading.main_thread().is_alive()
 
 
-def _apart(original: Any) -> Any:
+def apart(original: Any) -> Any:
     """The user's method over a copy of its module that shares the parameters; None without one."""
     module = original.module
     kept = list(module.parameters())

@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 from ovshim import planner
 from ovshim.background import LatePlanner
+from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
 from ovshim.gradients import refusal, unrecordable
@@ -77,12 +78,13 @@ class Dispatcher:
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self.tally = Tally(module, lambda: self._planner.plans, options.strict, quiet)
+        self.tally = Tally(module, lambda: self.plans, options.strict, quiet)
         make = make_planner or (LatePlanner if options.background else Planner)
         self._planner = make(
             module, method, original, options, self._publish, self.tally.retire, divide
         )
         self._off = not enabled_in_environment()
+        self._room = room_for(module, method, original, options, self._planner.store, self.tally)
 
     def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
         self._plans[grad] = plans
@@ -93,6 +95,10 @@ class Dispatcher:
             return self.original(*args, **kwargs)
         if self.module.training or in_special_mode():
             return self._in_eager(self._mode(), args, kwargs)
+        if self._room is not None and not self._off:
+            answer = self._room.answer(args, kwargs)
+            if answer is not NOT_OURS:
+                return answer
         grad = _grad_enabled()
         for plan in self._plans[grad]:
             tensors = plan.match(args, kwargs)
@@ -332,6 +338,12 @@ class Dispatcher:
             return
         leaves, structure = flatten_call(args, kwargs)
         why = obstacle(self.module) or unfit(leaves)
+        if why is None and self._room is not None and self._room.takes(args, kwargs):
+            decoding = self._room.prepare(wait)
+            self.tally.tell_precision()
+            if decoding is not None and decoding.reason is not None:
+                self.tally.tell(decoding.reason)
+            return
         kind = known_kind(leaves, structure)
         if why is None and isinstance(kind, Reason):
             why = kind
@@ -353,7 +365,11 @@ class Dispatcher:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until no plan is being made in another thread; whether that was so in time."""
-        return self._planner.wait(timeout)
+        begun = time.monotonic()
+        if not self._planner.wait(timeout):
+            return False
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
+        return self._room is None or self._room.wait(left)
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""
@@ -370,11 +386,14 @@ class Dispatcher:
     @property
     def plans(self) -> list[Plan]:
         """Every plan that stands."""
-        return self._planner.plans
+        decodings = [] if self._room is None else self._room.plans
+        return [*self._planner.plans, *decodings]
 
     def refresh(self) -> None:
         """Drop every plan: something changed that torch does not count (a write by `.data`)."""
         self._planner.drop_all()
+        if self._room is not None:
+            self._room.drop()
 
 
 def in_special_mode() -> bool:

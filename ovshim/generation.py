@@ -9,6 +9,7 @@ laid out beforehand in flat lists that C code compares.
 from __future__ import annotations
 
 import copy
+import dis
 import os
 import sys
 import types
@@ -89,8 +90,7 @@ class Generation:
         functions += [value for value in values if isinstance(value, types.FunctionType)]
         self._functions = list(dict.fromkeys(functions))
         reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
-        reads = any(_reads_environment(f.__code__) for f in self._functions)
-        self._environment = dict(os.environ) if reads else None
+        self._variables = _variables(f.__code__ for f in self._functions)
         self._watch_tensors()
         self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
         conditions = Conditions(*_RAISED)
@@ -151,12 +151,15 @@ class Generation:
             conditions.add("{0} == {1}", attributes, before)
         if self._flags is not None:
             conditions.add("list(map({0}, {1})) == {2}", _wants_grad, self._tensors, self._flags)
-        if self._environment is not None:
-            conditions.add("{0} == {1}.environ", self._environment, os)
         for held, before in self._recorders:
             conditions.add("{0} == {1}", held, before)
         if self._recorders:
             conditions.add("not {0}()", _is_recorded)
+        if self._variables is None:
+            conditions.add("{0} == {1}.environ", dict(os.environ), os)
+        for name in self._variables or ():
+            read = "{0}.environ.get({1}) == {2}"
+            conditions.add(read, os, name, os.environ.get(name))
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -338,8 +341,22 @@ def _is_torchs(cls: type) -> bool:
     return cls.__module__.startswith("torch.nn.")
 
 
-def _reads_environment(code: types.CodeType) -> bool:
-    return "environ" in code.co_names or "getenv" in code.co_names
+def _variables(codes: Iterable[types.CodeType]) -> list[str] | None:
+    """The variables of the environment that these read; None where not all are named in place."""
+    found: dict[str, None] = {}
+    for code in codes:
+        if "environ" not in code.co_names and "getenv" not in code.co_names:
+            continue
+        steps = list(dis.get_instructions(code))
+        for n, step in enumerate(steps):
+            if step.argval not in ("environ", "getenv"):
+                continue
+            rest = (s for s in steps[n + 1 :] if s.argval != "get" and s.opname != "PUSH_NULL")
+            name = next(rest, None)
+            if name is None or name.opname != "LOAD_CONST" or not isinstance(name.argval, str):
+                return None
+            found[name.argval] = None
+    return list(found)
 
 
 def _count_fused_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -28,7 +28,14 @@ from ovshim.signature import (
     unflatten,
 )
 
-__all__ = ["Builder", "Matcher", "Output", "compile_builder", "compile_matcher"]
+__all__ = [
+    "Builder",
+    "Matcher",
+    "Output",
+    "compile_builder",
+    "compile_matcher",
+    "model_output_maker",
+]
 
 # --- the matcher ------------------------------------------------------------------------------
 
@@ -231,7 +238,7 @@ def _constructor(spec: pytree.TreeSpec, names: Iterator[str], scope: dict[str, A
         return f"{{{items}}}" if all(isinstance(key, (str, int)) for key in spec.context) else None
     if items is not None:
         name = f"make{len(scope)}"
-        scope[name] = _model_output_maker(spec.type)
+        scope[name] = model_output_maker(spec.type)
         return f"{name}({{{items}}})"
     return None
 
@@ -244,7 +251,7 @@ def _is_model_output(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, OrderedDict) and dataclasses.is_dataclass(cls)
 
 
-def _model_output_maker(cls: Any) -> Callable[[dict[str, Any]], Any]:
+def model_output_maker(cls: Any) -> Callable[[dict[str, Any]], Any]:
     """Builds transformers' ModelOutput in 2 µs; its own constructor, which pytree calls, takes 10.
 
     Such an object is an ordered dict of what is not None and has every field as an attribute."""

@@ -235,6 +235,13 @@ class Plan:
             return "openvino" if self.reason is None else "eager"
         return "eager" if self.parts is None else "mixed"
 
+    @property
+    def counted_as(self) -> str | None:
+        """The path that the calls count for which a plan has counted as its own."""
+        if self.served is not None:
+            return "openvino"
+        return None if self.parts is None else "mixed"
+
     def lane(self, bucket: Bucket) -> Lane:
         """The lane of that bucket, a new one for sizes that were never met."""
         lane = self.lanes.get(bucket)

@@ -24,7 +24,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Building", "Planner", "building_here", "known_kind", "serving", "unfit"]
+__all__ = ["Building", "Family", "Planner", "building_here", "known_kind", "serving", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8

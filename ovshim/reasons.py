@@ -151,6 +151,18 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "The module computes in float64, which OpenVINO would lower to float32.",
             "Call .float() on the module, or give precision='fp32' to accept float32.",
         ),
+        "decode-call": Sentence(
+            "The call asks for something that stateful decoding does not give.",
+            "Leave that argument out where it is not needed; generate() by itself passes none.",
+        ),
+        "cache-unknown": Sentence(
+            "The call brings a key-value cache of a kind that OpenVINO does not keep.",
+            "Leave past_key_values and cache_implementation out, or give a DynamicCache.",
+        ),
+        "first-step": Sentence(
+            "The first step of an encoder-decoder model runs its encoder's side in eager.",
+            "Nothing needs doing; the steps after it are served.",
+        ),
         # What the build met.
         "capture-failed": Sentence(
             "The module could not be captured as one graph.",
@@ -163,6 +175,14 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         "infer-failed": Sentence(
             "OpenVINO failed while it was running the compiled graph.",
             "Try another device, or report the module and the message.",
+        ),
+        "decode-unfit": Sentence(
+            "The language model is not one whose steps can be decoded with a state.",
+            "Nothing needs doing; calls with use_cache=False may still be accelerated.",
+        ),
+        "decode-precision": Sentence(
+            "Decoding with a cache is not offered in this precision.",
+            "Give precision='fp32', 'bf16', 'fp16', 'int8_weights' or 'int4_weights'.",
         ),
         "calibration-unfit": Sentence(
             "The calibration data holds no calls of this kind.",

@@ -17,8 +17,8 @@ __all__ = ["Tally"]
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
-    | {"backward", "stale", "special-values", "out-of-range", "taking-turns", "empty-tensor"}
-    | {"seldom"}
+    | {"backward", "first-step", "seldom", "stale", "special-values", "out-of-range"}
+    | {"taking-turns", "empty-tensor"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}
@@ -71,7 +71,7 @@ class Tally:
     def tell_precision(self) -> None:
         """Warn, once each, of plans that run in another precision than was asked for."""
         for plan in self._plans():
-            for warning in plan.warnings if plan.served is not None else ():
+            for warning in plan.warnings if plan.counted_as == "openvino" else ():
                 if str(warning) not in self._warned:
                     self._warned.add(str(warning))
                     warnings.warn(warning, stacklevel=_users_level())
@@ -79,7 +79,7 @@ class Tally:
     def retire(self, plans: Iterable[Plan]) -> None:
         """Keep the counts of plans that go."""
         for plan in plans:
-            path = _counts_as(plan)
+            path = plan.counted_as
             if path is not None:
                 self._earlier[path] += plan.calls.value
                 plan.calls = Counter()
@@ -90,7 +90,7 @@ class Tally:
         plans: those that stand, where they are at hand.
         """
         plans = self._plans() if plans is None else plans
-        standing = (plan.calls.value for plan in plans if _counts_as(plan) == path)
+        standing = (plan.calls.value for plan in plans if plan.counted_as == path)
         return self._earlier[path] + sum(standing)
 
     @property
@@ -104,13 +104,6 @@ class Tally:
         self._eager.clear()
         for plan in self._plans():
             plan.calls, plan.eager_calls = Counter(), Counter()
-
-
-def _counts_as(plan: Plan) -> str | None:
-    """What the calls are that a plan has counted as its own."""
-    if plan.served is not None:
-        return "openvino"
-    return None if plan.parts is None else "mixed"
 
 
 def _users_level() -> int:

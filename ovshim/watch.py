@@ -87,7 +87,8 @@ class Watch:
                 continue  # the generation compares all of it
             held = _plain_dict(base, step)
             if held is not None:
-                self._group(held)[step[1]] = at
+                # What lies there: of a static method not what an attribute gives.
+                self._group(held)[step[1]] = held[step[1]]
             elif type(base) is not tuple:
                 value = guard if last and guard.test == "value" else None
                 self._odd.append((base, step, at, value))

@@ -40,6 +40,7 @@ FLOORS: dict[str, set[str]] = {
         "auto",
         "background",
         "build",
+        "decode",
         "eager",
         "job",
         "lanes",

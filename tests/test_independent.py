@@ -125,6 +125,23 @@ def test_integers_out_of_floats_beyond_32_bits() -> None:
     check(fast, module, torch.rand(3, 8) * 1e4, path="eager", reason="out-of-range")
 
 
+def test_an_infinite_float_that_is_not_taken_does_no_harm() -> None:
+    """As in T5's buckets of relative positions: the logarithm of 0 is for others than 0."""
+
+    def bucket(self: Any, x: torch.Tensor) -> torch.Tensor:
+        far = 4 + torch.log(x.float() / 4).long()
+        far = torch.min(far, torch.full_like(far, 7))
+        return torch.where(x < 4, x, far)
+
+    module = plain(bucket)
+    fast = accelerated(module, torch.arange(24).reshape(3, 8))
+    check(fast, module, torch.arange(24).flip(0).reshape(3, 8))
+    taken = plain(lambda self, x: torch.where(x > 4, x, torch.log(x.float()).long()))
+    fast = accelerated(taken, torch.arange(1, 25).reshape(3, 8))
+    check(fast, taken, torch.arange(1, 25).flip(0).reshape(3, 8))
+    check(fast, taken, torch.arange(24).reshape(3, 8), path="eager", reason="special-values")
+
+
 @pytest.mark.parametrize(
     "divide",
     [

@@ -24,6 +24,8 @@ _LARGEST = 2147483647.0
 _DIVISIONS = {operator.floordiv, operator.mod, torch.floor_divide, torch.remainder, torch.fmod}
 _DIVISION_METHODS = {"floor_divide", "remainder", "fmod", "floor_divide_", "remainder_", "fmod_"}
 _ROUNDED = {torch.div, torch.divide, torch.true_divide, "div", "divide", "div_"}
+_ELEMENT_BY_ELEMENT = {operator.add, torch.add, torch.min, torch.minimum, torch.max, torch.maximum}
+_OF_SIZES_ALONE = {torch.full_like, torch.zeros_like, torch.ones_like}
 _CASTS = {"long", "int", "to", "type", "type_as"}
 
 
@@ -35,13 +37,17 @@ def check_domains(module: fx.GraphModule) -> None:
         if divisor is not None:
             _ask(graph, node, _has_no_zero, divisor)
         source = _cast_to_integers(node)
-        if source is not None:
+        choice = None if source is None else _choice(node)
+        if source is not None and choice is not None:
+            where, chosen = choice
+            _ask(graph, where, _fits_32_bits_where, source, where.args[0], chosen)
+        elif source is not None:
             _ask(graph, node, _fits_32_bits, source)
 
 
-def _ask(graph: fx.Graph, before: fx.Node, question: Any, about: fx.Node) -> None:
+def _ask(graph: fx.Graph, before: fx.Node, question: Any, *about: Any) -> None:
     with graph.inserting_before(before):
-        asked = graph.call_function(question, (about,))
+        asked = graph.call_function(question, about)
     asked.meta[VERDICT] = True
 
 
@@ -51,6 +57,35 @@ def _has_no_zero(divisor: torch.Tensor) -> torch.Tensor:
 
 def _fits_32_bits(x: torch.Tensor) -> torch.Tensor:
     return (x.abs() <= _LARGEST).all()  # not of a NaN either
+
+
+def _fits_32_bits_where(x: torch.Tensor, condition: torch.Tensor, chosen: bool) -> torch.Tensor:
+    elsewhere = torch.logical_not(condition) if chosen else condition
+    return ((x.abs() <= _LARGEST) | elsewhere).all()
+
+
+def _choice(node: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The `torch.where` that takes a value for some elements alone, as relative positions do with a
+    logarithm that is infinite at 0, and whether it does where its condition is true. None where the
+    value goes elsewhere too."""
+    shape = _shape(node)
+    while True:
+        users = [user for user in node.users if user.target not in _OF_SIZES_ALONE]
+        if len(users) != 1 or _shape(users[0]) != shape:
+            return None
+        (user,) = users
+        if user.target is torch.where and len(user.args) == 3 and user.args[0] is not node:
+            same = isinstance(user.args[0], fx.Node) and _shape(user.args[0]) == shape
+            return (user, user.args[1] is node) if same else None
+        if user.target not in _ELEMENT_BY_ELEMENT:
+            return None
+        node = user
+
+
+def _shape(node: fx.Node) -> str:
+    # As text: to compare sizes that may change would be a guard.
+    fake = _fake(node)
+    return "unknown" if fake is None else str(tuple(fake.shape))
 
 
 def _fake(value: Any) -> torch.Tensor | None:

@@ -1,0 +1,417 @@
+"""From a causal language model to a decoding: capture of one step, proof, race.
+
+    fingerprint → entry in the cache
+        hit:   guards hold? → compile → one short probe
+        miss:  capture → make stateful → publish → compile → all probes
+    → race → decoding
+
+Whatever goes wrong on the way becomes a decoding that eager serves, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ovshim import runtime
+from ovshim.cache import Entry, StoreError
+from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
+from ovshim.child import try_in_child
+from ovshim.decode import probes
+from ovshim.decode.decoding import Decoding, Ready, compile_fits
+from ovshim.decode.engine import StatefulEngine
+from ovshim.decode.experts import experts_of, made_dense
+from ovshim.decode.finish import by_eager, finished, run_race
+from ovshim.decode.manner import Causal
+from ovshim.decode.probes import ProbeFailed
+from ovshim.decode.record import StepRecord
+from ovshim.decode.states import make_stateful
+from ovshim.decode.step import Unfit
+from ovshim.eager import LOW_TOLERANCE
+from ovshim.fingerprint import Unkeyable, fingerprint
+from ovshim.generation import Generation, GuardFailedError
+from ovshim.guards import BadGuardError, roots_of
+from ovshim.infer import EngineDead
+from ovshim.job import BuildStopped, Job
+from ovshim.lowering import warnings_of
+from ovshim.plan import OutOfRangeError
+from ovshim.reasons import Reason, reason
+from ovshim.signature import flatten_call, kind_of
+
+__all__ = ["build"]
+
+log = logging.getLogger("ovshim")
+
+_PRECISIONS = ("fp32", "bf16", "fp16", "int8_weights", "int4_weights")
+# Windows that are wider are not looked beyond: a proof of that length would take minutes.
+_WIDEST = 1024
+_FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
+_KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
+# Properties that have cured graphs which OpenVINO compiled wrongly (see `ovshim.build`).
+_LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
+
+
+def build(job: Job, original: Any, manner: Causal) -> Decoding:
+    """The decoding for a job, whose kind and leaves are of no account.
+
+    Args:
+        original: the user's own forward; `job.call` is what it resolves to.
+    """
+    modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
+    with modes[0], modes[1], modes[2]:
+        try:
+            made = _Build(job, original, manner).run()
+        except BuildStopped as stopped:
+            why = stopped.reason
+            if job.weights_moved():
+                why = reason("stale", "weights changed while the plan was made")
+            made = by_eager(job, why)
+            made.trouble = stopped.__cause__
+        except Exception as error:  # a fault of ours must not become one of the user's program
+            log.debug("the build failed", exc_info=True)
+            made = by_eager(job, reason("build-failed", f"{type(error).__name__}: {error}"))
+    name, code = type(job.module).__qualname__, f" ({made.reason.code})" if made.reason else ""
+    spent = time.perf_counter() - job.started
+    log.info("%s, decoding: %s%s in %.2f s, cache %s", name, made.path, code, spent, made.cache)
+    return made
+
+
+class _Build:
+    def __init__(self, job: Job, original: Any, manner: Causal) -> None:
+        self.job = job
+        self.original = original
+        self.manner = manner
+        self.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
+        self.exact = job.precision == "fp32"
+
+    def run(self) -> Decoding:
+        job = self.job
+        if job.precision not in _PRECISIONS:
+            raise BuildStopped(reason("decode-precision", job.precision))
+        with job.stage("preflight"):
+            try:
+                self.form = self.manner.form(job.call)
+            except Unfit as unfit:
+                raise BuildStopped(reason("decode-unfit", str(unfit))) from unfit
+            if self.form.dtype is torch.float64 and job.options.precision is None:
+                raise BuildStopped(reason("double-precision"))
+        with job.stage("fingerprint"):
+            family = self._family()
+        if family is None:
+            return self._from_capture(None)
+        if job.store.died_building(family):
+            self._in_child(family)
+        with job.store.marked(family):
+            return self._from_cache(family) or self._alone(family)
+
+    # --- the cache ----------------------------------------------------------------------------
+
+    def _family(self) -> str | None:
+        job = self.job
+        if not job.store.enabled:
+            return None
+        options = job.options
+        decisive = [job.precision, options.device, sorted(options.properties.items())]
+        versions = {
+            "torch": torch.__version__,
+            "openvino": runtime.version(),
+            "transformers": transformers.__version__,
+        }
+        try:
+            found = fingerprint(
+                job.module,
+                job.method,
+                inputs=f"decoding by {type(self.manner).__name__}",
+                options=repr([*decisive, self.tolerance]),
+                environment=versions,
+            )
+        except Unkeyable as unkeyable:
+            log.info("%s is not cached: %s", type(job.module).__qualname__, unkeyable)
+            return None
+        return found.key
+
+    def _alone(self, family: str) -> Decoding:
+        job = self.job
+        with job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time):
+            return self._from_cache_or_capture(family)
+
+    def _from_cache_or_capture(self, family: str) -> Decoding:
+        found = self._from_cache(family)
+        if found is not None:
+            return found
+        try:
+            return self._from_capture(family)
+        except BuildStopped as stopped:
+            self._keep_verdict(family, stopped.reason)
+            raise
+
+    def _in_child(self, family: str) -> None:
+        job = self.job
+        # Both are held for the child; see `ovshim.build`.
+        with (
+            job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time),
+            TRACE_LOCK,
+        ):
+            work = functools.partial(self._from_cache_or_capture, family)
+            outcome = try_in_child(work, job.seconds_left())
+        if outcome == "crashed":
+            self._keep_verdict(family, reason("crashed-before"))
+            raise BuildStopped(reason("crashed-before"))
+        self.job.check_time()
+
+    def _keep_verdict(self, family: str, why: Reason) -> None:
+        if why.code not in _FOR_GOOD or self.job.weights_moved():
+            return
+        head = self._head(StepRecord()) | {"verdict": why.to_dict()}
+        try:
+            self.job.store.publish(family, "0", lambda directory: None, head)
+        except StoreError as error:
+            log.debug("a verdict is not cached: %s", error)
+
+    def _head(self, record: StepRecord) -> dict[str, Any]:
+        name = type(self.job.module).__qualname__
+        return {"module": name, "method": self.job.method, "graph": record.to_json()}
+
+    def _from_cache(self, family: str) -> Decoding | None:
+        job = self.job
+        for entry in job.store.entries(family):
+            try:
+                record = StepRecord.of_entry(entry, self._ranks())
+                generation = self._generation(record)
+            except (BadGuardError, GuardFailedError, KeyError, TypeError, ValueError) as error:
+                log.info("the entry %s is passed over: %s", entry.path, error)
+                continue
+            if record.verdict is not None:
+                return by_eager(job, record.verdict, entry)
+            lease = job.store.hold(entry)
+            if lease is None:
+                continue
+            try:
+                engine = self._engine(entry.file("model.xml"), record)
+                with job.stage("proof"):
+                    record = self._proved(engine, record, [probes.small_probe()])
+            except BuildStopped as trouble:
+                lease.release()
+                if job.weights_moved() or trouble.reason.code == "build-too-slow":
+                    raise
+                log.info("the entry %s does not serve: %s", entry.path, trouble)
+                job.store.discard(entry)
+                continue
+            weakref.finalize(engine, lease.release)
+            return self._finished(engine, record, generation, entry, "hit")
+        return None
+
+    def _ranks(self) -> list[int]:
+        return [len(sizes) for sizes in self.form.sizes_of(1, 1, 1, 1)]
+
+    # --- a miss -------------------------------------------------------------------------------
+
+    def _from_capture(self, family: str | None) -> Decoding:
+        job = self.job
+        with job.stage("capture"), TRACE_LOCK:
+            model, record = self._captured()
+            generation = self._generation(record)
+        if job.precision in ("int8_weights", "int4_weights"):
+            from ovshim.precision import graphs, quantize
+
+            with job.stage("lower"):
+                graphs.prepare(model)
+                model = quantize.compress(model, job.precision)
+        with job.stage("capture"):
+            make_stateful(model, self._names(), len(self.form.sizes))
+            source, entry, keep = self._publish(family, model, record)
+        del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
+        try:
+            engine, record = self._made_right(source, record)
+            weakref.finalize(engine, keep)
+            if job.weights_moved():
+                raise BuildStopped(reason("stale", "weights changed while the plan was made"))
+        except BuildStopped:
+            if entry is not None:
+                job.store.discard(entry)
+            raise
+        if entry is not None:
+            entry = job.store.amend(entry, "proof", record.proof_to_json())
+        return self._finished(engine, record, generation, entry, "miss")
+
+    def _made_right(self, source: Path, record: StepRecord) -> tuple[StatefulEngine, StepRecord]:
+        """The graph compiled in the first of several ways that is proved."""
+        window = self.form.window
+        wide = window is not None and window > _WIDEST
+        record = dataclasses.replace(
+            record,
+            most=window if wide else None,
+            conventions=self.manner.conventions(self.job.call, self.form),
+        )
+        asked = list(self.manner.probes(None if wide else window))
+        first: BuildStopped | None = None
+        for properties in _LADDER:
+            record = dataclasses.replace(record, properties=properties)
+            try:
+                engine = self._engine(source, record)
+                with self.job.stage("proof"):
+                    return engine, self._proved(engine, record, asked)
+            except BuildStopped as stopped:
+                if stopped.reason.code not in ("proof-failed", "infer-failed"):
+                    raise first or stopped from None
+                log.info("%s, %s: %s", type(self.job.module).__qualname__, properties, stopped)
+                first = first or stopped
+        assert first is not None
+        raise first
+
+    def _finished(
+        self,
+        engine: StatefulEngine,
+        record: StepRecord,
+        generation: Generation,
+        entry: Entry | None,
+        cache: str,
+    ) -> Decoding:
+        form = self.form
+        fits = compile_fits(record.size_guards, form, record.most)
+        ready = Ready(engine, form, fits, record.conventions)
+        made = finished(self.job, ready, record, generation, entry, cache)
+        made.tolerance = self.tolerance
+        if self.job.options.prefer == "faster":
+            run_race(self.job, self.manner, made, record)
+        return made
+
+    def _captured(self) -> tuple[Any, StepRecord]:
+        job, form = self.job, self.form
+        experts = experts_of(job.module)
+        call: Any = job.call if not experts else made_dense(self.original, experts)
+        step, given, open_ = self.manner.example(form, call)
+        leaves, structure = flatten_call(given, {})
+        request = Request(
+            step,
+            step.forward,
+            kind_of(leaves, structure),
+            leaves,
+            tuple(map(frozenset, open_)),
+            tuple(range(1 + len(form.sizes))),
+        )
+        try:
+            captured = capture(request)
+        except CaptureError as refused:
+            raise BuildStopped(refused.reason) from refused
+        pinned = [
+            f"{t}[{d}]"
+            for t, dims in enumerate(open_)
+            for d in sorted(dims)
+            if captured.pattern[t][d] is not None
+        ]
+        if pinned or len(captured.outputs) != 1 + len(form.sizes):
+            detail = f"sizes that change are fixed in it: {', '.join(pinned)}"
+            raise BuildStopped(reason("capture-failed", detail))
+        record = StepRecord(
+            size_guards=captured.size_guards,
+            value_guards=StepRecord.of_module(captured.value_guards, experts),
+            code=captured.code,
+            route=captured.route,
+            checked=captured.checked,
+        )
+        return captured.model, record
+
+    def _publish(
+        self, family: str | None, model: Any, record: StepRecord
+    ) -> tuple[Path, Entry | None, Callable[[], None]]:
+        store = self.job.store
+
+        def write(directory: Path) -> None:
+            target = str(directory / "model.xml")
+            runtime.openvino().save_model(model, target, compress_to_fp16=False)
+
+        if family is not None:
+            head = self._head(record)
+            text = json.dumps(head["graph"], sort_keys=True).encode()
+            variant = hashlib.blake2b(text, digest_size=8).hexdigest()
+            try:
+                entry = store.publish(family, variant, write, head)
+                lease = store.hold(entry)
+                if lease is not None:
+                    return entry.file("model.xml"), entry, lease.release
+            except StoreError as error:
+                log.warning("%s is not cached: %s", type(self.job.module).__qualname__, error)
+        directory = tempfile.TemporaryDirectory(prefix="ovshim-", ignore_cleanup_errors=True)
+        write(Path(directory.name))
+        return Path(directory.name) / "model.xml", None, directory.cleanup
+
+    # --- both ---------------------------------------------------------------------------------
+
+    def _generation(self, record: StepRecord) -> Generation:
+        job = self.job
+        try:
+            return Generation(
+                job.module, record.value_guards, roots_of(job.module, job.call), record.code
+            )
+        except ValueError as error:
+            raise BuildStopped(reason("untracked-weights", str(error))) from error
+
+    def _engine(self, source: Path, record: StepRecord) -> StatefulEngine:
+        job = self.job
+        compressed = job.precision in ("int8_weights", "int4_weights")
+        wanted = job.own_precision if compressed else job.precision
+        with job.stage("compile"):
+            safe = runtime.safe_precision(wanted, **job.placement)
+            # By default the plugin keeps them in 8 bits, in every precision but fp32.
+            kept = {} if safe == "fp32" else {"KV_CACHE_PRECISION": _KEPT_IN[safe]}
+            properties = {**kept, **dict(record.properties), **job.options.properties}
+            settings = runtime.settings(precision=safe, **job.placement, properties=properties)
+            try:
+                compiled = runtime.compile_model(source, job.options.device, settings)
+                job.precision_run = runtime.precision_run(compiled)
+                _, job.warnings = warnings_of(job, compiled)
+                states = len(self.form.sizes)
+                inputs = [torch.int64] * len(self.manner.inputs)
+                if self.form.cross:
+                    inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
+                return StatefulEngine(compiled, inputs, states, self.form.dtype, record.checked)
+            except (RuntimeError, TypeError, ValueError) as error:
+                detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                raise BuildStopped(reason("compile-failed", detail)) from error
+
+    def _proved(
+        self, engine: StatefulEngine, record: StepRecord, asked: Sequence[probes.Probe]
+    ) -> StepRecord:
+        job, form = self.job, self.form
+        error, met = record.error, set(record.met)
+        fits = compile_fits(record.size_guards, form, record.most)
+        try:
+            for seed, probe in enumerate(asked):
+                job.check_time()
+                ways = [
+                    self.manner.eager(job.call, form, probe),
+                    self.manner.candidate(job.call, form, engine, probe),
+                ]
+                done = 0
+                answers = probes.ask(probe, ways, self.manner.vocabulary, seed)
+                for n, (expected, found) in enumerate(answers):
+                    done += probe.pieces[n]
+                    off = probes.error_of(expected, found, self.tolerance, self.exact)
+                    error = max(error, off)
+                    sizes = len(probe.pads), probe.pieces[n], done, self.manner.probed_source
+                    if not fits(*sizes):
+                        raise BuildStopped(reason("capture-failed", f"not for sizes {sizes}"))
+                    met.add(probes.bucket(*sizes))
+                    done -= n == probe.cuts
+        except ProbeFailed as failed:
+            raise BuildStopped(reason("proof-failed", str(failed))) from failed
+        except (EngineDead, OutOfRangeError, ValueError) as dead:
+            raise BuildStopped(reason("infer-failed", str(dead))) from dead
+        return dataclasses.replace(record, error=error, met=tuple(sorted(met)))
+
+    def _names(self) -> list[str]:
+        crossed = [f"cross.{number}" for number in range(len(self.form.cross))]
+        return [*self.manner.inputs, *crossed]

@@ -1,0 +1,161 @@
+"""A compiled stateful graph: requests that each hold the keys and values of one conversation."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ovshim import runtime
+from ovshim.decode.states import variable
+from ovshim.infer import Engine, EngineDead
+from ovshim.single import SingleThreadEngine
+from ovshim.slots import Slot
+
+__all__ = ["StatefulEngine"]
+
+# Requests that wait, with the memory of their last conversation.
+_MOST_IDLE = 4
+
+_engines: weakref.WeakSet[StatefulEngine] = weakref.WeakSet()
+
+
+def _leak_after_fork() -> None:
+    # Destroying what a forked child has inherited of OpenVINO hangs (see `infer`). Reading it and
+    # synchronous inference do not.
+    for engine in list(_engines):
+        for slot in list(engine._all):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(slot.request))
+        engine._settle()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leak_after_fork)
+
+
+class StatefulEngine(SingleThreadEngine):
+    """Runs the steps of many conversations, each in a slot of its own.
+
+    Args:
+        compiled: takes some inputs and, for each row, the row of the state to go on from; gives the
+            logits, and, if `checked`, whether all indices were in range.
+        inputs: dtypes of those inputs but for the last.
+        states: how many tensors of keys and values it keeps.
+        dtype: of the logits, the keys and the values.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,
+        inputs: Sequence[torch.dtype],
+        states: int,
+        dtype: torch.dtype,
+        checked: bool,
+    ) -> None:
+        super().__init__(compiled, [*inputs, torch.int32], [dtype, *[torch.bool] * checked])
+        self.dtype = dtype
+        self._alone = runtime.hides_failures(compiled, None)
+        self._names = [variable(number) for number in range(states)]
+        self._all: weakref.WeakSet[Slot] = weakref.WeakSet()
+        self._idle: list[Slot] = []
+        self._settle()
+        _engines.add(self)
+
+    def open(self) -> Slot:
+        """A slot with an empty state. Raises EngineDead after a failure."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            # OpenVINO 2026.4 ends the process when a request is made while another of the same
+            # dynamic model runs.
+            with self._gate:
+                self._opening += 1
+                try:
+                    self._gate.wait_for(lambda: self._running == 0)
+                    if self.dead is not None:
+                        raise EngineDead(self.dead) from None
+                    slot = Slot(self._compiled.create_infer_request(), len(self._types))
+                finally:
+                    self._opening -= 1
+                    self._gate.notify_all()
+                self._all.add(slot)
+                return slot
+
+    def release(self, slot: Slot) -> None:
+        """Take a slot back; its state is lost."""
+        if self.dead is None and len(self._idle) < _MOST_IDLE:
+            slot.request.reset_state()
+            self._idle.append(slot)
+
+    def step(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs for these inputs, after which the slot's state is one step longer.
+
+        Raises:
+            EngineDead: OpenVINO failed; what became of the state is not known.
+            ValueError: the model does not take these sizes; the state is as it was.
+        """
+        with self._gate:
+            if self._opening:  # or new requests would wait for ever where many steps run
+                self._gate.wait_for(lambda: not self._opening)
+            self._running += 1
+        try:
+            outputs = self._run(slot, tensors)
+        except BaseException:
+            slot.forget(len(self._types))
+            raise
+        finally:
+            with self._gate:
+                self._running -= 1
+                if not self._running:
+                    self._gate.notify_all()
+        if self._conversions is not None:
+            return [
+                tensor if convert is None else convert(tensor)
+                for tensor, convert in zip(outputs, self._conversions, strict=True)
+            ]
+        return outputs
+
+    def _run(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        run = super()._run if self._alone else functools.partial(Engine._run, self)
+        return run(slot, tensors)
+
+    def read(self, slot: Slot) -> list[torch.Tensor]:
+        """Copies of the slot's keys and values, [batch, heads, length, width], layer by layer."""
+        found = {state.name: state.state for state in slot.request.query_state()}
+        return [_as_torch(found[name]).to(self.dtype) for name in self._names]
+
+    def write(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> None:
+        """Set the slot's keys and values to copies of these."""
+        given = dict(zip(self._names, tensors, strict=True))
+        for state in slot.request.query_state():
+            state.state = _as_openvino(self._tensor, given[state.name].detach())
+
+    def _settle(self) -> None:
+        self._gate = threading.Condition()
+        self._running = self._opening = 0
+
+
+def _as_torch(tensor: Any) -> torch.Tensor:
+    kind = tensor.element_type.get_type_name()
+    if kind == "bf16":
+        bits = torch.from_numpy(np.array(tensor.data).view(np.uint16))
+        return bits.view(torch.bfloat16)
+    return torch.from_numpy(np.array(tensor.data))
+
+
+def _as_openvino(make: Any, tensor: torch.Tensor) -> Any:
+    tensor = tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:
+        import openvino as ov
+
+        made = make(ov.Type.bf16, list(tensor.shape))
+        made.data.view(np.uint16)[...] = tensor.view(torch.uint16).numpy()
+        return made
+    return make(tensor.numpy(), shared_memory=False)

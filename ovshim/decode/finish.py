@@ -1,0 +1,113 @@
+"""What a build of a decoding ends in, and the race that it is put to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ovshim import runtime
+from ovshim.cache import Entry
+from ovshim.decode import probes
+from ovshim.decode.decoding import Decoding, Ready
+from ovshim.decode.manner import Causal
+from ovshim.decode.record import StepRecord
+from ovshim.generation import Generation
+from ovshim.job import Job
+from ovshim.race import Finish, race
+from ovshim.reasons import Reason, reason
+from ovshim.signature import Pattern, flatten_call, kind_of
+
+__all__ = ["by_eager", "finished", "run_race"]
+
+# What is raced: a short prompt and some tokens after it.
+_RACED = probes.Probe((16, *(1,) * 8))
+
+
+def finished(
+    job: Job,
+    ready: Ready,
+    record: StepRecord,
+    generation: Generation,
+    entry: Entry | None,
+    cache: str,
+) -> Decoding:
+    """A decoding that OpenVINO serves.
+
+    Args:
+        cache: "hit" or "miss"; without an entry it is off.
+    """
+    made = _shell(job, None, entry, "off" if entry is None else cache)
+    made.ready, made.generation, made.error = ready, generation, record.error
+    made.met, made.entry = set(record.met), entry
+    made.precision_run, made.route, made.warnings = job.precision_run, record.route, job.warnings
+    made.size_guards, made.value_guards = record.size_guards, record.value_guards
+    return made
+
+
+def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> None:
+    """Let eager and OpenVINO go through a short conversation; what was found is kept."""
+    ready, generation = made.ready, made.generation
+    assert ready is not None
+    assert generation is not None
+    where = f"{runtime.processor()} threads={torch.get_num_threads()}"
+    stored = record.race.get(where)
+    if isinstance(stored, list) and len(stored) == 4:
+        finish = Finish(*map(float, stored))
+    else:
+
+        def eager() -> None:
+            way = manner.eager(job.call, ready.form, _RACED)
+            for _ in probes.ask(_RACED, [way], manner.vocabulary):
+                pass
+
+        def candidate() -> None:
+            way = manner.candidate(job.call, ready.form, ready.engine, _RACED)
+            for _ in probes.ask(_RACED, [way], manner.vocabulary):
+                generation.holds()  # which a step pays for and eager does not
+
+        with job.stage("race"):
+            finish = race(eager, candidate, job.race_seconds())
+        if made.entry is not None and finish.decided:
+            found = {**record.race, where: list(dataclasses.astuple(finish))}
+            job.store.amend(made.entry, "race", found)
+    made.medians = (finish.eager, finish.candidate)
+    made.speedup = finish.eager / finish.candidate
+    if finish.lost:
+        text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
+        made.reason = reason("slower", text)
+
+
+def by_eager(job: Job, why: Reason, entry: Entry | None = None) -> Decoding:
+    """A decoding that eager serves."""
+    made = _shell(job, why, entry, "off" if entry is None else "hit")
+    try:
+        made.generation = Generation(job.module)
+    except ValueError:  # weights that count no versions: nothing to watch, the reason stays
+        made.generation = None
+    return made
+
+
+def _shell(job: Job, why: Reason | None, entry: Entry | None, cache: str) -> Decoding:
+    tokens = torch.zeros((1, 1), dtype=torch.int64)
+    leaves, structure = flatten_call((tokens,), {})
+    pattern: Pattern = ((None, None),)
+    files: Mapping[str, Any] = {} if entry is None else entry.manifest["files"]
+    return Decoding(
+        kind=kind_of(leaves, structure),
+        pattern=pattern,
+        match=lambda args, kwargs: None,
+        values_fit=lambda tensors: True,
+        other_values_fit=lambda tensors: True,
+        served=None,
+        reason=why,
+        generation=None,
+        precision=job.precision,
+        cache=cache,
+        cache_path=None if entry is None else str(entry.path),
+        family=None if entry is None else entry.family,
+        bytes=sum(file["size"] for file in files.values()) if entry is not None else None,
+        seconds=job.seconds,
+    )

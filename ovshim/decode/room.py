@@ -1,0 +1,322 @@
+"""Who serves the steps of a causal language model: what the dispatcher asks before anything else.
+
+A call that brings a cache, or asks for one, is a step. The first is answered by eager, and the
+decoding is made; from then on a step runs in the request that its cache is bound to, where the
+module is what it was and the call is of the kind that was proved. Otherwise eager answers: a bound
+cache frees itself when eager looks into it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ovshim.background import Work, pause
+from ovshim.cache import Store
+from ovshim.decode import NOT_OURS
+from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
+from ovshim.decode.calls import LeftToEager
+from ovshim.decode.decoding import Decoding, Ready
+from ovshim.decode.manner import Causal
+from ovshim.decode.probes import ProbeFailed, bucket, error_of
+from ovshim.decode.seq2seq import Seq2Seq
+from ovshim.generation import obstacle
+from ovshim.infer import EngineDead
+from ovshim.job import Job
+from ovshim.lanes import later
+from ovshim.options import Options
+from ovshim.plan import OutOfRangeError
+from ovshim.planner import Building, Family, building_here, unfit
+from ovshim.reasons import Reason, reason
+from ovshim.signature import flatten_call, kind_of
+from ovshim.tally import Tally
+from ovshim.values import compile_value_check
+
+__all__ = ["Room"]
+
+log = logging.getLogger("ovshim")
+
+# A decoding that eager serves is looked at again every so often: what was in the way may be gone.
+_LOOK_AGAIN = 8
+_SPECIAL_VALUES = reason("special-values")
+_OUT_OF_RANGE = reason("out-of-range")
+_TOKENS = torch.zeros((1, 1), dtype=torch.int64)
+
+
+class Room:
+    """Serves the steps of one module.
+
+    Args:
+        original: the user's own forward, run in eager; its `resolve()` gives the bound method.
+        tally: counts and tells what became of the calls.
+    """
+
+    def __init__(
+        self, module: nn.Module, original: Any, options: Options, store: Store, tally: Tally
+    ) -> None:
+        self.module = module
+        self.original = original
+        self.options = options
+        self.store = store
+        self.tally = tally
+        self._decoding: Decoding | None = None
+        self._family = Family()
+        self._lock = threading.RLock()
+        self._work: Work | None = None
+        names = tuple(inspect.signature(original.resolve()).parameters)
+        config: Any = module.config
+        self._manner = (Seq2Seq if config.is_encoder_decoder else Causal)(module, names)
+        self._values_fit = compile_value_check([_TOKENS] * self._manner.numbers, {})
+
+    @property
+    def plans(self) -> Sequence[Decoding]:
+        made = self._decoding
+        return [] if made is None else [made]
+
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's answer to a step; NOT_OURS for what is none."""
+        call = self._manner.read(args, kwargs)
+        if call is None:
+            return NOT_OURS
+        if isinstance(call, Reason):
+            return self._in_eager(call, args, kwargs)
+        made = self._decoding
+        if made is None:
+            return self._first(call, args, kwargs)
+        ready, generation = made.ready, made.generation
+        if ready is None or made.reason is not None:
+            return self._left(made, call, args, kwargs)
+        assert generation is not None  # a decoding that is ready has one
+        if torch.is_grad_enabled() and _any_wants_grad(generation.tensors):
+            return NOT_OURS
+        if not generation.holds():
+            return self._stale(made, args, kwargs)
+        try:
+            return self._served(made, ready, call, args, kwargs)
+        except LeftToEager as left:
+            return self._in_eager(left.reason, args, kwargs)
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether such a call is a step that can be served."""
+        call = self._manner.read(args, kwargs)
+        return call is not None and not isinstance(call, Reason)
+
+    def prepare(self, wait: bool = True) -> Decoding | None:
+        """Make the decoding before any call.
+
+        Args:
+            wait: False: None, and the decoding later, where another thread makes it.
+        """
+        if self.options.background and not building_here():
+            self._start()
+            if not wait:
+                return None
+            self.wait(None)
+        with self._lock:
+            return self._decoding or self._build()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until no other thread makes the decoding; whether that was so in time."""
+        work = self._work
+        return work is None or not work.under_way or work.done.wait(timeout)
+
+    def drop(self) -> None:
+        """Forget the decoding: the next step makes a new one."""
+        with self._lock:
+            if self._decoding is not None:
+                self.tally.retire([self._decoding])
+            self._decoding, self._family = None, Family()
+
+    # --- steps in OpenVINO --------------------------------------------------------------------
+
+    def _served(
+        self,
+        made: Decoding,
+        ready: Ready,
+        call: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        manner, whole = self._manner, call.cache
+        cache: Any = None if whole is None else manner.bindable(whole)
+        bound = type(cache) is StatefulCache
+        if bound and session_of(cache).engine is not ready.engine:
+            cache.layers  # noqa: B018 # frees it: it may be bound to this engine then
+            bound = False
+        past = 0 if cache is None else cache.get_seq_length()
+        batch, length = call.input_ids.shape
+        if bound:
+            if session_of(cache).batch not in (0, batch):
+                raise LeftToEager(reason("decode-call", "another batch than the cache's"))
+            session_of(cache).tidy()
+        given = manner.given(ready.form, ready.conventions, call, past)
+        columns = (session_of(cache).columns if bound else past) + length
+        sizes = batch, length, columns, given[2].shape[1] if ready.form.cross else 0
+        if not ready.fits(*sizes):
+            raise LeftToEager(reason("decode-call", f"sizes {sizes}"))
+        if not self._values_fit(given):
+            raise LeftToEager(_SPECIAL_VALUES)
+        if not bound and cache is not None:
+            refused = refusal(cache, ready.form)
+            if refused is not None:
+                raise LeftToEager(reason("cache-unknown", refused))
+        expected = None
+        if bucket(*sizes) not in made.met:
+            expected = self.original(**manner.eager_arguments(call, args, kwargs))
+        try:
+            if not bound:
+                whole = manner.new_cache() if whole is None else whole
+                cache = manner.bindable(whole)
+                bind(cache, ready.engine, ready.form)
+            session = session_of(cache)
+            physical = manner.over_columns(session, call, given)
+            logits = session.step(physical, batch, length)
+        except OutOfRangeError:
+            raise LeftToEager(_OUT_OF_RANGE) from None
+        except (EngineDead, RuntimeError, ValueError) as error:
+            raise LeftToEager(self._failed(made, error)) from error
+        if expected is not None:
+            try:
+                error_of(expected.logits, logits, made.tolerance, ids=False)
+            except ProbeFailed as failed:
+                why = reason("first-use-mismatch", f"{sizes}: {failed}")
+                return self._condemned(made, why, call, expected)
+            made.met.add(bucket(*sizes))
+            self._keep(made, "met", [list(one) for one in sorted(made.met)])
+        made.calls.add()
+        return manner.output(ready.form, logits, call, whole)
+
+    def _condemned(self, made: Decoding, why: Reason, call: Any, expected: Any) -> Any:
+        """The graph is wrong: it never serves again, and the caller gets what eager answered."""
+        self.tally.retire([made])
+        made.ready, made.reason = None, why
+        self._keep(made, "verdict", why.to_dict())
+        self.tally.note(why)
+        if call.cache is not None:
+            # The caller's own object, with what eager has put into the copy.
+            copied = self._manner.bindable(expected.past_key_values)
+            self._manner.bindable(call.cache).layers = copied.layers
+            expected["past_key_values"] = call.cache
+        return expected
+
+    def _failed(self, made: Decoding, error: Exception) -> Reason:
+        """OpenVINO raised while it ran. If the engine died of it, for good."""
+        log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
+        why = reason("infer-failed", str(error))
+        if isinstance(error, EngineDead):
+            self.tally.retire([made])
+            made.ready, made.reason = None, why
+        return why
+
+    def _keep(self, made: Decoding, section: str, value: Any) -> None:
+        entry, store = made.entry, self.store
+        if entry is not None:
+            later(lambda: store.amend(entry, section, value))
+
+    # --- eager --------------------------------------------------------------------------------
+
+    def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.tally.note(why)
+        return self.original(*args, **kwargs)
+
+    def _left(
+        self, made: Decoding, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A step of a module that eager serves."""
+        assert made.reason is not None
+        made.eager_calls.add()
+        generation = made.generation
+        often = made.eager_calls.value % _LOOK_AGAIN == 0
+        if often and generation is not None and not generation.holds():
+            self._drop_stale(made)
+        if call.cache is None:
+            return NOT_OURS  # a plan for this call alone, or for its parts, may do
+        return self._in_eager(made.reason, args, kwargs)
+
+    def _stale(self, made: Decoding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        why = obstacle(self.module)
+        if why is None:  # else for the time being; the decoding may hold again
+            assert made.generation is not None
+            why = reason("stale", made.generation.change())
+            self._drop_stale(made)
+        return self._in_eager(why, args, kwargs)
+
+    def _drop_stale(self, made: Decoding) -> None:
+        with self._lock:
+            if self._decoding is made:
+                self._family.put_off(made.calls.value)
+                self.tally.retire([made])
+                self._decoding = None
+
+    # --- making it ----------------------------------------------------------------------------
+
+    def _first(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Eager answers, and the decoding is made, unless another thread is about it."""
+        if self.options.prefer == "eager":
+            return self._in_eager(reason("prefer-eager"), args, kwargs)
+        tensors = [call.input_ids, call.attention_mask]
+        grad = torch.is_grad_enabled()
+        why = obstacle(self.module) or unfit(tensors, grad)
+        if why is None and grad and _any_wants_grad(self.module.parameters()):
+            why = reason("grad")
+        if why is not None:
+            return NOT_OURS if call.cache is None else self._in_eager(why, args, kwargs)
+        if not self._lock.acquire(blocking=False):
+            return self._in_eager(reason("building"), args, kwargs)
+        try:
+            if self._family.wait > 0:
+                self._family.wait -= 1
+                return self._in_eager(reason("stale", "it keeps changing"), args, kwargs)
+            output = self.original(*args, **kwargs)
+            if self.options.background:
+                self._start()
+            made = self._decoding
+            if made is None and not self.options.background:
+                made = self._build()
+        finally:
+            self._lock.release()
+        self.tally.tell_precision()
+        self.tally.note((made and made.reason) or reason("building"))
+        return output
+
+    def _start(self) -> None:
+        """Let another thread make the decoding."""
+        if self._decoding is None and (self._work is None or not self._work.under_way):
+            self._work = Work(self._build)
+            self._work.start()
+
+    def _build(self) -> Decoding:
+        from ovshim.decode.build import build
+
+        leaves, structure = flatten_call((_TOKENS,), {})
+        job = Job(
+            module=self.module,
+            method="forward",
+            call=self.original.resolve(),
+            options=self.options,
+            store=self.store,
+            kind=kind_of(leaves, structure),
+            leaves=leaves,
+            dynamic=(frozenset(),),
+            grad=False,
+            backward=None,  # an answer without gradients is reached by none
+        )
+        if self.options.background:
+            job.pause = pause
+        with Building():
+            made = build(job, self.original, self._manner)
+        if made.reason is not None and made.reason.code == "stale":
+            self._family.put_off()  # it changed under the build: there is nothing to keep
+        else:
+            self._decoding = made
+        return made
+
+
+def _any_wants_grad(tensors: Iterable[torch.Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)

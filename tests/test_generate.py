@@ -1,0 +1,725 @@
+"""`generate()` of language models: eager's token ids and logits, and OpenVINO really ran."""
+
+import copy
+import gc
+import io
+import os
+import pickle
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import language_models as lm
+import pytest
+import torch
+import transformers as hf
+from checks import counts, eager_reasons, falls_back, plans, quietly, run_python
+from torch import Tensor, nn
+
+import ovshim
+
+# transformers' own, of arguments that its assisted decoding passes to itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+]
+
+PROMPT = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])
+BATCH = torch.tensor([[0, 0, 0, 11, 12, 13, 14], [0, 21, 22, 23, 24, 25, 26], list(range(31, 38))])
+PADDED = (BATCH != 0).long()
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"inputs": PROMPT, "do_sample": False},
+    "sampling": {"inputs": PROMPT, "do_sample": True, "top_k": 20, "temperature": 0.9},
+    "beam": {"inputs": PROMPT, "num_beams": 3, "do_sample": False},
+    "beam-sample": {"inputs": PROMPT, "num_beams": 3, "do_sample": True},
+    "padded": {"inputs": BATCH, "attention_mask": PADDED, "do_sample": False},
+    "padded beam": {"inputs": BATCH, "attention_mask": PADDED, "num_beams": 2, "do_sample": False},
+    "several": {"inputs": BATCH, "attention_mask": PADDED, "do_sample": True}
+    | {"num_return_sequences": 2},
+    "several beams": {"inputs": PROMPT, "num_beams": 4, "num_return_sequences": 3}
+    | {"do_sample": False},
+    "lookup": {"inputs": PROMPT, "prompt_lookup_num_tokens": 3, "do_sample": False},
+    "penalty": {"inputs": PROMPT, "do_sample": False, "repetition_penalty": 1.3},
+    "chunked": {"inputs": PROMPT, "do_sample": False, "prefill_chunk_size": 4},
+}
+
+
+def accelerated(model: nn.Module, **options: Any) -> Any:
+    return ovshim.accelerate(model, **{"prefer": "openvino", **options})
+
+
+def generate(model: Any, seed: int = 3, **arguments: Any) -> Any:
+    torch.manual_seed(seed)
+    given = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**{**given, **arguments})
+
+
+def alike(fast: Any, model: Any, **arguments: Any) -> None:
+    """Assert that both generate the same, and that OpenVINO did it."""
+    expected = generate(model, **arguments)
+    before = counts(fast)
+    found = generate(fast, **arguments)
+    after = counts(fast)
+    assert after["openvino"] >= before["openvino"] + 5
+    assert after["eager"] == before["eager"]
+    same_generation(found, expected)
+
+
+def same_generation(found: Any, expected: Any) -> None:
+    assert torch.equal(found.sequences, expected.sequences)
+    for mine, other in zip(found.logits, expected.logits, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+_made: dict[str, tuple[nn.Module, Any]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    _made.clear()
+
+
+@pytest.fixture
+def pair(cache: Path) -> Callable[[str], tuple[Any, Any]]:
+    """Gives a model and its accelerated twin, which has made its plan."""
+
+    def give(name: str) -> tuple[Any, Any]:
+        if name not in _made:
+            model = lm.make(name)
+            fast = accelerated(model, cache_dir=cache)
+            fast.ovshim.warm(PROMPT)
+            _made[name] = model, fast
+        return _made[name]
+
+    return give
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in lm.CONFIGS]
+FEW = [name if name in ("llama", "mistral") else slow
+       for name, slow in zip(lm.CONFIGS, SLOW, strict=True)]  # fmt: skip
+
+# --- the ways of generating -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_every_way_of_generating_gives_eagers_tokens(
+    name: str, pair: Callable[[str], tuple[Any, Any]]
+) -> None:
+    """Prompts and answers go beyond the sliding window of those models that have one."""
+    model, fast = pair(name)
+    for way, arguments in WAYS.items():
+        try:
+            alike(fast, model, **arguments)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {way}") from error
+    assert eager_reasons(fast) == {}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_an_assistant_may_be_accelerated_too(
+    name: str, pair: Callable[[str], tuple[Any, Any]], cache: Path
+) -> None:
+    model, fast = pair(name)
+    helper = lm.make("llama", seed=1)
+    fast_helper = accelerated(helper, cache_dir=cache)
+    fast_helper.ovshim.warm(PROMPT)
+    asked = {"inputs": PROMPT, "do_sample": False, "max_new_tokens": 20}
+    expected = generate(model, assistant_model=helper, **asked)
+    before = counts(fast)["openvino"], counts(fast_helper)["openvino"]
+    found = generate(fast, assistant_model=fast_helper, **asked)
+    same_generation(found, expected)
+    assert counts(fast)["openvino"] >= before[0] + 5
+    assert counts(fast_helper)["openvino"] >= before[1] + 5
+
+
+def test_a_streamer_gets_the_tokens_as_they_come(pair: Callable[[str], tuple[Any, Any]]) -> None:
+    class Recorder(hf.generation.streamers.BaseStreamer):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
+
+        def put(self, value: Tensor) -> None:
+            self.seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.seen.append([])
+
+    model, fast = pair("llama")
+    mine, other = Recorder(), Recorder()
+    alike(fast, model, inputs=PROMPT, do_sample=False, streamer=None)
+    generate(model, inputs=PROMPT, do_sample=False, streamer=other)
+    generate(fast, inputs=PROMPT, do_sample=False, streamer=mine)
+    assert len(other.seen) > 10
+    assert mine.seen == other.seen
+
+
+def test_threads_generate_at_once(pair: Callable[[str], tuple[Any, Any]]) -> None:
+    model, fast = pair("llama")
+    prompts = [PROMPT[:, n:] for n in range(6)]
+    expected = [model.generate(p, max_new_tokens=12, do_sample=False) for p in prompts]
+    before = counts(fast)["openvino"]
+    found: list[Any] = [None] * 6
+    start = threading.Barrier(6)
+
+    def work(n: int) -> None:
+        start.wait()
+        for _ in range(3):
+            found[n] = fast.generate(prompts[n], max_new_tokens=12, do_sample=False)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, found, expected))
+    assert counts(fast)["openvino"] >= before + 6 * 3 * 11
+
+
+# --- caches in the user's hands ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_conversation_goes_on_with_the_cache_that_came_back(
+    name: str, pair: Callable[[str], tuple[Any, Any]]
+) -> None:
+    model, fast = pair(name)
+    more = torch.tensor([[40, 41, 42]])
+    answers = []
+    before = counts(fast)
+    for one in (model, fast):
+        first = generate(one, inputs=PROMPT, do_sample=False)
+        assert isinstance(first.past_key_values, hf.DynamicCache)
+        longer = torch.cat([first.sequences, more], dim=1)
+        answers.append(
+            generate(one, inputs=longer, past_key_values=first.past_key_values, do_sample=False)
+        )
+    same_generation(answers[1], answers[0])
+    assert counts(fast)["openvino"] == before["openvino"] + 24
+    assert counts(fast)["eager"] == before["eager"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_the_users_own_cache_is_filled_as_eager_fills_it(
+    name: str, pair: Callable[[str], tuple[Any, Any]]
+) -> None:
+    model, fast = pair(name)
+    caches = hf.DynamicCache(config=model.config), hf.DynamicCache(config=model.config)
+    ids = PROMPT
+    for _ in range(3):
+        mine = generate(fast, inputs=ids, past_key_values=caches[0], do_sample=False)
+        other = generate(model, inputs=ids, past_key_values=caches[1], do_sample=False)
+        same_generation(mine, other)
+        assert mine.past_key_values is caches[0]
+        ids = torch.cat([mine.sequences, PROMPT[:, :4]], dim=1)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() > 30
+    same_caches(caches[0], caches[1])
+    assert type(caches[0]) is hf.DynamicCache  # somebody has looked into it
+
+
+def same_caches(mine: Any, other: Any) -> None:
+    assert len(mine) == len(other)
+    assert mine.get_seq_length() == other.get_seq_length()
+    for one, two in zip(mine.layers, other.layers, strict=True):
+        assert type(one) is type(two)
+        for name in ("keys", "values"):
+            a, b = getattr(one, name), getattr(two, name)
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def prefilled(model: Any, ids: Tensor = PROMPT) -> Any:
+    with torch.no_grad():
+        return model(ids, use_cache=True).past_key_values
+
+
+def in_turn(fast: Any, model: Any, change: Callable[[Any], Any], rows: int = 1) -> None:
+    """Assert that both go on alike after the same thing was done to their caches.
+
+    rows: how many the caches have afterwards.
+    """
+    answers: list[list[Tensor]] = []
+    before = counts(fast)["openvino"]
+    with torch.no_grad():
+        for one in (model, fast):
+            cache = one(PROMPT, use_cache=True).past_key_values
+            for token in (40, 41, 42):
+                cache = one(torch.tensor([[token]]), past_key_values=cache).past_key_values
+            cache = change(cache) or cache
+            found = []
+            for token in (50, 51):
+                output = one(torch.full((rows, 1), token), past_key_values=cache)
+                cache = output.past_key_values
+                found.append(output.logits)
+            answers.append(found)
+    assert counts(fast)["openvino"] >= before + 4
+    for mine, other in zip(answers[1], answers[0], strict=True):
+        assert mine.shape == other.shape
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+ROWS = {"repeated": 3, "selected": 2, "reordered to more rows": 2}
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "left alone": lambda cache: None,
+    "repeated": lambda cache: cache.batch_repeat_interleave(3),
+    "selected": lambda cache: cache.batch_select_indices(torch.tensor([0, 0])),
+    "reordered to more rows": lambda cache: cache.reorder_cache(torch.tensor([0, 0])),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([0])),
+    "copied deeply": copy.deepcopy,
+    "copied": copy.copy,
+    "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
+    "looked into": lambda cache: [layer.keys for layer in cache.layers] and None,
+    "written to": lambda cache: cache.layers[0].keys.mul_(0.5) is None,
+    "its layers replaced": lambda cache: setattr(cache, "layers", copy.deepcopy(cache.layers)),
+    "printed": lambda cache: print(cache, len(cache), cache.is_croppable),
+    "saved": lambda cache: torch.save(cache, io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_may_be_changed_between_steps(
+    change: str, pair: Callable[[str], tuple[Any, Any]]
+) -> None:
+    model, fast = pair("llama")
+    in_turn(fast, model, CHANGES[change], ROWS.get(change, 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_tokens_are_cut_off_and_others_go_on(
+    name: str, pair: Callable[[str], tuple[Any, Any]]
+) -> None:
+    model, fast = pair(name)
+
+    def cut(cache: Any) -> None:
+        cache.crop(-2)
+
+    if name == "llama":
+        in_turn(fast, model, cut)
+        in_turn(fast, model, lambda cache: [cut(cache), cut(cache)][0])
+        return
+    for one in (model, fast):  # what a window has let go of is not there any more
+        cache = prefilled(one)
+        with pytest.raises(RuntimeError, match="sliding window"):
+            cache.crop(-2)
+
+
+def test_a_copy_of_a_prompts_cache_serves_many_questions(
+    pair: Callable[[str], tuple[Any, Any]],
+) -> None:
+    for name in ("llama", "mistral"):
+        model, fast = pair(name)
+        caches = prefilled(model), prefilled(fast)
+        before = counts(fast)["openvino"]
+        for question in (PROMPT[:, :3], PROMPT[:, 4:9], PROMPT[:, :3]):
+            ids = torch.cat([PROMPT, question], dim=1)
+            other, mine = (
+                generate(one, inputs=ids, past_key_values=copy.deepcopy(cache), do_sample=False)
+                for one, cache in zip((model, fast), caches, strict=True)
+            )
+            same_generation(mine, other)
+        assert counts(fast)["openvino"] == before + 36
+        assert caches[1].get_seq_length() == PROMPT.shape[1]
+
+
+def test_a_cache_goes_to_eager_and_back(pair: Callable[[str], tuple[Any, Any]]) -> None:
+    for name in ("llama", "mistral"):
+        model, fast = pair(name)
+        expected = generate(model, inputs=PROMPT, do_sample=False).logits
+        cache, found, ids = None, [], PROMPT
+        with torch.no_grad():
+            for n in range(12):
+                one = fast if n % 4 else model
+                output = one(ids, past_key_values=cache, use_cache=True)
+                cache, logits = output.past_key_values, output.logits[:, -1]
+                found.append(logits)
+                ids = logits.argmax(-1, keepdim=True)
+        for mine, other in zip(found, expected, strict=True):
+            assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+def test_whoever_holds_a_layer_finds_new_keys_in_it(
+    pair: Callable[[str], tuple[Any, Any]],
+) -> None:
+    model, fast = pair("llama")
+    for take in (lambda cache: cache.layers, lambda cache: cache.layers[0]):
+        cache = hf.DynamicCache(config=model.config)
+        held = take(cache)
+        with quietly(), torch.no_grad():
+            fast(PROMPT, past_key_values=cache, use_cache=True)
+        layer = held[0] if isinstance(held, list) else held
+        assert layer.keys.shape[2] == PROMPT.shape[1]
+
+
+def test_a_loop_without_masks_and_positions(pair: Callable[[str], tuple[Any, Any]]) -> None:
+    for name in ("llama", "mistral"):
+        model, fast = pair(name)
+        before = counts(fast)["eager"]
+        in_turn(fast, model, CHANGES["left alone"])
+        answers = []
+        with torch.no_grad():
+            for one in (model, fast):
+                output = one(BATCH, attention_mask=PADDED, use_cache=True)
+                mask = torch.cat([PADDED, torch.ones(3, 1, dtype=torch.long)], dim=1)
+                ids, cache = torch.full((3, 1), 50), output.past_key_values
+                answers.append(one(ids, attention_mask=mask, past_key_values=cache).logits)
+        assert (answers[1] - answers[0]).norm() <= 1e-5 * answers[0].norm()
+        assert counts(fast)["eager"] == before
+
+
+# --- encoders and decoders --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", lm.ENCODER_DECODERS)
+def test_a_decoder_goes_on_after_its_encoder(name: str, cache: Path) -> None:
+    model, given = lm.make_encoder_decoder(name)
+    fast = accelerated(model, cache_dir=cache)
+    fast.generate(**given, max_new_tokens=3)
+    for way in (
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    ):
+        torch.manual_seed(3)
+        expected = model.generate(**given, max_new_tokens=16, **way)
+        before = counts(fast)["openvino"]
+        torch.manual_seed(3)
+        found = fast.generate(**given, max_new_tokens=16, **way)
+        assert torch.equal(found, expected), way
+        assert counts(fast)["openvino"] == before + 15
+    assert set(eager_reasons(fast)) == {"first-step", "building"}
+
+
+@pytest.mark.slow
+def test_long_sound_is_transcribed_piece_by_piece(cache: Path) -> None:
+    model = lm.make_encoder_decoder("whisper")[0]
+    settings = model.generation_config
+    settings.no_timestamps_token_id, settings.is_multilingual = 50, False
+    fast = accelerated(model, cache_dir=cache)
+    sound, frames = torch.randn(2, 16, 260), torch.ones(2, 260, dtype=torch.long)
+    asked = {"attention_mask": frames, "return_timestamps": True, "max_new_tokens": 20}
+    for _ in range(2):
+        expected = model.generate(sound, do_sample=False, **asked)
+        before = counts(fast)["openvino"]
+        assert torch.equal(fast.generate(sound, do_sample=False, **asked), expected)
+    assert counts(fast)["openvino"] >= before + 50
+
+
+@pytest.mark.slow
+def test_a_decoders_cache_may_be_looked_into(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("bart")
+    fast = accelerated(model, cache_dir=cache)
+    fast.generate(**given, max_new_tokens=3)
+    caches = [generate(one, **given, do_sample=False).past_key_values for one in (fast, model)]
+    assert type(caches[0]) is hf.EncoderDecoderCache
+    same_caches(copy.deepcopy(caches[0]).self_attention_cache, caches[1].self_attention_cache)
+    caches[0].crop(-2)
+    caches[1].crop(-2)
+    same_caches(caches[0].self_attention_cache, caches[1].self_attention_cache)
+    same_caches(caches[0].cross_attention_cache, caches[1].cross_attention_cache)
+
+
+# --- what is left to eager --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"cache_implementation": "static"}, "cache-unknown"),
+        ({"output_hidden_states": True}, "decode-call"),
+        ({"output_attentions": True}, "decode-call"),
+    ],
+)
+def test_what_is_asked_for_beyond_logits_comes_from_eager(
+    arguments: dict[str, Any], reason: str, cache: Path
+) -> None:
+    model: Any = lm.make("llama")
+    if "output_attentions" in arguments:
+        model.set_attn_implementation("eager")
+    fast = accelerated(model, cache_dir=cache)
+    expected = generate(model, inputs=PROMPT, do_sample=False, **arguments)
+    with falls_back(reason):
+        found = generate(fast, inputs=PROMPT, do_sample=False, **arguments)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert set(eager_reasons(fast)) == {reason}
+
+
+def test_embeddings_in_the_place_of_ids_begin_in_eager(
+    pair: Callable[[str], tuple[Any, Any]],
+) -> None:
+    model, fast = pair("llama")
+    embedded = model.get_input_embeddings()(PROMPT).detach()
+    expected = generate(model, inputs_embeds=embedded, do_sample=False)
+    before = counts(fast)["openvino"]
+    with quietly():
+        found = generate(fast, inputs_embeds=embedded, do_sample=False)
+    same_generation(found, expected)
+    assert counts(fast)["openvino"] == before + 11
+
+
+def test_an_id_outside_of_the_table_raises_eagers_error_and_harms_nothing(
+    pair: Callable[[str], tuple[Any, Any]],
+) -> None:
+    model, fast = pair("llama")
+
+    def spoil(cache: Any) -> None:
+        one = fast if type(cache) is not hf.DynamicCache else model
+        for wrong in (99, -1, 2**32 + 5):
+            with pytest.raises(IndexError), quietly():
+                one(torch.tensor([[wrong]]), past_key_values=cache, use_cache=True)
+
+    in_turn(fast, model, spoil)
+
+
+@pytest.mark.slow
+def test_training_and_gradients_are_eagers(cache: Path) -> None:
+    model = lm.make("llama")
+    fast = accelerated(model, cache_dir=cache)
+    output = generate(fast, inputs=PROMPT, do_sample=False)
+    with quietly():
+        answer = fast(torch.tensor([[50]]), past_key_values=output.past_key_values)
+        assert answer.logits.requires_grad
+        answer.logits.sum().backward()
+        assert model.lm_head.weight.grad is not None
+        fast.train()
+        assert fast(PROMPT, labels=PROMPT).loss.requires_grad
+
+
+# --- things that change -----------------------------------------------------------------------
+
+
+def test_weights_that_change_in_the_middle_are_seen(cache: Path) -> None:
+    answers = []
+    for accelerate in (False, True):
+        model: Any = lm.make("llama")
+        one = accelerated(model, cache_dir=cache) if accelerate else model
+        if accelerate:
+            one.ovshim.warm(PROMPT)
+        found = []
+        with torch.no_grad(), quietly():
+            output = one(PROMPT, use_cache=True)
+            for n, token in enumerate((40, 41, 42, 43)):
+                if n == 3:
+                    model.lm_head.weight.mul_(2.0)
+                ids = torch.tensor([[token]])
+                output = one(ids, past_key_values=output.past_key_values, use_cache=True)
+                found.append(output.logits)
+        answers.append(found)
+    for mine, other in zip(answers[1], answers[0], strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+    assert eager_reasons(one)["stale"] >= 1
+
+
+@pytest.mark.slow
+def test_a_model_that_has_changed_is_built_anew(cache: Path) -> None:
+    model: Any = lm.make("llama")
+    fast = accelerated(model, cache_dir=cache)
+    generate(fast, inputs=PROMPT, do_sample=False)
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    for _ in range(2):
+        expected = generate(model, inputs=PROMPT, do_sample=False)
+        before = counts(fast)["openvino"]
+        same_generation(generate(fast, inputs=PROMPT, do_sample=False), expected)
+    assert counts(fast)["openvino"] == before + 12
+
+
+def test_a_failure_in_openvino_loses_no_token(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fast = lm.make("llama"), None
+    fast = accelerated(model, cache_dir=cache)
+    fast.ovshim.warm(PROMPT)
+    expected = generate(model, inputs=PROMPT, num_beams=3, do_sample=False)
+    from ovshim.decode.engine import StatefulEngine
+
+    ran: list[int] = []
+    step = StatefulEngine.step
+
+    def failing(self: Any, slot: Any, tensors: Any) -> Any:
+        ran.append(1)
+        if len(ran) == 5:
+            monkeypatch.setattr(self, "_infer", _raises)
+        return step(self, slot, tensors)
+
+    monkeypatch.setattr(StatefulEngine, "step", failing)
+    with falls_back("infer-failed"):
+        found = generate(fast, inputs=PROMPT, num_beams=3, do_sample=False)
+    assert len(ran) == 5
+    same_generation(found, expected)
+
+
+def _raises(*args: Any) -> Any:
+    raise RuntimeError("no memory, say")
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_wrong_at_sizes_met_later_never_serves_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = lm.make("llama")
+    fast = accelerated(model, cache_dir=cache / "wrong")
+    fast.ovshim.warm(PROMPT)
+    from ovshim.decode.engine import StatefulEngine
+
+    step = StatefulEngine.step
+
+    def wrong(self: Any, slot: Any, tensors: Any) -> Any:
+        logits, *rest = step(self, slot, tensors)
+        return [logits + (len(tensors[0]) > 4), *rest]
+
+    monkeypatch.setattr(StatefulEngine, "step", wrong)
+    given = {"inputs": PROMPT.expand(6, -1), "do_sample": False}
+    expected = generate(model, **given)
+    with falls_back("first-use-mismatch"):
+        found = generate(fast, **given)
+    same_generation(found, expected)
+    assert counts(fast)["openvino"] == 0
+    assert plans(fast)[-1]["reason"]["code"] == "first-use-mismatch"
+
+
+# --- precision, options, processes ------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8_weights", "int4_weights"])
+def test_lower_precisions_come_close(precision: str, cache: Path) -> None:
+    model = lm.make("llama")
+    fast = accelerated(model, precision=precision, cache_dir=cache, tolerance="loose")
+    fast.ovshim.warm(PROMPT)
+    expected = generate(model, inputs=PROMPT, do_sample=False, max_new_tokens=1)
+    found = generate(fast, inputs=PROMPT, do_sample=False, max_new_tokens=1)
+    assert (found.logits[0] - expected.logits[0]).norm() <= 0.05 * expected.logits[0].norm()
+    assert counts(fast)["openvino"] == 1
+
+
+@pytest.mark.slow
+def test_a_model_in_bf16_is_decoded_in_bf16(cache: Path) -> None:
+    model = lm.make("llama").to(torch.bfloat16)
+    fast = accelerated(model, cache_dir=cache)
+    found = generate(fast, inputs=PROMPT, do_sample=False)
+    assert counts(fast)["openvino"] == 11
+    found.past_key_values.crop(-2)
+    copied = copy.deepcopy(found.past_key_values)
+    assert copied.layers[0].keys.dtype is torch.bfloat16
+
+
+@pytest.mark.slow
+def test_a_precision_that_is_not_offered_is_said_to_be_none(cache: Path) -> None:
+    model = lm.make("llama")
+    fast = accelerated(model, precision={"default": "fp32", "lm_head": "bf16"}, cache_dir=cache)
+    with falls_back("decode-precision"):
+        found = generate(fast, inputs=PROMPT, do_sample=False)
+    same_generation(found, generate(model, inputs=PROMPT, do_sample=False))
+
+
+@pytest.mark.slow
+def test_a_plan_is_made_in_the_background(cache: Path) -> None:
+    model = lm.make("llama")
+    fast = accelerated(model, cache_dir=cache / "background", background=True)
+    expected = generate(model, inputs=PROMPT, do_sample=False)
+    same_generation(generate(fast, inputs=PROMPT, do_sample=False), expected)
+    assert set(eager_reasons(fast)) == {"building"}
+    assert counts(fast)["openvino"] == 0
+    assert fast.ovshim.wait(60)
+    before = counts(fast)["openvino"]
+    same_generation(generate(fast, inputs=PROMPT, do_sample=False), expected)
+    assert counts(fast)["openvino"] == before + 12
+
+
+@pytest.mark.slow
+def test_the_race_is_asked_who_serves(cache: Path) -> None:
+    model = lm.make("llama")
+    fast = ovshim.accelerate(model, PROMPT, cache_dir=cache / "raced")
+    (plan,) = plans(fast)
+    assert plan["speedup"] > 0
+    expected = generate(model, inputs=PROMPT, do_sample=False)
+    same_generation(generate(fast, inputs=PROMPT, do_sample=False), expected)
+    assert (counts(fast)["openvino"] == 12) == (plan["path"] == "openvino")
+
+
+def test_nothing_stays_behind(pair: Callable[[str], tuple[Any, Any]]) -> None:
+    fast = pair("llama")[1]
+    room = ovshim.bound.installed(fast)["forward"].dispatcher._room  # type: ignore[attr-defined]
+    engine = room.plans[0].ready.engine
+    gc.collect()
+    before = len(engine._all)
+    for _ in range(8):
+        fast.generate(PROMPT, max_new_tokens=3, do_sample=False)
+    gc.collect()
+    assert len(engine._all) <= max(before, 2)
+
+
+@pytest.mark.slow
+def test_another_process_starts_warm(tmp_path: Path) -> None:
+    source = """
+import sys
+import language_models as lm, ovshim, torch
+model = lm.make("mistral")
+fast = ovshim.accelerate(model, prefer="openvino", cache_dir=sys.argv[1])
+ids = torch.tensor([list(range(5, 18))])
+for _ in range(2):
+    found = fast.generate(ids, max_new_tokens=12, do_sample=False)
+assert torch.equal(found, model.generate(ids, max_new_tokens=12, do_sample=False))
+report = ovshim.explain(fast).to_dict()
+print(report["plans"][0]["cache"], report["calls"]["openvino"], "torch._dynamo" in sys.modules)
+"""
+    assert run_python(source, str(tmp_path)).split()[:2] == ["miss", "23"]
+    assert run_python(source, str(tmp_path)).split()[:2] == ["hit", "23"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_goes_on_where_its_parent_forked(tmp_path: Path) -> None:
+    source = """
+import os, sys, warnings
+import language_models as lm, ovshim, torch
+warnings.simplefilter("ignore", DeprecationWarning)
+model = lm.make("llama")
+fast = ovshim.accelerate(model, prefer="openvino", cache_dir=sys.argv[1])
+ids = torch.tensor([list(range(5, 18))])
+fast.ovshim.warm(ids)
+with torch.no_grad():
+    cache = fast(ids, use_cache=True).past_key_values
+    expected = model(ids, use_cache=True).past_key_values
+    expected = model(torch.tensor([[40]]), past_key_values=expected).logits
+    pid = os.fork()
+    torch.set_num_threads(1)
+    found = fast(torch.tensor([[40]]), past_key_values=cache).logits
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert ovshim.explain(fast).to_dict()["calls"]["openvino"] == 2
+    assert fast.generate(ids, max_new_tokens=3).shape == (1, 16)
+if pid == 0:
+    sys.exit(0)
+print(os.waitpid(pid, 0)[1])
+"""
+    assert run_python(source, str(tmp_path)).split() == ["0"]
+
+
+@pytest.mark.slow
+def test_ovshim_does_without_transformers() -> None:
+    source = """
+import sys, torch, ovshim
+fast = ovshim.accelerate(torch.nn.Linear(4, 4).eval(), torch.randn(2, 4))
+assert "transformers" not in sys.modules and "ovshim.decode.room" not in sys.modules
+"""
+    run_python(source)
+
+
+def test_the_twin_leaves_the_original_as_it_was(pair: Callable[[str], tuple[Any, Any]]) -> None:
+    model, fast = pair("llama")
+    assert type(fast) is type(model)
+    assert "forward" not in vars(model)
+    assert model.config._attn_implementation == "sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(fast, inputs=PROMPT, do_sample=False)
+    assert sys.modules["transformers"].cache_utils.DynamicCache is hf.DynamicCache
