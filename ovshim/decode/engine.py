@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import threading
 import weakref
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ovshim import runtime
 from ovshim.decode.states import variable
 from ovshim.infer import Engine, EngineDead
 from ovshim.single import SingleThreadEngine
 from ovshim.slots import Slot
 
-__all__ = ["StatefulEngine"]
+__all__ = ["OneThreadStatefulEngine", "StatefulEngine"]
 
 # Requests that wait, with the memory of their last conversation.
 _MOST_IDLE = 4
@@ -40,7 +38,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leak_after_fork)
 
 
-class StatefulEngine(SingleThreadEngine):
+class StatefulEngine(Engine):
     """Runs the steps of many conversations, each in a slot of its own.
 
     Args:
@@ -61,7 +59,6 @@ class StatefulEngine(SingleThreadEngine):
     ) -> None:
         super().__init__(compiled, [*inputs, torch.int32], [dtype, *[torch.bool] * checked])
         self.dtype = dtype
-        self._alone = runtime.hides_failures(compiled, None)
         self._names = [variable(number) for number in range(states)]
         self._all: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._idle: list[Slot] = []
@@ -122,10 +119,6 @@ class StatefulEngine(SingleThreadEngine):
             ]
         return outputs
 
-    def _run(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        run = super()._run if self._alone else functools.partial(Engine._run, self)
-        return run(slot, tensors)
-
     def read(self, slot: Slot) -> list[torch.Tensor]:
         """Copies of the slot's keys and values, [batch, heads, length, width], layer by layer."""
         found = {state.name: state.state for state in slot.request.query_state()}
@@ -140,6 +133,10 @@ class StatefulEngine(SingleThreadEngine):
     def _settle(self) -> None:
         self._gate = threading.Condition()
         self._running = self._opening = 0
+
+
+class OneThreadStatefulEngine(StatefulEngine, SingleThreadEngine):
+    """The same in one stream of one thread, where OpenVINO hides failures."""
 
 
 def _as_torch(tensor: Any) -> torch.Tensor:
