@@ -33,7 +33,8 @@ from ovshim.options import Options
 from ovshim.plan import Graph, OutOfRangeError, Plan, Served
 from ovshim.record import LADDER
 from ovshim.signature import Kind, Pattern, TensorLeaf, sizes_of
-from ovshim.values import compile_value_check
+from ovshim.single import SingleThreadEngine
+from ovshim.values import compile_value_check, usual
 from ovshim.verify import Mismatch, compare
 
 __all__ = ["read"]
@@ -102,11 +103,16 @@ def _plan(where: Path, stored: Mapping[str, Any], options: Options, generation: 
         raise ValueError("it recorded no call")
     graph = _graph(where, stored, kind, cases[0][0])
     served, ran = _proved(where, stored, kind, graph, cases, options)
+    like = _like(kind, stored["infinite"])
+    inputs = range(len(like)) if served.inputs is None else served.inputs
+    by_engine = {i: n for n, i in enumerate(inputs) if i in usual(like, graph.limits)}
+    served.engine.check(by_engine.values())
     plan = Plan(
         kind=kind,
         pattern=pattern,
         match=matcher_of(kind, pattern, guards, graph.ordered),
-        values_fit=compile_value_check(_like(kind, stored["infinite"]), graph.limits),
+        values_fit=compile_value_check(like, graph.limits),
+        other_values_fit=compile_value_check(like, graph.limits, beside=by_engine),
         served=served,
         reason=None,
         generation=generation,
@@ -243,7 +249,9 @@ def _compiled(
     checked = bool(stored["checked"])
     tensors = [kind.leaves[kind.tensors[i]] for i in inputs]
     dtypes = [leaf.dtype for leaf in tensors if isinstance(leaf, TensorLeaf)]
-    engine = Engine(compiled, dtypes, (*graph.dtypes, *((torch.bool,) if checked else ())))
+    alone = runtime.hides_failures(compiled, placement["threads"])
+    make = SingleThreadEngine if alone else Engine
+    engine = make(compiled, dtypes, (*graph.dtypes, *((torch.bool,) if checked else ())))
     served = Served(
         engine,
         None if stored["inputs"] is None else inputs,
