@@ -60,6 +60,7 @@ def look(
     inputs: Sequence[torch.Tensor],
     restore: bool,
     apart: bool = False,
+    writes: bool = True,
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
@@ -71,6 +72,7 @@ def look(
             generators are theirs too: they are neither compared nor put back. An operator that
             would draw from torch's is not run. (What Python's or NumPy's give shows in the output:
             two calls then differ.)
+        writes: with `restore`: put parameters back too, where this thread writes to them.
 
     Raises:
         whatever the module raises.
@@ -83,7 +85,7 @@ def look(
         if apart:
             output = _without_drawing(call)
         else:
-            output = world.keeping(call) if restore else call()
+            output = world.keeping(call) if restore and writes else call()
     except _Drawing:
         output = None
         found.reason = reason("random")

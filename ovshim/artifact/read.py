@@ -34,7 +34,7 @@ from ovshim.plan import Graph, OutOfRangeError, Plan, Served
 from ovshim.record import LADDER
 from ovshim.signature import Kind, Pattern, TensorLeaf, sizes_of
 from ovshim.single import engine_for
-from ovshim.values import compile_value_check
+from ovshim.values import compile_value_check, usual
 from ovshim.verify import Mismatch, compare
 
 __all__ = ["read"]
@@ -103,13 +103,16 @@ def _plan(where: Path, stored: Mapping[str, Any], options: Options, generation: 
         raise ValueError("it recorded no call")
     graph = _graph(where, stored, kind, cases[0][0])
     served, ran = _proved(where, stored, kind, graph, cases, options)
-    values_fit = compile_value_check(_like(kind, stored["infinite"]), graph.limits)
+    like = _like(kind, stored["infinite"])
+    inputs = range(len(like)) if served.inputs is None else served.inputs
+    by_engine = {i: n for n, i in enumerate(inputs) if i in usual(like, graph.limits)}
+    served.engine.check(by_engine.values())
     plan = Plan(
         kind=kind,
         pattern=pattern,
         match=matcher_of(kind, pattern, guards, graph.ordered),
-        values_fit=values_fit,
-        other_values_fit=values_fit,
+        values_fit=compile_value_check(like, graph.limits),
+        other_values_fit=compile_value_check(like, graph.limits, beside=by_engine),
         served=served,
         reason=None,
         generation=generation,

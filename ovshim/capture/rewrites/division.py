@@ -116,10 +116,16 @@ def _in_float32(function: Function) -> Function:
 
 
 def _floor(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    quotient = torch.floor(quotient_of(a, b))
-    # The quotient itself may have been rounded up to a whole number.
-    less: torch.Tensor = _opposed(_rest(a, quotient, b), b).to(torch.float32)
-    return quotient - less
+    """As eager has it, step by step (ATen's `div_floor_floating`): its roundings show in quotients
+    of millions."""
+    rest = _fmod(a, b)
+    exact = quotient_of(a - rest, b)
+    exact = torch.where(_opposed(rest, b), exact - 1, exact)
+    whole = torch.floor(exact)
+    whole = torch.where(exact - whole > 0.5, whole + 1, whole)
+    plain = quotient_of(a, b)
+    whole = torch.where(exact == 0, plain * 0, whole)
+    return torch.where(b == 0, plain, whole)
 
 
 def _cut(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
