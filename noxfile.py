@@ -43,8 +43,9 @@ def full(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The corpus of modules, real and awkward ones; a whole run writes docs/coverage.md."""
-    install(session, "test")
+    """The corpus of modules, real and awkward ones, and PyTorch's operators; a whole run writes
+    docs/coverage.md and docs/operators.md."""
+    install(session, "conformance")
     results = Path(session.create_tmp())
     for former in results.glob("*.json"):
         former.unlink()
@@ -58,6 +59,8 @@ def conformance(session: nox.Session) -> None:
     session.run(*run, env=env, success_codes=[0, 1])
     page = ("-m", "conformance.coverage", str(results), "docs/coverage.md")
     session.run("python", *page, env={"PYTHONPATH": "tests"})
+    operators = ("-m", "conformance.operators", "docs/operators.md")
+    session.run("python", *operators, env={"PYTHONPATH": "tests"})
 
 
 @nox.session

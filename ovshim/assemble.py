@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ovshim.eager import Eager
 from ovshim.generation import Generation
 from ovshim.gradients import recorder_of
 from ovshim.guards import roots_of
-from ovshim.infer import Engine
+from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import rest_of, warnings_of
 from ovshim.matcher import Output, compile_builder, compile_matcher
@@ -25,7 +25,9 @@ from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Pattern, sizes_of
-from ovshim.values import compile_value_check
+from ovshim.single import SingleThreadEngine
+from ovshim.tiny import fastest
+from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
 
 __all__ = ["eager_of", "eager_plan", "engine_of", "generation_of", "plan_of", "served_by"]
@@ -44,11 +46,20 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
         precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
     else:
         precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
-    return _compiled(job, source, record, precision)
+
+    def compiled(further: Mapping[str, Any]) -> Engine:
+        return _compiled(job, source, record, precision, further)
+
+    try:
+        return fastest(job, source, record, entry, compiled)
+    except (EngineDead, ValueError) as error:
+        raise BuildStopped(reason("infer-failed", str(error))) from error
 
 
-def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
-    """The graph compiled with a precision as the hint.
+def _compiled(
+    job: Job, source: Path, record: Record, precision: str, further: Mapping[str, Any] | None = None
+) -> Engine:
+    """The graph compiled with a precision as the hint, and with further properties.
 
     Raises:
         BuildStopped: OpenVINO cannot.
@@ -56,13 +67,16 @@ def _compiled(job: Job, source: Path, record: Record, precision: str) -> Engine:
     safe = runtime.safe_precision(precision, **job.placement)
     properties = {**dict(record.rung.properties), **job.options.properties}
     settings = runtime.settings(precision=safe, **job.placement, properties=properties)
+    settings |= further or {}
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
     try:
         compiled = runtime.compile_model(source, job.options.device, settings)
         job.precision_run = runtime.precision_run(compiled)
         job.modules_run, job.warnings = warnings_of(job, compiled)
         verdict = (torch.bool,) if record.checked else ()
-        return Engine(compiled, inputs, (*record.dtypes, *verdict))
+        alone = runtime.hides_failures(compiled, job.placement["threads"])
+        engine = SingleThreadEngine if alone else Engine
+        return engine(compiled, inputs, (*record.dtypes, *verdict))
     except (RuntimeError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         raise BuildStopped(reason("compile-failed", detail)) from error
@@ -124,6 +138,8 @@ def plan_of(
         for d, n in enumerate(dims)
         if n is None
     ]
+    inputs = range(len(job.tensors)) if served.inputs is None else served.inputs
+    by_engine = {i: n for n, i in enumerate(inputs) if i in usual(job.tensors, record.limits)}
     plan = Plan(
         kind=job.kind,
         pattern=record.pattern,
@@ -134,6 +150,7 @@ def plan_of(
             ordered=ordered_keywords(job.call, job.arguments()[1]),
         ),
         values_fit=compile_value_check(job.tensors, record.limits),
+        other_values_fit=compile_value_check(job.tensors, record.limits, beside=by_engine),
         served=served,
         reason=None,
         generation=generation,
@@ -143,6 +160,7 @@ def plan_of(
         precision_run=job.precision_run,
         lowered=record.lowered,
         modules=job.modules_run,
+        way=job.way,
         warnings=job.warnings,
         error=record.error,
         cache=cache,
@@ -156,6 +174,7 @@ def plan_of(
         pinned=record.pinned,
         seconds=job.seconds,
     )
+    served.engine.check(by_engine.values())
     decide(job, plan, record, entry)
     return plan
 
@@ -174,6 +193,7 @@ def eager_plan(
         pattern=pattern,
         match=compile_matcher(job.kind, pattern),
         values_fit=lambda tensors: True,
+        other_values_fit=lambda tensors: True,
         served=None,
         reason=why,
         generation=generation,

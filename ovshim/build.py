@@ -29,13 +29,14 @@ from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
+from ovshim.generation import Generation
 from ovshim.hit import from_cache, keep_verdict
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import ProofFailedError
+from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import Record, Rung
 from ovshim.signature import sizes_of
@@ -239,19 +240,14 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
     try:
-        with job.stage("compile"):
-            engine = engine_of(job, source, record, entry)
-        weakref.finalize(engine, keep)
-        with job.stage("proof"):
-            served = served_by(job, engine, record, generation, seen, job.copies())
-            found = _proved(job, served, record)
+        served, record = _served_and_proved(job, source, record, generation, entry, seen)
+        weakref.finalize(served.engine, keep)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except BuildStopped:
         if entry is not None:
             job.store.discard(entry)
         raise
-    record = record.proved(found, sizes_of(job.leaves))
     if entry is not None:
         entry = job.store.amend(entry, "proof", record.proof(job.precision))
     return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
@@ -309,12 +305,32 @@ def _publish(
     return Path(directory.name) / "model.xml", None, directory.cleanup
 
 
-def _proved(job: Job, served: Served, record: Record) -> proof.Proof:
-    sizes = (record.pattern, record.size_guards)
+def _served_and_proved(
+    job: Job,
+    source: Path,
+    record: Record,
+    generation: Generation,
+    entry: Entry | None,
+    seen: Look,
+) -> tuple[Served, Record]:
+    """The graph compiled and proved; where it dies of a size, that is pinned and both done anew."""
     samples = [] if job.lowering is None else job.lowering.to_prove_with(record.pattern)
-    try:
-        return proof.prove(eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
-    except ProofFailedError as failed:
-        raise BuildStopped(reason("proof-failed", str(failed))) from failed
-    except EngineDead as dead:
-        raise BuildStopped(reason("infer-failed", str(dead))) from dead
+    while True:
+        with job.stage("compile"):
+            engine = engine_of(job, source, record, entry)
+        with job.stage("proof"):
+            served = served_by(job, engine, record, generation, seen, job.copies())
+        try:
+            with job.stage("proof"):
+                sizes = (record.pattern, record.size_guards)
+                eager = eager_of(job)
+                found = proof.prove(eager, served, job.tensors, *sizes, job.check_time, samples)
+        except DiedOfSizesError as died:
+            log.info("%s: %s", type(job.module).__qualname__, died)
+            record = record.pin(died.places, sizes_of(job.leaves))
+        except ProofFailedError as failed:
+            raise BuildStopped(reason("proof-failed", str(failed))) from failed
+        except EngineDead as dead:
+            raise BuildStopped(reason("infer-failed", str(dead))) from dead
+        else:
+            return served, record.proved(found, sizes_of(job.leaves))

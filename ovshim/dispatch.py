@@ -18,6 +18,7 @@ from ovshim.background import LatePlanner
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
 from ovshim.gradients import refusal, unrecordable
+from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.lanes import Lane
 from ovshim.options import Options, enabled_in_environment
@@ -44,6 +45,7 @@ _LOOK_AGAIN = 8
 _OUT_OF_RANGE = reason("out-of-range")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
+_NOT_ANSWERED = (OutOfRangeError, RuntimeError, ValueError)
 _TAKING_TURNS = reason("taking-turns")
 
 
@@ -100,9 +102,18 @@ class Dispatcher:
                 return self._in_lane(plan, tensors, args, kwargs)
             if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
                 return self._stale(plan, args, kwargs)
-            if not plan.values_fit(tensors):
+            if not plan.other_values_fit(tensors):
                 return self._in_eager(_SPECIAL_VALUES, args, kwargs)
-            return self._by_openvino(plan, served, tensors, args, kwargs)
+            try:
+                answer = served.answer(tensors)
+            except _NOT_ANSWERED as raised:
+                # A traceback would keep this frame, and the tensors in it.
+                failure = raised.with_traceback(None)
+            else:
+                plan.calls.add()
+                return answer
+            # Not inside of `except`: what the user's module raises is to be shown without ours.
+            return self._instead(plan, failure, args, kwargs)
         return self._unplanned(args, kwargs)
 
     def ready(
@@ -136,23 +147,16 @@ class Dispatcher:
             return (plan, tensors) if fits else None
         return None
 
-    def _by_openvino(
-        self,
-        plan: Plan,
-        served: Served,
-        tensors: Sequence[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+    def _instead(
+        self, plan: Plan, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        try:
-            answer = served.answer(tensors)
-        except OutOfRangeError:
+        """Eager's answer to a call that OpenVINO has not answered."""
+        if isinstance(error, OutOfRangeError):
             return self._in_eager(_OUT_OF_RANGE, args, kwargs)
-        except (RuntimeError, ValueError) as error:
-            self._failed(plan, error)
-            return self.original(*args, **kwargs)
-        plan.calls.add()
-        return answer
+        if isinstance(error, SpecialValuesError):
+            return self._in_eager(_SPECIAL_VALUES, args, kwargs)
+        self._failed(plan, error)
+        return self.original(*args, **kwargs)
 
     # --- sizes for which it is not settled who serves -----------------------------------------
 
@@ -177,7 +181,14 @@ class Dispatcher:
         if turn == "both":
             return self._compared(plan, served, lane, tensors, args, kwargs)
         if turn == "openvino":
-            answer = self._by_openvino(plan, served, tensors, args, kwargs)
+            failure = None
+            try:
+                answer = served.answer(tensors)
+                plan.calls.add()
+            except _NOT_ANSWERED as raised:
+                failure = raised.with_traceback(None)
+            if failure is not None:
+                answer = self._instead(plan, failure, args, kwargs)
         else:
             answer = self._in_eager(_TAKING_TURNS, args, kwargs)
         finish = lane.timed(turn, time.perf_counter() - started)
@@ -261,8 +272,6 @@ class Dispatcher:
 
     def _failed(self, plan: Plan, error: Exception) -> None:
         """OpenVINO raised while it ran: eager answers. If the engine died of it, for good."""
-        from ovshim.infer import EngineDead
-
         log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
         why = reason("infer-failed", str(error))
         if isinstance(error, EngineDead):

@@ -14,16 +14,27 @@ Where the microseconds go, and what was decided for it:
 
 import ctypes
 import logging
+import math
 import os
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from ovshim.slots import (
+    ALONE,
+    Array,
+    Copy,
+    Slot,
+    conversion,
+    element_types,
+    port_dtype,
+    references,
+)
 
 _log = logging.getLogger("ovshim")
 
@@ -32,96 +43,16 @@ _BIND_OUTPUT_BYTES = 256 * 1024
 _BUFFERS_PER_INPUT = 16
 _GATHERING_SECONDS = 20e-6
 
-_Array = np.ndarray[Any, Any]
-_Copy = Callable[[torch.Tensor], torch.Tensor]
+_from_numpy = torch.from_numpy
+_vdot = np.vdot
+
+
+class SpecialValuesError(ValueError):
+    """An input holds what OpenVINO does not compute as eager does."""
 
 
 class EngineDead(RuntimeError):
     """The engine must not be used any more: an `infer` has failed, or it was closed."""
-
-
-def _references(array: list[_Array]) -> int:
-    return sys.getrefcount(array[0])
-
-
-def _count_when_alone() -> int:
-    """What `_references` gives for an array that no tensor stands on; -1 where it cannot tell.
-
-    Interpreters without reference counts, or with counts split between threads, fail the test or
-    are excluded; outputs are then bound afresh on every call.
-    """
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return -1
-    array = [np.empty(4, dtype=np.float32)]
-    alone = _references(array)
-    tensor = torch.from_numpy(array[0])
-    view = tensor[1:]
-    del tensor
-    held = _references(array)
-    del view
-    return alone if held > alone and _references(array) == alone else -1
-
-
-_ALONE = _count_when_alone()
-
-
-def _element_types() -> dict[Any, torch.dtype]:
-    import openvino as ov
-
-    return {
-        ov.Type.f32: torch.float32,
-        ov.Type.f64: torch.float64,
-        ov.Type.f16: torch.float16,
-        ov.Type.bf16: torch.bfloat16,
-        ov.Type.i8: torch.int8,
-        ov.Type.i16: torch.int16,
-        ov.Type.i32: torch.int32,
-        ov.Type.i64: torch.int64,
-        ov.Type.u8: torch.uint8,
-        ov.Type.boolean: torch.bool,
-    }
-
-
-def _dtype(port: Any, known: dict[Any, torch.dtype]) -> torch.dtype:
-    dtype = known.get(port.element_type)
-    if dtype is None:
-        raise TypeError(f"{port} has an element type without a counterpart in torch.")
-    return dtype
-
-
-def _conversion(
-    model: torch.dtype, wanted: torch.dtype
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What turns an array's tensor into the wanted one. bf16 arrives as the bits of a float16."""
-    if model == torch.bfloat16:
-        if wanted == torch.bfloat16:
-            return lambda tensor: tensor.view(torch.bfloat16)
-        return lambda tensor: tensor.view(torch.bfloat16).to(wanted)
-    if model == wanted:
-        return None
-    return lambda tensor: tensor.to(wanted)
-
-
-class _Slot:
-    """One infer request and what is bound to it; used by one thread at a time."""
-
-    __slots__ = ("__weakref__", "capacity", "copies", "held", "large", "ready", "request", "shapes")
-
-    def __init__(self, request: Any, inputs: int) -> None:
-        self.request = request
-        self.forget(inputs)
-
-    def forget(self, inputs: int) -> None:
-        """Take nothing for bound."""
-        # Per input: the shape of the bound buffer (None: bound where it lay, or nothing is), what
-        # copies into it, and the buffers of other shapes, the last used at the end.
-        self.shapes: list[torch.Size | None] = [None] * inputs
-        self.copies: list[_Copy | None] = [None] * inputs
-        self.ready: list[dict[torch.Size, tuple[Any, _Copy]]] = [{} for _ in range(inputs)]
-        # The outputs that get buffers of ours, the array last handed out of each, and its bytes.
-        self.large: tuple[int, ...] = ()
-        self.held: dict[int, list[_Array]] = {}
-        self.capacity: dict[int, int] = {}
 
 
 # Destroying what a forked child has inherited of OpenVINO hangs, at the interpreter's end at the
@@ -166,7 +97,7 @@ class Engine:
                 f"{len(inputs)} inputs and {len(outputs)} outputs were named, the model has "
                 f"{len(compiled.inputs)} and {len(compiled.outputs)}."
             )
-        known = _element_types()
+        known = element_types()
         for dtype in (*inputs, *outputs):
             if dtype not in known.values():
                 raise TypeError(f"{dtype} has no counterpart among OpenVINO's element types.")
@@ -177,9 +108,9 @@ class Engine:
         self._infer: Any = InferRequest.infer
         self._compiled = compiled
         self._types = [port.element_type for port in compiled.inputs]
-        self._dtypes = [_dtype(port, known) for port in compiled.inputs]
+        self._dtypes = [port_dtype(port, known) for port in compiled.inputs]
         conversions = [
-            _conversion(_dtype(port, known), wanted)
+            conversion(port_dtype(port, known), wanted)
             for port, wanted in zip(compiled.outputs, outputs, strict=True)
         ]
         self._conversions = conversions if any(conversions) else None
@@ -189,8 +120,15 @@ class Engine:
             for port in compiled.outputs
         ]
         self._bindable = self._own_outputs()
+        self._checked: frozenset[int] = frozenset()
         self._forget_slots()
         _engines.add(self)
+
+    def check(self, inputs: Collection[int]) -> None:
+        """Look at the values of these inputs in each call to come: float32, by index. The buffer
+        that an input was copied into is looked at in half of the time that the tensor takes."""
+        self._checked = frozenset(i for i in inputs if self._dtypes[i] == torch.float32)
+        self._forget_slots()
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.
@@ -200,8 +138,9 @@ class Engine:
         The outputs share memory with nothing, except that their storage cannot be resized; under
         inference mode they are inference tensors, as eager's would be.
 
-        Raises EngineDead when `infer` fails, in this call or an earlier one, and ValueError when
-        the model does not take these sizes (the engine stays usable).
+        Raises EngineDead when `infer` fails, in this call or an earlier one; ValueError when the
+        model does not take these sizes, and SpecialValuesError when an input that is to be checked
+        holds a NaN, an infinity or a value near 1e19 (the engine stays usable).
         """
         if self.dead is not None:
             raise EngineDead(self.dead)
@@ -223,17 +162,25 @@ class Engine:
             ]
         return outputs
 
-    def _run(self, slot: _Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        if len(tensors) != len(slot.shapes):
-            raise ValueError(f"{len(tensors)} tensors for {len(slot.shapes)} inputs.")
-        # OpenVINO keeps nothing alive: what is bound in place must last until `infer` has returned.
-        in_place: list[_Array | None] = []
+    def _bind_inputs(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[Array | None]:
+        """Inputs to where the request finds them. OpenVINO keeps nothing alive: what is returned
+        must last until `infer` has returned."""
+        in_place: list[Array | None] = []
         shapes = slot.shapes
+        if len(tensors) != len(shapes):
+            raise ValueError(f"{len(tensors)} tensors for {len(shapes)} inputs.")
         for index, x in enumerate(tensors):
             if x.shape == shapes[index] and not x.requires_grad:
                 slot.copies[index](x)  # type: ignore[misc]  # there is one where there is a shape
             else:
                 in_place.append(self._bind_input(slot, index, x))
+        for array in slot.checked:
+            if not _vdot(array, array) < math.inf:
+                raise SpecialValuesError
+        return in_place
+
+    def _run(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        in_place = self._bind_inputs(slot, tensors)
         large = slot.large
         if large:
             self._renew_outputs(slot)
@@ -248,7 +195,7 @@ class Engine:
             # Another thread's call failed while this one ran: its values cannot be trusted.
             raise EngineDead(self.dead)
         arrays = self._take_outputs(slot, results) if large else results.values()
-        outputs = [torch.from_numpy(array) for array in arrays]
+        outputs = list(map(_from_numpy, arrays))
         if in_place and not large:
             # Sizes that are new to the slot, or large: outputs may have become large as well.
             self._choose_large(slot, results)
@@ -264,16 +211,16 @@ class Engine:
     def _forget_slots(self) -> None:
         # Slots that wait, the list that those which have run go back to (the same one), and all
         # that there are: weakly, so that one is never waited for that an interrupt has cost.
-        self._pool: list[_Slot] = []
+        self._pool: list[Slot] = []
         self._back = self._pool
-        self._slots: weakref.WeakSet[_Slot] = weakref.WeakSet()
+        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._making = threading.Lock()
 
-    def _new_slot(self) -> _Slot:
+    def _new_slot(self) -> Slot:
         """A slot where none waits. OpenVINO 2026.4 ends the process (a pure virtual call) when a
         request is made while another of the same dynamic model runs: so none may run."""
         with self._making:
-            gathered: list[_Slot] = []
+            gathered: list[Slot] = []
             self._back = gathered
             try:
                 while len(gathered) < len(self._slots) and self.dead is None:
@@ -286,7 +233,7 @@ class Engine:
                     raise EngineDead(self.dead)
                 # As many again: the next threads need not wait for all the others.
                 for _ in range(max(1, len(gathered))):
-                    slot = _Slot(compiled.create_infer_request(), len(self._types))
+                    slot = Slot(compiled.create_infer_request(), len(self._types))
                     self._slots.add(slot)
                     gathered.append(slot)
                 return gathered.pop()
@@ -294,7 +241,7 @@ class Engine:
                 self._back = self._pool
                 self._pool.extend(gathered)
 
-    def _bind_input(self, slot: _Slot, index: int, x: torch.Tensor) -> _Array | None:
+    def _bind_input(self, slot: Slot, index: int, x: torch.Tensor) -> Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""
         if x.requires_grad:
             # In grad mode the buffer would join the graph and keep every call's inputs alive.
@@ -310,17 +257,23 @@ class Engine:
             tensor, copy = entry
             copy(x)
             slot.shapes[index], slot.copies[index] = shape, copy
+            if index in self._checked:
+                slot.arrays[index] = tensor.data
         else:
             # So that a smaller input, next time, is bound anew.
             slot.shapes[index] = slot.copies[index] = None
+            slot.arrays.pop(index, None)
             array, tensor = self._wrapped(index, x)
+            if index in self._checked and not _vdot(array, array) < math.inf:
+                raise SpecialValuesError
+        slot.checked = list(slot.arrays.values())
         try:
             slot.request.set_input_tensor(index, tensor)
         except RuntimeError as error:
             raise ValueError(f"The model does not take input {index}: {error}") from error
         return array
 
-    def _buffer(self, index: int, shape: torch.Size) -> tuple[Any, _Copy]:
+    def _buffer(self, index: int, shape: torch.Size) -> tuple[Any, Copy]:
         tensor = self._tensor(self._types[index], list(shape))
         # An inference tensor could not be written to by a later call under no_grad.
         with torch.inference_mode(False):
@@ -329,7 +282,7 @@ class Engine:
                 buffer = buffer.view(torch.bfloat16)
         return tensor, buffer.copy_
 
-    def _wrapped(self, index: int, x: torch.Tensor) -> tuple[_Array, Any]:
+    def _wrapped(self, index: int, x: torch.Tensor) -> tuple[Array, Any]:
         """An array over the tensor's own memory where that will do, and OpenVINO's view of it."""
         if x.dtype != self._dtypes[index]:
             x = x.to(self._dtypes[index])
@@ -371,25 +324,25 @@ class Engine:
             for index, where in enumerate(bound)
         ]
 
-    def _choose_large(self, slot: _Slot, results: dict[Any, _Array]) -> None:
+    def _choose_large(self, slot: Slot, results: dict[Any, Array]) -> None:
         for index, array in enumerate(results.values()):
             if array.nbytes >= _BIND_OUTPUT_BYTES and self._bindable[index]:
                 slot.large = (*slot.large, index)
                 self._bind_output(slot, index)
 
-    def _bind_output(self, slot: _Slot, index: int) -> None:
+    def _bind_output(self, slot: Slot, index: int) -> None:
         slot.request.set_output_tensor(index, self._tensor(*self._fresh[index]))
         slot.held.pop(index, None)
         slot.capacity[index] = 0
 
-    def _renew_outputs(self, slot: _Slot) -> None:
+    def _renew_outputs(self, slot: Slot) -> None:
         """A new buffer for each large output that somebody still holds."""
         for index in slot.large:
             held = slot.held.get(index)
-            if held is not None and _references(held) != _ALONE:
+            if held is not None and references(held) != ALONE:
                 self._bind_output(slot, index)
 
-    def _take_outputs(self, slot: _Slot, results: dict[Any, _Array]) -> list[_Array]:
+    def _take_outputs(self, slot: Slot, results: dict[Any, Array]) -> list[Array]:
         """Arrays to hand out: the buffers themselves where they are filled, else copies."""
         arrays = list(results.values())
         for index, array in enumerate(arrays):

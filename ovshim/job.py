@@ -63,6 +63,7 @@ class Job:
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
+        way: how a tiny graph is run, where other ways than the usual were tried.
     """
 
     module: nn.Module
@@ -84,6 +85,7 @@ class Job:
     precision_run: str | None = None
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()
+    way: str | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 

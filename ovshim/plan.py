@@ -62,6 +62,8 @@ class Served:
         builder: puts the computed tensors into the module's own containers.
         checked: whether the last computed tensor says whether all indices were in range.
         recorder: gives the outputs gradients, as `builder`; None where they have none.
+        answer: the module's output for the tensors of a call. Raises OutOfRangeError where an index
+            lies outside of its table, and EngineDead and ValueError as `infer.Engine.run` does.
     """
 
     engine: Engine
@@ -69,15 +71,16 @@ class Served:
     builder: Builder
     checked: bool = False
     recorder: Recording | None = None
+    answer: Callable[[Sequence[torch.Tensor]], Any] = dataclasses.field(init=False)
 
-    def answer(self, given: Sequence[torch.Tensor]) -> Any:
-        """The module's output for these tensors of a call.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", self._compiled())
 
-        Raises:
-            OutOfRangeError: an index lies outside of its table.
-            EngineDead, ValueError: see `infer.Engine.run`.
-        """
-        return self.builder(self.compute(given), given)
+    def _compiled(self) -> Callable[[Sequence[torch.Tensor]], Any]:
+        builder, compute, engine = self.builder, self.compute, self.engine
+        if self.inputs is not None or self.checked:
+            return lambda given: builder(compute(given), given)
+        return lambda given: builder(engine.run(given), given)
 
     def compute(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the graph computes of them: `builder` makes the output of it.
@@ -121,7 +124,8 @@ class Plan:
 
     Attributes:
         match: tells whether a call has this signature, and gives its tensors.
-        values_fit: tells whether the tensors' values are such as OpenVINO computes rightly.
+        values_fit: tells whether the tensors' values are such as OpenVINO computes rightly;
+            `other_values_fit` leaves out those that the engine looks at.
         served: None where eager serves, as a whole or between its parts; `reason` says why.
         bucket: the bucket of a call's tensors.
         lanes: who serves which bucket; `open` holds those that OpenVINO serves beyond doubt.
@@ -137,6 +141,7 @@ class Plan:
             where precision was asked for by rules.
         warnings: where that is not what was asked for.
         candidates: what was tried for `precision="auto"`, one row each.
+        way: how a tiny graph is run (`tiny`).
         family, bytes: of its entry in the cache, the key and the size on disk.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
@@ -149,6 +154,7 @@ class Plan:
     pattern: Pattern
     match: Matcher
     values_fit: ValueCheck
+    other_values_fit: ValueCheck
     served: Served | None
     reason: Reason | None
     generation: Generation | None
@@ -167,6 +173,7 @@ class Plan:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()
     candidates: Sequence[Mapping[str, Any]] = ()
+    way: str | None = None
     family: str | None = None
     bytes: int | None = None
     size_guards: tuple[str, ...] = ()
@@ -230,6 +237,7 @@ class Plan:
             "seconds": {stage: round(spent, 4) for stage, spent in self.seconds.items()},
             "calls": self.calls.value + self.eager_calls.value,
             "route": self.route,
+            "way": self.way,
             "sizes": [
                 {"bucket": bucket, "path": "eager" if lane.eager else "openvino"}
                 for bucket, lane in sorted(self.lanes.items(), key=repr)

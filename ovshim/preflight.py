@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,10 @@ def look(
     found.undo = world.put_back_attributes
     started = time.perf_counter()
     try:
-        output = _without_drawing(call) if apart else call()
+        if apart:
+            output = _without_drawing(call)
+        else:
+            output = world.keeping(call) if restore else call()
     except _Drawing:
         output = None
         found.reason = reason("random")
@@ -156,11 +159,20 @@ class _World:
         ]
         self.attributes = [(name, m, _snapshot(m)) for name, m in module.named_modules()]
         self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-        # Not parameters: another thread may be at them, and its update must not be undone.
+        # Not parameters: another thread may be at them, and its update must not be undone. Those
+        # that this thread writes to are copied just before.
+        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
         buffers = list(module.buffers()) if copies else []
         size = sum(b.numel() * b.element_size() for b in buffers)
         self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
         self.drew = False
+
+    def keeping(self, call: Callable[[], Any]) -> Any:
+        """`call()`, with a copy kept of each parameter that it writes to."""
+        writes = _Writes(self.module.parameters())
+        self.written = writes.copies
+        with writes:
+            return call()
 
     def difference(self, call: Callable[[], Any] | None, apart: bool) -> Reason | None:
         """What the call has changed. `call` may be called again to find out."""
@@ -184,7 +196,7 @@ class _World:
             random.setstate(self.generators[1])
             np.random.set_state(self.generators[2])
         with torch.no_grad():
-            for buffer, copy in self.copies:
+            for buffer, copy in [*self.written, *self.copies]:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
 
@@ -218,6 +230,36 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.names.add(func.name())
         self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
+
+
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies parameters before this thread writes to them."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        plain = [p for p in parameters if p.layout is torch.strided and not p.is_inference()]
+        self._parameters = {p.untyped_storage().data_ptr(): p for p in plain}
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            given.update(kwargs or {})
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(given.get(argument.name))
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, written: Any) -> None:
+        if not isinstance(written, torch.Tensor) or written.layout is not torch.strided:
+            return
+        parameter = self._parameters.pop(written.untyped_storage().data_ptr(), None)
+        if parameter is not None:
+            self.copies.append((parameter, parameter.detach().clone()))
 
 
 def _draws(call: Callable[[], Any]) -> bool:

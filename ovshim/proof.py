@@ -17,6 +17,7 @@ import torch
 from ovshim.buckets import open_groups
 from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
+from ovshim.infer import EngineDead
 from ovshim.plan import OutOfRangeError
 from ovshim.signature import (
     Kind,
@@ -54,6 +55,15 @@ Sizes = tuple[tuple[int, ...], ...]
 
 class ProofFailedError(Exception):
     """The candidate's answers are not eager's."""
+
+
+class DiedOfSizesError(Exception):
+    """The candidate ended when `places`, (tensor, dimension), had another size: it may be made
+    again for the example's."""
+
+    def __init__(self, places: Sequence[tuple[int, int]], why: str) -> None:
+        super().__init__(why)
+        self.places = frozenset(places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +119,7 @@ def prove(
 
     Raises:
         ProofFailedError: the candidate is wrong on the example's sizes.
+        DiedOfSizesError: it cannot be asked any more.
     """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -307,6 +318,8 @@ def _prove_group(
             answer, other = _redrawn(eager, other, generator)
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
+        except EngineDead as dead:
+            raise DiedOfSizesError(group, f"size {size} at {list(group)}: {dead}") from dead
         except (Mismatch, OutOfRangeError, RuntimeError) as error:
             log.debug("size %d at %s is not served: %s", size, group, error)
             return None, ()
@@ -314,9 +327,14 @@ def _prove_group(
 
 
 def _other_sizes(size: int) -> Iterator[int]:
-    """Other sizes to try, small ones first: guards may demand multiples, minimums, or evenness."""
+    """Other sizes to try, small ones first: guards may demand multiples, minimums, or evenness.
+
+    Of a large one a quarter, for each hit is proved on the smallest; not less, or kernels and
+    pooling might leave nothing to compare."""
     tried = {size, 0}
-    for other in (size - 1, size + 1, size + 2, 2 * size, size // 2, size + 8, size + 32, 1):
+    quarter = [size // 4 + 1] if size >= 16 else []
+    near = (size - 1, size + 1, size + 2, 2 * size, size // 2, size + 8, size + 32, 1)
+    for other in (*quarter, *near):
         if other not in tried and (other > 1 or size > 1):
             tried.add(other)
             yield other

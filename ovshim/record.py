@@ -54,6 +54,7 @@ class Record:
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
         rest: for int8, the precision that the rest is fastest in, by processor and threads.
+        ways: for tiny graphs, how they run fastest, by processor and threads.
     """
 
     pattern: Pattern
@@ -74,6 +75,7 @@ class Record:
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ways: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of_capture(captured: Captured, leaves: Sequence[Any], rung: Rung, asked: Dims) -> Record:
@@ -102,19 +104,21 @@ class Record:
 
     def proved(self, found: Proof, example: Sequence[Sequence[int]]) -> Record:
         """The record with what a proof at the sizes of `example` has found."""
-        pattern = tuple(
-            tuple(example[t][d] if (t, d) in found.pinned else n for d, n in enumerate(dims))
-            for t, dims in enumerate(self.pattern)
-        )
         return dataclasses.replace(
-            self,
-            pattern=pattern,
+            self.pin(found.pinned, example),
             error=found.error,
             sizes=found.sizes,
             met=found.met,
-            pinned=found.pinned | self.pinned,
             limits=found.limits,
         )
+
+    def pin(self, places: frozenset[tuple[int, int]], example: Sequence[Sequence[int]]) -> Record:
+        """The record with the example's sizes at these places, (tensor, dimension)."""
+        pattern = tuple(
+            tuple(example[t][d] if (t, d) in places else n for d, n in enumerate(dims))
+            for t, dims in enumerate(self.pattern)
+        )
+        return dataclasses.replace(self, pattern=pattern, pinned=places | self.pinned)
 
     def opens(self, asked: Dims) -> bool:
         """Whether all the dimensions are open that should be, but for those that cannot."""
@@ -200,6 +204,7 @@ class Record:
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
             rest=dict(entry.manifest.get("rest") or {}),
+            ways=dict(entry.manifest.get("ways") or {}),
         )
 
 

@@ -265,6 +265,18 @@ def compile_model(source: Path, device: str, settings: Mapping[str, Any]) -> Any
     return core().compile_model(str(source), device, dict(settings))
 
 
+def hides_failures(compiled: Any, threads: int | None) -> bool:
+    """Whether `infer` may fail without a word: on a CPU, in one stream of one thread.
+
+    ``threads``: what was given to OpenVINO, for devices that hand on to others and do not tell.
+    """
+    try:
+        return int(compiled.get_property("INFERENCE_NUM_THREADS")) <= 1
+    except RuntimeError as error:
+        _log.debug("No number of threads: %s", error)
+        return min(threads or _usable_cpus(), _usable_cpus()) <= 1
+
+
 def precision_run(compiled: Any) -> str:
     """What most of the compute nodes run in: ``f32``, ``bf16``, ``f16``, ``i8``, ...
 

@@ -8,13 +8,13 @@ microsecond an input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["WIDEST", "ValueCheck", "compile_value_check"]
+__all__ = ["WIDEST", "ValueCheck", "compile_value_check", "usual"]
 
 # The square of what is larger is no float32.
 _LARGEST_NORM = 1e19
@@ -26,10 +26,13 @@ Limits = Mapping[int, tuple[int, int]]
 WIDEST = (-(2**31), 2**31 - 1)
 
 
-def compile_value_check(tensors: Sequence[torch.Tensor], limits: Limits) -> ValueCheck:
+def compile_value_check(
+    tensors: Sequence[torch.Tensor], limits: Limits, beside: Collection[int] = ()
+) -> ValueCheck:
     """A function that tells whether the tensors of a call may go to OpenVINO.
 
     Args:
+        beside: tensors that are looked at elsewhere, by index.
         tensors: those of the example. An input that holds infinities there (a mask) may hold them
             in every call, for the proof has seen them; a NaN may never.
         limits: the smallest and the largest integer that each of these tensors may hold, by index,
@@ -37,14 +40,29 @@ def compile_value_check(tensors: Sequence[torch.Tensor], limits: Limits) -> Valu
     """
     tests = []
     for i, tensor in enumerate(tensors):
+        if i in beside:
+            continue
         if tensor.dtype is torch.int64 or i in limits:
             low, high = limits.get(i, WIDEST)
             tests.append(f"within(tensors[{i}], {low}, {high})")
         elif tensor.dtype.is_floating_point:
-            infinite = tensor.numel() > 0 and bool(torch.isinf(tensor).any())
-            tests.append(f"{'no_nan' if infinite else 'moderate'}(tensors[{i}])")
+            tests.append(f"{'no_nan' if _infinite(tensor) else 'moderate'}(tensors[{i}])")
     scope: dict[str, Any] = {"within": _within, "no_nan": _no_nan, "moderate": _moderate}
     return eval(f"lambda tensors: {' and '.join(tests) or True}", scope)  # type: ignore[no-any-return]
+
+
+def usual(tensors: Sequence[torch.Tensor], limits: Limits) -> list[int]:
+    """Which of these only have to be free of NaNs, infinities and values near 1e19, by index:
+    plain float32."""
+    return [
+        i
+        for i, tensor in enumerate(tensors)
+        if tensor.dtype is torch.float32 and i not in limits and not _infinite(tensor)
+    ]
+
+
+def _infinite(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and bool(torch.isinf(tensor).any())
 
 
 def _square(x: torch.Tensor) -> float:

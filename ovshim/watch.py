@@ -9,16 +9,20 @@ are read by one `itemgetter` per dict; the few others one by one.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
+from ovshim.conditions import Conditions
 from ovshim.guards import Step, ValueGuard, measure, walk
 
 __all__ = ["GuardFailedError", "Watch"]
+
+# What is equal to nothing but itself.
+_EQUAL_IF_SAME = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 
 
 class GuardFailedError(Exception):
@@ -59,20 +63,21 @@ class Watch:
             self._add(guard, roots)
         for held, keys in names:
             self._group(held).update((key, held[key]) for key in keys)
-        self._reads = [_reading(held, known) for held, known in self._groups.values() if known]
 
-    def holds(self) -> bool:
-        """Whether every guard stands. Raises KeyError or BadGuardError where a name is gone."""
-        for held, read, ids in self._reads:
-            if list(map(id, read(held))) != ids:
-                return False
+    def conditions(self, conditions: Conditions) -> None:
+        """Add every guard's check. It raises KeyError or BadGuardError where a name is gone."""
+        for held, known in self._groups.values():
+            if known:
+                _reading(conditions, held, known)
         for base, step, found, guard in self._odd:
-            now = _take(base, step)
-            if now is not found and (guard is None or measure(now, "value") != guard.expected):
-                return False
-        if any(len(held) != count for held, count in self._instances.values()):
-            return False
-        return all(measure(found, test) == expected for found, test, expected in self._measured)
+            if guard is None:
+                conditions.add("{0}({1}, {2}) is {3}", _take, base, step, found)
+            else:
+                conditions.add("{0}({1}, {2}, {3}, {4})", _same, base, step, found, guard)
+        for attributes, count in self._instances.values():
+            conditions.add("len({0}) == {1}", attributes, count)
+        for found, test, expected in self._measured:
+            conditions.add("{0}({1}, {2}) == {3}", measure, found, test, expected)
 
     def _add(self, guard: ValueGuard, roots: Mapping[str, Any]) -> None:
         found = walk(guard.root, guard.path, roots)
@@ -148,10 +153,17 @@ def _plain_dict(base: Any, step: Step) -> Mapping[Any, Any] | None:
     return found
 
 
-def _reading(
-    held: Mapping[Any, Any], known: Mapping[Any, Any]
-) -> tuple[Mapping[Any, Any], Callable[[Any], tuple[Any, ...]], list[int]]:
+def _same(base: Any, step: Step, found: Any, guard: ValueGuard) -> bool:
+    now = _take(base, step)
+    return now is found or measure(now, "value") == guard.expected
+
+
+def _reading(conditions: Conditions, held: Mapping[Any, Any], known: Mapping[Any, Any]) -> None:
     keys = list(known)
     read = itemgetter(*keys, keys[0])  # the first one twice: always a tuple
     # The values are kept alive by their group: an id is not given to another object meanwhile.
-    return held, read, [id(known[key]) for key in (*keys, keys[0])]
+    values = tuple(known[key] for key in (*keys, keys[0]))
+    if all(type(value) in _EQUAL_IF_SAME for value in values):
+        conditions.add("{0}({1}) == {2}", read, held, values)
+    else:
+        conditions.add("list(map(id, {0}({1}))) == {2}", read, held, list(map(id, values)))

@@ -618,3 +618,21 @@ def test_an_example_that_the_module_refuses_is_a_mistake() -> None:
     assert told.value.name == "example_input"
     assert "mat1 and mat2" in str(told.value)
     assert isinstance(told.value.__cause__, RuntimeError)
+
+
+class WritesConstants(nn.Module):
+    """OpenVINO makes of the constant as many rows as the example has, and raises on others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y[:, -2:] = torch.tensor([1.0, 2.0])
+        return y
+
+
+def test_a_graph_that_dies_of_a_size_serves_the_example() -> None:
+    module = WritesConstants().eval()
+    fast = ovshim.accelerate(module, torch.randn(2, 8), prefer="openvino")
+    for rows in (2, 2, 3, 3):
+        check(fast, module, torch.randn(rows, 8), path=None)
+    assert counts(fast)["openvino"] >= 2
+    assert "infer-failed" not in ovshim.explain(fast).to_dict()["eager_reasons"]

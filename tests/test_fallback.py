@@ -175,6 +175,84 @@ def test_the_unsupported_operator_is_named() -> None:
     assert "histc" in told[0].reason.message
 
 
+class WritesWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.linear.weight.mul_(0.9)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_weights_are_written_by_calls_alone(max_norm: float | None) -> None:
+    """Not by what accelerating asks of the module."""
+    renormed = nn.Embedding(10, 8, max_norm=max_norm)
+    module = make(WritesWeight) if max_norm is None else renormed.eval()
+    x = torch.randn(2, 8) if max_norm is None else torch.arange(6)
+    before = copy.deepcopy(module.state_dict())
+    with falls_back("mutates-buffer"):
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+    same(dict(module.state_dict()), dict(before), 0.0)
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        same(fast(x), plain(x), 0.0)
+    same(dict(module.state_dict()), dict(plain.state_dict()), 0.0)
+
+
+class Jacobian(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(lambda row: self.linear(row).tanh()))(x)
+
+
+def test_a_capture_that_fails_inside_a_transform_leaves_none_behind() -> None:
+    module, x = make(Jacobian), torch.randn(2, 8)
+    expected = module(x)
+    with falls_back("capture-failed"):
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch.equal(module(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), expected)
+
+
+class Applies(nn.Module):
+    """Applies a function that PyTorch has and its modules have not."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
+
+
+@pytest.mark.parametrize(
+    ("function", "example"),
+    [
+        (torch.linalg.det, (torch.randn(2, 3, 3),)),
+        (torch.svd, (torch.randn(4, 3),)),
+        (lambda a, b: torch.linspace(a, b, 0), (torch.tensor(0.0), torch.tensor(1.0))),
+    ],
+    ids=["det", "svd", "linspace"],
+)
+def test_what_ends_the_process_never_reaches_openvino(
+    function: Callable[..., Any], example: tuple[Tensor, ...]
+) -> None:
+    module = Applies(function).eval()
+    with falls_back("unsupported-op"):
+        fast = ovshim.accelerate(module, example, prefer="openvino")
+    with torch.inference_mode():
+        for actual, expected in zip(fast(*example), module(*example), strict=True):
+            assert torch.equal(actual, expected)
+
+
 def test_a_buffer_is_not_counted_up_by_building() -> None:
     module = make(CountsInBuffer)
     with falls_back("mutates-buffer"):

@@ -13,8 +13,9 @@ import openvino.opset13 as ops
 import pytest
 import torch
 
-from ovshim import infer
+from ovshim import infer, runtime, slots
 from ovshim.infer import Engine, EngineDead
+from ovshim.single import SingleThreadEngine
 
 _LARGE = 80_000  # float32: over the sizes from which inputs and outputs are bound in place
 
@@ -95,7 +96,7 @@ def test_arrays_and_storages_taken_from_an_output_hold_it(size: int) -> None:
 
 
 def test_a_dropped_large_buffer_is_used_again_and_a_held_one_is_not() -> None:
-    if infer._ALONE < 0:
+    if slots.ALONE < 0:
         pytest.skip("this interpreter does not count references")
     engine = relu_engine((_LARGE,))
     x = torch.randn(_LARGE)
@@ -385,7 +386,7 @@ def test_threads_get_their_own_answers() -> None:
 
 
 def test_without_reference_counts_every_buffer_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infer, "_ALONE", -1)
+    monkeypatch.setattr(infer, "ALONE", -1)
     engine = relu_engine((_LARGE,))
     kept = []
     for _ in range(4):
@@ -394,3 +395,31 @@ def test_without_reference_counts_every_buffer_is_new(monkeypatch: pytest.Monkey
     assert len({got.data_ptr() for _, got in kept}) == 4
     for x, got in kept:
         torch.testing.assert_close(got, eager(x))
+
+
+def test_a_failure_in_one_thread_is_noticed_and_poisons_no_other_model() -> None:
+    """OpenVINO swallows the exception there, and its executor runs the failed request again."""
+
+    def engine() -> SingleThreadEngine:
+        x = ops.parameter([-1, 4], ov.Type.f32)
+        two = ops.constant(np.ones((2, 4), np.float32))
+        model = ov.Model([ops.result(ops.add(ops.relu(x), two))], [x], "test")
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        made = ov.Core().compile_model(model, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+        assert runtime.hides_failures(made, None)
+        return SingleThreadEngine(made, [torch.float32], [torch.float32])
+
+    for _ in range(3):
+        one_thread = engine()
+        for rows in (2, 1):
+            x = torch.randn(rows, 4)
+            answers = [one_thread.run([x])[0] for _ in range(3)]
+            for got in answers:
+                torch.testing.assert_close(got, eager(x).expand(2, 4))
+            assert len({got.data_ptr() for got in answers}) == 3
+        with pytest.raises(EngineDead):
+            one_thread.run([torch.randn(3, 4)])
+        with pytest.raises(EngineDead):
+            one_thread.run([torch.randn(2, 4)])
+        del one_thread
+        gc.collect()

@@ -183,6 +183,9 @@ CASES = {
     **IN_PLACE,
     "operators/logical_not_": case(written(lambda x: x.logical_not_()), FLOATS),
     "operators/tensor": case(second_of_constant, torch.randn(4)),
+    "operators/gather": case(
+        lambda x: x.gather(1, torch.tensor([[7, 0, 3], [1, 1, 2]])), torch.randn(4, 8)
+    ),
     "operators/pow": case(lambda x: (-2.0) ** x, torch.arange(4.0)),
     "missing/trunc": case(lambda i: torch.trunc(odd(i)), PLACES),
     "missing/fix": case(torch.fix, FLOATS),

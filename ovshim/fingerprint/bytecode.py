@@ -15,12 +15,16 @@ import struct
 import sysconfig
 import types
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from opcode import opmap
+from typing import TypeVar
 
 import numpy as np
 import torch
 import xxhash
+
+T = TypeVar("T")
 
 LONGEST_NAME = 64  # of a string that something may be looked up by; others are prose
 
@@ -42,7 +46,7 @@ class Facts:
     """One code object, those nested in it included. The tuples are sorted.
 
     `names` are all names and short strings in it: what an attribute look-up, a `getattr` or a
-    dict may be asked for; `iterated` those among them whose value may be iterated over.
+    dict may be asked for.
     """
 
     digest: bytes
@@ -50,37 +54,41 @@ class Facts:
     imports: tuple[str, ...]
     names: tuple[str, ...]
     strings: tuple[str, ...]
-    iterated: tuple[str, ...]
 
 
-# By identity: equality of code objects compares line numbers and walks all constants. An entry
-# goes when its code object does, so the table is never larger than the program.
-_known: dict[int, tuple[weakref.ref[types.CodeType], Facts]] = {}
+def _once_for_each(read: Callable[[types.CodeType], T]) -> Callable[[types.CodeType], T]:
+    """`read`, which remembers its results for as long as the code objects live.
+
+    By identity: equality of code objects compares line numbers and walks all constants.
+    """
+    known: dict[int, tuple[weakref.ref[types.CodeType], T]] = {}
+
+    @functools.wraps(read)
+    def reading(code: types.CodeType) -> T:
+        key = id(code)
+        entry = known.get(key)
+        if entry is not None and entry[0]() is code:
+            return entry[1]
+        found = read(code)
+        known[key] = (weakref.ref(code, lambda _: known.pop(key, None)), found)
+        return found
+
+    return reading
 
 
+@_once_for_each
 def facts(code: types.CodeType) -> Facts:
     """What `code` says. `ValueError` for a constant that no compiler makes."""
-    key = id(code)
-    known = _known.get(key)
-    if known is not None and known[0]() is code:
-        return known[1]
-    found = _read(code)
-    _known[key] = (weakref.ref(code, lambda _: _known.pop(key, None)), found)
-    return found
-
-
-def _read(code: types.CodeType) -> Facts:
     nested = [facts(const) for const in code.co_consts if isinstance(const, types.CodeType)]
     strings = {text for const in code.co_consts for text in _strings(const)}
     names = set(code.co_names) | {text for text in strings if len(text) <= LONGEST_NAME}
-    globals_, imports, operations = _scan(code)
+    globals_, imports = _scan(code)
     return Facts(
         digest=_digest(code, nested),
         globals=_union(globals_, *(n.globals for n in nested)),
         imports=_union(imports, *(n.imports for n in nested)),
         names=_union(names, *(n.names for n in nested)),
         strings=_union(strings, *(n.strings for n in nested)),
-        iterated=_union(_iterated(code, operations, names), *(n.iterated for n in nested)),
     )
 
 
@@ -88,8 +96,8 @@ def _union(*parts: object) -> tuple[str, ...]:
     return tuple(sorted(set().union(*parts)))  # type: ignore[arg-type]
 
 
-def _scan(code: types.CodeType) -> tuple[set[str], set[str], set[int]]:
-    """Global names loaded, names imported, and all operations.
+def _scan(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Global names loaded, and names imported.
 
     By hand: `dis` makes an object of each instruction, 0.5 s for a transformers model.
     """
@@ -104,15 +112,24 @@ def _scan(code: types.CodeType) -> tuple[set[str], set[str], set[int]]:
             globals_.add(names[argument])
         elif operation == _IMPORT:
             imports.add(names[argument])
-    return globals_, imports, set(raw[::2])
+    return globals_, imports
 
 
-def _iterated(code: types.CodeType, operations: set[int], names: set[str]) -> set[str]:
+@_once_for_each
+def iterated(code: types.CodeType) -> frozenset[str]:
+    """Those of the names in `code`, and in code nested in it, whose value may be iterated over."""
+    nested = [iterated(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    strings = {text for const in code.co_consts for text in _strings(const)}
+    names = set(code.co_names) | {text for text in strings if len(text) <= LONGEST_NAME}
+    return frozenset(_iterated(code, names)).union(*nested)
+
+
+def _iterated(code: types.CodeType, names: set[str]) -> set[str]:
     """Names in statements that iterate over something; all names where that is a local variable.
 
     A loop over a range counts indices and says nothing about order.
     """
-    if not _ITERATE_CODES & operations and _ITERATORS.isdisjoint(names):
+    if not _ITERATE_CODES & set(code.co_code[::2]) and _ITERATORS.isdisjoint(names):
         return set()
     found: set[str] = set()
     statement: list[dis.Instruction] = []

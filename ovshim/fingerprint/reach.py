@@ -56,7 +56,7 @@ class Reach(Writer):
         self.made = made
         self.constructed: set[type] = set()
         self.pinned: dict[type, bool] = {}
-        self.iterated: set[str] = set()  # names in code that iterates over something
+        self.followed: list[types.CodeType] = []
 
     # Classes
 
@@ -203,7 +203,7 @@ class Reach(Writer):
         self.attributes(vars(function), frozenset({"__signature__"}))
         self.depth = depth  # a function in a closure is as deep as the wrapper around it
         self.learn(found.names)
-        self.iterated.update(found.iterated)
+        self.followed.append(function.__code__)
         self.globals(function, found)
 
     def from_library(self, function: types.FunctionType) -> bool:

@@ -16,7 +16,8 @@ import torch.nn.modules.module as torch_module
 import xxhash
 from torch import nn
 
-from ovshim.fingerprint import weights
+from ovshim.fingerprint import bytecode, weights
+from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.errors import Unkeyable
 from ovshim.fingerprint.reach import Reach
 from ovshim.fingerprint.values import rank, text
@@ -77,11 +78,22 @@ class _Walk(Reach):
         self.cls(torch.Tensor, referenced=False)
         self.value(self.root)
         self.run()
+        iterated = self.iterated({attribute for attribute, _ in self.orders})
         for attribute, order in self.orders:
-            if attribute in self.iterated:
+            if attribute in iterated:
                 self.out += [text(attribute), *(rank(key) or b"?" for key in order)]
         self.out += weights.digests(self.tensors)
         return xxhash.xxh3_128_hexdigest(b"".join(self.out))
+
+    def iterated(self, attributes: set[str]) -> set[str]:
+        """Those that the code which was followed iterates over. Only what mentions one is read
+        for it: statements are taken apart slowly."""
+        found: set[str] = set()
+        for followed in self.followed:
+            mentioned = attributes.intersection(facts(followed).names)
+            if not mentioned <= found:
+                found |= mentioned & bytecode.iterated(followed)
+        return found
 
     def module(self, module: nn.Module) -> None:
         self.library = False

@@ -113,7 +113,10 @@ class _Checker:
         self.edits()
         self.second_module()
         for what, actual, expected in self.kept:
-            self.wrong(f"{what}, looked at again later", differences(actual, expected, 1e-4))
+            self.wrong(
+                f"{what}, looked at again later",
+                differences(actual, expected, self.entry.tolerance),
+            )
 
     def wrong(self, what: str, found: list[str]) -> None:
         self.record.wrong.extend(f"{what}: {told}" for told in found[:3])
@@ -222,7 +225,8 @@ class _Checker:
                 self.wrong(what, [f"message {str(raised)[:200]!r} for {str(refused)[:200]!r}"])
             return
         self.wrong(what, differences(actual, expected, self.entry.tolerance))
-        self.wrong(what, differences(for_fast, for_plain, 0.0, "argument"))
+        # What is written to an argument is an answer too.
+        self.wrong(what, differences(for_fast, for_plain, self.entry.tolerance, "argument"))
         if state != state_after:
             self.wrong(what, ["random state after it"])
         shared = sharing(actual, for_fast, _weights(self.fast))

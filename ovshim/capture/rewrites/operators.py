@@ -215,6 +215,33 @@ def _interpolation(node: Node) -> None:
             raise CaptureError(reason("unsupported-op", f"interpolate to a size of 1 ({mode})"))
 
 
+def rows_asked(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """What `torch.gather(x, dim, index)` can take of `x`: as many rows as there are of indices.
+
+    Not as slices: OpenVINO drops those in front of a gather as needless, and refuses it then."""
+    for d, n in enumerate(index.shape):
+        if d != dim % x.dim():
+            x = x.index_select(d, torch.arange(n))
+    return x
+
+
+def _gather(node: Node) -> None:
+    """OpenVINO takes table and indices for equally many rows, and reads elsewhere where they are
+    not. The gather itself stays: its indices are looked at later on."""
+    x: Any = node.args[0]
+    index = argument(node, 2, "index")
+    dim, table, asked = argument(node, 1, "dim"), tensor_of(x), tensor_of(index)
+    if table is None or asked is None or table.dim() == 0 or not isinstance(dim, int):
+        return
+    sizes = enumerate(zip(table.shape, asked.shape, strict=True))
+    others = [pair for d, pair in sizes if d != dim % table.dim()]
+    if not all(statically_known_true(mine == other) for mine, other in others):
+        with node.graph.inserting_before(node):
+            rows = node.graph.call_function(rows_asked, (x, dim, index))
+        rows.meta = dict(x.meta)
+        node.args = (rows, *node.args[1:])
+
+
 def _negative_base(node: Node) -> Function | None:
     """The code of an FX graph reads `-2.0 ** x`, which is another number."""
     base = node.args[0]
@@ -236,6 +263,7 @@ TABLE = (
     Rewrite((operator.getitem,), _subscript, "takes negative ones of several indices for 0"),
     *(_written(name) for name in (*_COMPARISONS, *_LOGICAL)),
     Rewrite((torch.tensor, torch._refs.tensor), _constant, "is written to while it is traced"),
+    Rewrite((torch.gather, "gather"), _gather, "reads elsewhere where there are fewer indices"),
     Rewrite((operator.pow,), _negative_base, "FX writes a negative base without parentheses"),
     Rewrite((F.interpolate,), _interpolation, "to a size of 1 takes the first element"),
 )

@@ -42,7 +42,7 @@ class Scripted(nn.Module):
         return self.linear(x) * 2
 
 
-@awkward("framework/scripted-submodule", seeds=5, path="eager")
+@awkward("framework/scripted-submodule", seeds=5)
 class ScriptedSubmodule(Linear):
     """It branches on values, which no trace through it may freeze."""
 

@@ -1,0 +1,112 @@
+"""What an engine's requests hold: buffers, what copies into them, and the types on both sides."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = [
+    "ALONE",
+    "Array",
+    "Copy",
+    "Slot",
+    "conversion",
+    "element_types",
+    "port_dtype",
+    "references",
+]
+
+Array = np.ndarray[Any, Any]
+Copy = Callable[[torch.Tensor], torch.Tensor]
+
+
+def references(array: list[Array]) -> int:
+    return sys.getrefcount(array[0])
+
+
+def _count_when_alone() -> int:
+    """What `references` gives for an array that no tensor stands on; -1 where it cannot tell.
+
+    Interpreters without reference counts, or with counts split between threads, fail the test or
+    are excluded; outputs are then bound afresh on every call.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return -1
+    array = [np.empty(4, dtype=np.float32)]
+    alone = references(array)
+    tensor = torch.from_numpy(array[0])
+    view = tensor[1:]
+    del tensor
+    held = references(array)
+    del view
+    return alone if held > alone and references(array) == alone else -1
+
+
+ALONE = _count_when_alone()
+
+
+def element_types() -> dict[Any, torch.dtype]:
+    import openvino as ov
+
+    return {
+        ov.Type.f32: torch.float32,
+        ov.Type.f64: torch.float64,
+        ov.Type.f16: torch.float16,
+        ov.Type.bf16: torch.bfloat16,
+        ov.Type.i8: torch.int8,
+        ov.Type.i16: torch.int16,
+        ov.Type.i32: torch.int32,
+        ov.Type.i64: torch.int64,
+        ov.Type.u8: torch.uint8,
+        ov.Type.boolean: torch.bool,
+    }
+
+
+def port_dtype(port: Any, known: dict[Any, torch.dtype]) -> torch.dtype:
+    dtype = known.get(port.element_type)
+    if dtype is None:
+        raise TypeError(f"{port} has an element type without a counterpart in torch.")
+    return dtype
+
+
+def conversion(
+    model: torch.dtype, wanted: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What turns an array's tensor into the wanted one. bf16 arrives as the bits of a float16."""
+    if model == torch.bfloat16:
+        if wanted == torch.bfloat16:
+            return lambda tensor: tensor.view(torch.bfloat16)
+        return lambda tensor: tensor.view(torch.bfloat16).to(wanted)
+    if model == wanted:
+        return None
+    return lambda tensor: tensor.to(wanted)
+
+
+class Slot:
+    """One infer request and what is bound to it; used by one thread at a time."""
+
+    __slots__ = (
+        *("__weakref__", "arrays", "capacity", "checked", "copies", "held", "large", "ready"),
+        *("request", "shapes"),
+    )
+
+    def __init__(self, request: Any, inputs: int) -> None:
+        self.request = request
+        self.forget(inputs)
+
+    def forget(self, inputs: int) -> None:
+        """Take nothing for bound."""
+        # Per input: the shape of the bound buffer (None: bound where it lay, or nothing is), what
+        # copies into it, and the buffers of other shapes, the last used at the end.
+        self.shapes: list[torch.Size | None] = [None] * inputs
+        self.copies: list[Copy | None] = [None] * inputs
+        self.ready: list[dict[torch.Size, tuple[Any, Copy]]] = [{} for _ in range(inputs)]
+        # The buffers that are bound and whose values are looked at, by input, and in a list.
+        self.arrays: dict[int, Array] = {}
+        self.checked: list[Array] = []
+        # The outputs that get buffers of ours, the array last handed out of each, and its bytes.
+        self.large: tuple[int, ...] = ()
+        self.held: dict[int, list[Array]] = {}
+        self.capacity: dict[int, int] = {}
