@@ -646,6 +646,15 @@ def test_the_race_is_asked_who_serves(cache: Path) -> None:
     assert (counts(fast)["openvino"] == 12) == (plan["path"] == "openvino")
 
 
+@pytest.mark.slow
+def test_one_thread_is_enough(cache: Path) -> None:
+    model = lm.make("llama")
+    fast = accelerated(model, cache_dir=cache, threads=1)
+    fast.ovshim.warm(PROMPT)
+    for way in ("greedy", "padded beam", "lookup"):
+        alike(fast, model, **WAYS[way])
+
+
 def test_nothing_stays_behind(pair: Callable[[str], tuple[Any, Any]]) -> None:
     fast = pair("llama")[1]
     room = ovshim.bound.installed(fast)["forward"].dispatcher._room  # type: ignore[attr-defined]

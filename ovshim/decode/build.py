@@ -31,7 +31,7 @@ from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.decode import probes
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
-from ovshim.decode.engine import StatefulEngine
+from ovshim.decode.engine import OneThreadStatefulEngine, StatefulEngine
 from ovshim.decode.experts import experts_of, made_dense
 from ovshim.decode.finish import by_eager, finished, run_race
 from ovshim.decode.manner import Causal
@@ -377,7 +377,9 @@ class _Build:
                 inputs = [torch.int64] * len(self.manner.inputs)
                 if self.form.cross:
                     inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
-                return StatefulEngine(compiled, inputs, states, self.form.dtype, record.checked)
+                alone = runtime.hides_failures(compiled, job.placement["threads"])
+                engine = OneThreadStatefulEngine if alone else StatefulEngine
+                return engine(compiled, inputs, states, self.form.dtype, record.checked)
             except (RuntimeError, TypeError, ValueError) as error:
                 detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
                 raise BuildStopped(reason("compile-failed", detail)) from error

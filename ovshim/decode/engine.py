@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from ovshim.decode.states import variable
-from ovshim.infer import Engine, EngineDead, Slot
+from ovshim.infer import Engine, EngineDead
+from ovshim.single import SingleThreadEngine
+from ovshim.slots import Slot
 
-__all__ = ["StatefulEngine"]
+__all__ = ["OneThreadStatefulEngine", "StatefulEngine"]
 
 # Requests that wait, with the memory of their last conversation.
 _MOST_IDLE = 4
@@ -131,6 +133,10 @@ class StatefulEngine(Engine):
     def _settle(self) -> None:
         self._gate = threading.Condition()
         self._running = self._opening = 0
+
+
+class OneThreadStatefulEngine(StatefulEngine, SingleThreadEngine):
+    """The same in one stream of one thread, where OpenVINO hides failures."""
 
 
 def _as_torch(tensor: Any) -> torch.Tensor:

@@ -100,6 +100,7 @@ def _shell(job: Job, why: Reason | None, entry: Entry | None, cache: str) -> Dec
         pattern=pattern,
         match=lambda args, kwargs: None,
         values_fit=lambda tensors: True,
+        other_values_fit=lambda tensors: True,
         served=None,
         reason=why,
         generation=None,
