@@ -22,6 +22,7 @@ from ovshim.errors import (
 )
 from ovshim.options import Options
 from ovshim.runtime import Device, devices
+from ovshim.scope import Scope, disable, disabled, enable, enabled
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,13 @@ __all__ = [
     "OvshimError",
     "OvshimWarning",
     "PrecisionWarning",
+    "Scope",
     "accelerate",
     "devices",
+    "disable",
+    "disabled",
+    "enable",
+    "enabled",
     "explain",
 ]
 

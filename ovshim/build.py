@@ -39,7 +39,7 @@ from ovshim.record import Record, Rung
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
 
-__all__ = ["build"]
+__all__ = ["build", "is_cached"]
 
 log = logging.getLogger("ovshim")
 
@@ -85,6 +85,13 @@ def build(job: Job) -> Plan:
         "%s.%s: %s%s in %.2f s, cache %s", name, job.method, plan.path, code, spent, plan.cache
     )
     return plan
+
+
+def is_cached(job: Job) -> bool:
+    """Whether there are entries for a module like the job's. Raises whatever a build meets."""
+    job.lowering = lowering_of(job)
+    family, _ = _family(job)
+    return family is not None and bool(job.store.entries(family))
 
 
 def _build(job: Job) -> Plan:

@@ -77,9 +77,12 @@ class Dispatcher:
         self.tally = Tally(module, lambda: self._planner.plans, options.strict, quiet)
         planner_class = LatePlanner if options.background else Planner
         self._planner = planner_class(
-            module, method, original, options, self._plans.__setitem__, self.tally.retire, divide
+            module, method, original, options, self._publish, self.tally.retire, divide
         )
         self._off = not enabled_in_environment()
+
+    def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
+        self._plans[grad] = plans
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""

@@ -41,6 +41,7 @@ class Family:
         self.stale = 0
         self.wait = 0
         self.build: Any = None  # what another thread is making
+        self.met: list[tuple[tuple[int, ...], ...]] = []  # sizes of calls before there was a plan
 
     def add(self, plan: Plan) -> list[Plan]:
         """A plan for more sizes takes the place of those that it covers, which are returned."""
@@ -142,6 +143,19 @@ class Planner:
             family = self._families.setdefault((kind, False), Family())
             return self._make(family, self._job(family, args, kwargs, kind, leaves))
 
+    def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
+        """Take note of a call that no plan was made of: sizes that differ are left open later."""
+        self._families.setdefault((kind, torch.is_grad_enabled()), Family()).met.append(sizes)
+
+    def is_cached(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
+    ) -> bool:
+        """Whether the cache has something for such calls, so that a plan is made in tenths."""
+        from ovshim.build import is_cached
+
+        with _Building():
+            return is_cached(self._job(Family(), args, kwargs, kind, leaves, lenient=True))
+
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in other threads; whether that was so in time."""
         return True
@@ -221,6 +235,8 @@ class Planner:
         )
         for plan in family.plans:
             job.open_sizes(plan.pattern, plan.pinned)
+        for sizes in family.met:
+            job.open_sizes(sizes, frozenset())
         return job
 
     def _make(self, family: Family, job: Job) -> Plan:

@@ -195,6 +195,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Update OpenVINO, or clear the cache directory to try once more.",
         ),
         # What was found, or asked for, afterwards.
+        "seldom": Sentence(
+            "The module was not called often enough for a build to pay.",
+            "Nothing needs doing; ovshim.accelerate builds at once.",
+        ),
         "first-use-mismatch": Sentence(
             "For sizes met for the first time, OpenVINO's outputs did not match those of eager.",
             "Report the module and the sizes, or make those dimensions static.",

@@ -17,7 +17,7 @@ __all__ = ["Tally"]
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
-    | {"stale", "special-values", "out-of-range", "taking-turns", "empty-tensor"}
+    | {"stale", "special-values", "out-of-range", "taking-turns", "empty-tensor", "seldom"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}
@@ -77,9 +77,13 @@ class Tally:
                 self._earlier[path] += plan.calls.value
                 plan.calls = Counter()
 
-    def served(self, path: str) -> int:
-        """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well."""
-        standing = (plan.calls.value for plan in self._plans() if _counts_as(plan) == path)
+    def served(self, path: str, plans: Iterable[Plan] | None = None) -> int:
+        """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well.
+
+        plans: those that stand, where they are at hand.
+        """
+        plans = self._plans() if plans is None else plans
+        standing = (plan.calls.value for plan in plans if _counts_as(plan) == path)
         return self._earlier[path] + sum(standing)
 
     @property

@@ -145,7 +145,8 @@ class Reach(Writer):
     def class_patches(self, cls: type) -> None:
         """Offers the functions in a pinned class that did not come with it."""
         for name, member in list(vars(cls).items()):
-            if any(not pinned_file(f.__code__.co_filename) for f in functions(member)):
+            foreign = (f for f in functions(member) if not pinned_file(f.__code__.co_filename))
+            if not all(getattr(f, "_ovshim_transparent", False) for f in foreign):
                 self.offer(cls, name, member)
 
     def module_patches(self, module: types.ModuleType) -> None:

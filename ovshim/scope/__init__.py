@@ -1,0 +1,261 @@
+"""`enabled`, `disabled`, `enable`, `disable`: whole programs, as they stand."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, ParamSpec, Self, TypeVar, Unpack
+
+from torch.utils._contextlib import _wrap_generator
+
+from ovshim import runtime
+from ovshim.errors import OptionError
+from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
+from ovshim.scope.calls import Entry, end, enter, last_here
+from ovshim.scope.found import Finder
+from ovshim.scope.summary import Summary
+
+__all__ = ["Scope", "Stay", "disable", "disabled", "enable", "enabled"]
+
+log = logging.getLogger("ovshim")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# They are said of one module, and here are many.
+_NOT_OF_MANY = ("inplace", "methods", "dynamic_shapes")
+
+
+class Stay:
+    """A context manager, and a decorator of functions, coroutines and generators.
+
+    It may be entered again, inside itself as well, and by several threads at once. What was there
+    is there again when it is left, in whatever order and thread that happens.
+    """
+
+    _finder: Finder | None = None
+    _everywhere = False
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+
+    def __enter__(self) -> Self:
+        entry = Entry(self._finder)
+        self._entries.append(entry)
+        enter(entry, here=True, everywhere=self._everywhere)
+        return self
+
+    def __exit__(self, *exc: object) -> Literal[False]:
+        # A generator may be closed in another context than it was entered in.
+        entry = last_here(self._entries) or self._entries[-1]
+        self._entries.remove(entry)
+        end(entry)
+        return False
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        if inspect.isgeneratorfunction(function):
+            stepwise: Any = _wrap_generator(lambda: self, function)  # type: ignore[no-untyped-call]
+            return stepwise  # type: ignore[no-any-return]
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def wait_for(*args: P.args, **kwargs: P.kwargs) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return wait_for  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return call
+
+
+class Scope(Stay):
+    """Where the modules that are called are served by OpenVINO: what `enabled` gives.
+
+    It keeps what it has found while it is left and entered again.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        include: tuple[str, ...],
+        exclude: tuple[str, ...],
+        min_speedup: float,
+        all_threads: bool,
+        report: str | os.PathLike[str] | Callable[[Summary], Any] | None,
+    ) -> None:
+        super().__init__()
+        self._told = report
+        self._everywhere = all_threads
+        self._own = Finder(options, include, exclude, min_speedup)
+
+    @property
+    def options(self) -> Options:
+        """The options that modules are accelerated with."""
+        return self._own.options
+
+    def report(self) -> Summary:
+        """What was found so far, and how it was served. `print` it, or take `to_dict()`."""
+        return self._own.summary()
+
+    def __enter__(self) -> Self:
+        # OVSHIM=0 wins, also over a scope that was made before it was set.
+        self._finder = self._own if enabled_in_environment() else None
+        return super().__enter__()
+
+    def __exit__(self, *exc: object) -> Literal[False]:
+        super().__exit__(*exc)
+        if self._told is not None and not self._entries:
+            tell(self.report(), self._told)
+        return False
+
+
+def tell(summary: Summary, told: str | os.PathLike[str] | Callable[[Summary], Any]) -> None:
+    """Give a report to where it was asked for. A file that cannot be written is a log line."""
+    if callable(told):
+        told(summary)
+        return
+    try:
+        summary.write(told)
+    except OSError as error:
+        log.warning("the report was not written: %s", error)
+
+
+def enabled(
+    *,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    min_speedup: float = 1.05,
+    all_threads: bool = False,
+    report: str | os.PathLike[str] | Callable[[Summary], Any] | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Scope:
+    """Accelerate whatever modules are called inside, without touching them.
+
+        with ovshim.enabled() as scope:
+            main()
+        print(scope.report())
+
+    The outermost modules that are called in evaluation mode are found; each is served by OpenVINO
+    once it was called often enough for that to pay, and as long as it is faster. Until then, and
+    for whatever OpenVINO cannot serve, eager answers; nothing is warned of, the report tells. After
+    leaving, nothing is left of it. It is a decorator as well.
+
+    Args:
+        include: names of classes, or `fnmatch` patterns of them (plain, or with their module):
+            only such modules, looked for from the outermost inwards.
+        exclude: such modules are left alone, with everything inside them.
+        min_speedup: a plan that is raced and is not faster than eager by this factor does not
+            serve.
+        all_threads: also in threads that are in no scope of their own; otherwise in this context
+            alone (threads to which it is copied, and asyncio's tasks, follow).
+        report: when it is left: a file to write the report to, as JSON, or a function to give it.
+        options, fields: see `ovshim.Options`; fields win. Not `inplace`, `methods` and
+            `dynamic_shapes`, which are said of one module.
+
+    Raises:
+        OptionError: a value that cannot be right.
+    """
+    for name in _NOT_OF_MANY:
+        if name in fields:
+            raise OptionError(
+                name,
+                fields[name],
+                "nothing here",
+                "It is said of one module: use accelerate().",  # type: ignore[literal-required]
+            )
+    chosen = resolve(options, dict(fields))
+    _check(chosen, min_speedup, all_threads, report)
+    names = _patterns("include", include), _patterns("exclude", exclude)
+    return Scope(chosen, *names, float(min_speedup), all_threads, report)
+
+
+def disabled() -> Stay:
+    """Inside, no module is served that was not accelerated by name, whatever scope is around it:
+    `enabled`, `enable`, or `ovshim run`. In this context; a decorator as well."""
+    return Stay()
+
+
+_process: Scope | None = None
+_process_lock = threading.Lock()
+
+
+def enable(
+    *,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    min_speedup: float = 1.05,
+    report: str | os.PathLike[str] | Callable[[Summary], Any] | None = None,
+    options: Options | None = None,
+    **fields: Unpack[OptionFields],
+) -> Scope:
+    """`enabled` for the whole process, every thread of it, until `disable()`.
+
+    Called again, its new arguments count from then on. Raises OptionError as `enabled` does.
+    """
+    global _process
+    scope = enabled(
+        include=include,
+        exclude=exclude,
+        min_speedup=min_speedup,
+        all_threads=True,
+        report=report,
+        options=options,
+        **fields,
+    )
+    with _process_lock:
+        former, _process = _process, scope
+        entry = Entry(scope._own if enabled_in_environment() else None)
+        scope._entries.append(entry)
+        enter(entry, here=False, everywhere=True)
+    if former is not None:
+        former.__exit__()
+    return scope
+
+
+def disable() -> None:
+    """Undo `enable()`. Without one it does nothing."""
+    global _process
+    with _process_lock:
+        former, _process = _process, None
+    if former is not None:
+        former.__exit__()
+
+
+def _patterns(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    patterns: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise OptionError(
+            name, given, "names of classes or patterns of them", 'Give for example ["Bert*"].'
+        )
+    return patterns
+
+
+def _check(options: Options, min_speedup: Any, all_threads: Any, report: Any) -> None:
+    number = isinstance(min_speedup, (int, float)) and not isinstance(min_speedup, bool)
+    if not number or not 0 <= min_speedup < float("inf"):
+        remedy = "Give the factor below which eager is to go on serving, such as 1.2."
+        raise OptionError("min_speedup", min_speedup, "a finite number of 0 or more", remedy)
+    if not isinstance(all_threads, bool):
+        raise OptionError("all_threads", all_threads, "True or False", "Give one of them.")
+    if report is not None and not callable(report) and not isinstance(report, (str, os.PathLike)):
+        remedy = "Give the name of a file, or a function that takes the report."
+        raise OptionError("report", report, "a path, a function or None", remedy)
+    asked = options.precision
+    wanted = set(asked.values()) if isinstance(asked, Mapping) else {asked}
+    by_auto = asked == "auto" and options.calibration is not None
+    if by_auto or wanted & {"int8", "int8_weights", "int4_weights"}:
+        from ovshim.precision import quantize
+
+        quantize.require(asked)
+    if enabled_in_environment() and options.device != "CPU":
+        runtime.check_device(options.device)

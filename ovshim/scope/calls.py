@@ -1,0 +1,163 @@
+"""`nn.Module.__call__` while a scope is open, and which scope a call belongs to.
+
+The one place where every module's call goes by is asked which call is the outermost: everything
+else about a module stays untouched. With the last scope that ends, the very same function that was
+there before is there again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+__all__ = ["Entry", "end", "enter", "forward_all", "inside", "last_here", "unseen"]
+
+_compiler = torch.compiler
+
+
+class Finder(Protocol):
+    """Serves outermost calls."""
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
+        """What `module(*args, **kwargs)` answers."""
+
+
+class Entry:
+    """One stay in a scope; `finder` None: in none at all, `disabled()`."""
+
+    __slots__ = ("finder", "live")
+
+    def __init__(self, finder: Finder | None) -> None:
+        self.finder = finder
+        self.live = True
+
+
+# No tokens: generators and tasks may leave in another order than they entered in, and where they
+# were not entered. An entry that has ended counts for nothing, wherever it still stands.
+_here: ContextVar[tuple[Entry, ...]] = ContextVar("ovshim_scopes", default=())
+_everywhere: tuple[Entry, ...] = ()
+
+inside: ContextVar[bool] = ContextVar("ovshim_inside", default=False)
+"""Whether the code that runs was called by a module: what it calls is not outermost."""
+
+_lock = threading.Lock()
+_open = 0
+_before: Any = nn.Module.__call__
+
+
+def _call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    # A constant to Dynamo, which then sees the original alone.
+    if _compiler.is_dynamo_compiling() or inside.get():
+        return _before(self, *args, **kwargs)
+    finder = _current()
+    if finder is None:
+        return _before(self, *args, **kwargs)
+    return finder.call(self, args, kwargs)
+
+
+# Whoever reads code to know what a module computes need not read this.
+_call._ovshim_transparent = True  # type: ignore[attr-defined]
+
+
+def _current() -> Finder | None:
+    for entry in reversed(_here.get()):
+        if entry.live:
+            return entry.finder
+    for entry in reversed(_everywhere):
+        if entry.live:
+            return entry.finder
+    return None
+
+
+def forward_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call as it would be without us, and all calls within it."""
+    token = inside.set(True)
+    try:
+        return _before(module, *args, **kwargs)
+    finally:
+        inside.reset(token)
+
+
+def unseen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call as it would be without us; of calls within it one may be the outermost."""
+    return _before(module, *args, **kwargs)
+
+
+def last_here(entries: Sequence[Entry]) -> Entry | None:
+    """The last of these stays that was begun in this context."""
+    return next((entry for entry in reversed(_here.get()) if entry in entries), None)
+
+
+def enter(entry: Entry, here: bool, everywhere: bool) -> None:
+    """Begin a stay.
+
+    Args:
+        here: in this context (and in those copied from it).
+        everywhere: in every thread of the process that is in no scope of its own.
+    """
+    global _open, _everywhere
+    with _lock:
+        if entry.finder is not None:
+            if _open == 0:
+                _install()
+            _open += 1
+        if everywhere:
+            _everywhere = (*(known for known in _everywhere if known.live), entry)
+    if here:
+        _here.set((*(known for known in _here.get() if known.live), entry))
+
+
+def end(entry: Entry) -> None:
+    """End a stay, in whichever thread or context. Does nothing the second time."""
+    global _open, _everywhere
+    with _lock:
+        if not entry.live:
+            return
+        entry.live = False
+        _everywhere = tuple(known for known in _everywhere if known.live)
+        if entry.finder is not None:
+            _open -= 1
+            if _open == 0:
+                _restore()
+    _here.set(tuple(known for known in _here.get() if known.live))
+
+
+def _install() -> None:
+    global _before
+    if nn.Module.__call__ is not _call:
+        _before = nn.Module.__call__
+        nn.Module.__call__ = _call  # type: ignore[method-assign]
+        _tell_dynamo(_before, _call)
+
+
+def _restore() -> None:
+    if nn.Module.__call__ is _call:
+        nn.Module.__call__ = _before  # type: ignore[method-assign]
+    # Else somebody has put theirs over ours and will put ours back. It does nothing then, and goes
+    # when the next scope ends.
+    _tell_dynamo(_call, _before)
+
+
+def _tell_dynamo(old: Any, new: Any) -> None:
+    """Dynamo remembers the method that it found when it was imported: where a module has another
+    one it traces that, and guards all that it reads."""
+    for name in ("torch._dynamo.utils", "torch._dynamo.variables.nn_module"):
+        module = sys.modules.get(name)
+        if getattr(module, "unpatched_nn_module_call", None) is old:
+            module.unpatched_nn_module_call = new  # type: ignore[union-attr]
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # it may have been held by a thread that is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

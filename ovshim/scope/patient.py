@@ -1,0 +1,186 @@
+"""A dispatcher that makes no plan before the module has been called often enough for it to pay."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ovshim.dispatch import Dispatcher
+from ovshim.options import Options
+from ovshim.parts import divide
+from ovshim.plan import Plan
+from ovshim.planner import known_kind
+from ovshim.reasons import Reason, reason
+from ovshim.signature import flatten_call, sizes_of
+
+__all__ = ["Patient"]
+
+log = logging.getLogger("ovshim")
+
+# However slow they are: a call or two may be all that there is.
+_FEWEST_CALLS = 2
+# Seconds that eager must have taken before a plan is made. Whoever has waited for eager as long as
+# a build would take has lost at most as much again; and what the cache holds is there in tenths.
+_WORTH_BUILDING = 1.0
+_WORTH_LOOKING_UP = 0.1
+# So many plans one module may have, whatever the kinds of its calls.
+_MOST_PLANS = 8
+# Sizes are looked at in the first calls, and then in fewer and fewer.
+_LOOKED_AT = 16
+_LONGEST_REST = 4096
+
+_SELDOM = reason("seldom")
+
+
+class Patient(Dispatcher):
+    """Serves a module that nobody has asked to accelerate.
+
+    Args:
+        least: the speedup below which a plan does not serve.
+
+    Attributes:
+        resting: so many calls need not come here, for eager would serve them anyway.
+        why: why eager served last.
+    """
+
+    def __init__(self, module: nn.Module, original: Any, options: Options, least: float) -> None:
+        self._least = least
+        super().__init__(module, "forward", original, options, divide, quiet=True)
+        self.resting = 0
+        self.why: Reason | None = None
+        self._rest = 1
+        self._built = 0
+        self._begin(_WORTH_LOOKING_UP)
+
+    def _begin(self, needed: float) -> None:
+        """Count anew what eager costs."""
+        self._calls = 0
+        self._seconds = 0.0
+        self._needed = needed
+        self._weights = self._versions()
+
+    # --- before there is a plan ---------------------------------------------------------------
+
+    def _unplanned(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], stale: Reason | None = None
+    ) -> Any:
+        if stale is not None:
+            self._changed()
+        if self._off or self.options.prefer == "eager":
+            return super()._unplanned(args, kwargs, stale)
+        if sum(map(len, self._plans.values())) >= _MOST_PLANS:
+            if not self._serves():
+                self._take_rest()
+            return self._in_eager(reason("too-many-plans"), args, kwargs)
+        if not self._is_due(args, kwargs):
+            return self._waited(stale or _SELDOM, args, kwargs)
+        # The next kind of call has to earn its plan as well, and more than this one had to; and in
+        # other threads, meanwhile, no call is due.
+        self._changed()
+        output = super()._unplanned(args, kwargs, stale)
+        if not self._serves():
+            self._take_rest()
+        return output
+
+    def _is_due(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a plan is to be made of this call."""
+        if self._calls < _FEWEST_CALLS:
+            return False
+        wanted = self.options.prefer == "openvino"
+        if not wanted and self._seconds < self._needed:
+            return False
+        if self._versions() != self._weights:  # trained between calls
+            self._changed()
+            return False
+        if not wanted and self._needed < self._price() and not self._is_cached(args, kwargs):
+            self._needed = self._price()
+            return self._seconds >= self._needed
+        return True
+
+    def _waited(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Eager's answer, timed."""
+        if self._calls < _LOOKED_AT or self._calls.bit_count() == 1:
+            self._meet(args, kwargs)
+        started = time.perf_counter()
+        output = self._in_eager(why, args, kwargs)
+        self._seconds += time.perf_counter() - started
+        self._calls += 1
+        return output
+
+    def _meet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sizes in which calls differ are left open by the first plan."""
+        leaves, structure = flatten_call(args, kwargs)
+        kind = known_kind(leaves, structure)
+        if not isinstance(kind, Reason):
+            self._planner.meet(kind, sizes_of(leaves))
+
+    def _is_cached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        leaves, structure = flatten_call(args, kwargs)
+        kind = known_kind(leaves, structure)
+        with contextlib.suppress(Exception):  # the build will meet it again, and say so
+            return not isinstance(kind, Reason) and self._planner.is_cached(
+                args, kwargs, kind, leaves
+            )
+        return False
+
+    def _price(self) -> float:
+        return _WORTH_BUILDING * 2.0**self._built
+
+    def _changed(self) -> None:
+        """A plan has been made, or the module is not what it was: the next one has to earn more."""
+        self._built += 1
+        self._begin(self._price())
+
+    def _versions(self) -> list[tuple[int, int]]:
+        held = [*self.module.parameters(), *self.module.buffers()]
+        return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+
+    # --- plans that do not pay ----------------------------------------------------------------
+
+    def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
+        for plan in plans:
+            slow = plan.speedup is not None and plan.speedup < self._least
+            if slow and plan.reason is None and self.options.prefer == "faster":
+                self.tally.retire([plan])
+                plan.served = None
+                text = f"{plan.speedup:.2f}x is less than min_speedup={self._least:g}"
+                plan.reason = reason("slower", text)
+            elif slow and plan.parts is not None:
+                self.tally.retire([plan])
+                plan.parts = None
+        super()._publish(grad, plans)
+        self.resting, self._rest = 0, 1
+
+    def _without_graph(
+        self,
+        plan: Plan,
+        tensors: Sequence[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if not self._serves():
+            self._take_rest()
+        return super()._without_graph(plan, tensors, args, kwargs)
+
+    def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.why = why
+        return super()._in_eager(why, args, kwargs)
+
+    def _serves(self) -> bool:
+        """Whether OpenVINO serves any calls at all."""
+        for plan in (plan for known in self._plans.values() for plan in known):
+            lanes = list(plan.lanes.values()) if plan.served is not None else []
+            if plan.parts is not None or not all(lane.eager for lane in lanes):
+                return True
+        return False
+
+    def _take_rest(self) -> None:
+        """Even to find out that eager serves costs more than a small module's call."""
+        self.resting = self._rest
+        self._rest = min(2 * self._rest, _LONGEST_REST)
