@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import logging
@@ -167,12 +168,8 @@ def enabled(
     """
     for name in _NOT_OF_MANY:
         if name in fields:
-            raise OptionError(
-                name,
-                fields[name],
-                "nothing here",
-                "It is said of one module: use accelerate().",  # type: ignore[literal-required]
-            )
+            remedy = "It is said of one module: use accelerate()."
+            raise OptionError(name, dict(fields)[name], "nothing here", remedy)
     chosen = resolve(options, dict(fields))
     _check(chosen, min_speedup, all_threads, report)
     names = _patterns("include", include), _patterns("exclude", exclude)
@@ -186,6 +183,8 @@ def disabled() -> Stay:
 
 
 _process: Scope | None = None
+_last: Scope | None = None
+_OWNER = "_OVSHIM_REPORT_OWNER"
 _process_lock = threading.Lock()
 
 
@@ -213,6 +212,11 @@ def enable(
         **fields,
     )
     with _process_lock:
+        if _process is None:
+            atexit.unregister(_write_at_exit)
+            atexit.register(_write_at_exit)
+        # Children inherit it, and so know that the file is not theirs.
+        os.environ.setdefault(_OWNER, str(os.getpid()))
         former, _process = _process, scope
         entry = Entry(scope._own if enabled_in_environment() else None)
         scope._entries.append(entry)
@@ -224,11 +228,30 @@ def enable(
 
 def disable() -> None:
     """Undo `enable()`. Without one it does nothing."""
-    global _process
+    global _process, _last
     with _process_lock:
         former, _process = _process, None
+        _last = former or _last
     if former is not None:
         former.__exit__()
+
+
+def process_report() -> Summary | None:
+    """What the scope of the whole process has found; None where there was none."""
+    scope = _process or _last
+    return None if scope is None else scope.report()
+
+
+def _write_at_exit() -> None:
+    """Write the report to `OVSHIM_REPORT`; child processes write theirs beside it."""
+    path = os.environ.get("OVSHIM_REPORT")
+    summary = process_report()
+    if not path or summary is None:
+        return
+    if os.environ.get(_OWNER, str(os.getpid())) != str(os.getpid()):
+        stem, suffix = os.path.splitext(path)
+        path = f"{stem}.{os.getpid()}{suffix}"
+    tell(summary, path)
 
 
 def _patterns(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
