@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "report_of"]
 
 
 class Handle:
@@ -51,24 +51,7 @@ class Handle:
 
     def report(self) -> Report:
         """How the module has been served so far; `ovshim.explain(fast)` is the same."""
-        dispatchers = self._dispatchers
-        plans = [plan for dispatcher in dispatchers for plan in dispatcher.plans]
-        eager: dict[str, int] = {}
-        calls = {"openvino": 0, "mixed": 0, "eager": 0}
-        for dispatcher in dispatchers:
-            calls["openvino"] += dispatcher.tally.served("openvino")
-            calls["mixed"] += dispatcher.tally.served("mixed")
-            for code, count in dispatcher.tally.eager.items():
-                eager[code] = eager.get(code, 0) + count
-        calls["eager"] = sum(eager.values())
-        return Report(
-            module=type(self._module).__qualname__,
-            device=self.options.device,
-            precision=plans[0].precision if plans else _asked(self.options),
-            calls=calls,
-            eager=eager,
-            plans=[plan.to_dict() for plan in plans],
-        )
+        return report_of(type(self._module).__qualname__, self.options, self._dispatchers)
 
     def stats(self) -> dict[str, int]:
         """Number of calls by path."""
@@ -149,6 +132,27 @@ class Handle:
     def _dispatchers(self) -> Sequence[Dispatcher]:
         bound = installed(self._module).values()
         return [b.dispatcher for b in bound if isinstance(b.dispatcher, Dispatcher)]
+
+
+def report_of(name: str, options: Options, dispatchers: Sequence[Dispatcher]) -> Report:
+    """How the methods of one module, of that name, have been served so far."""
+    plans = [plan for dispatcher in dispatchers for plan in dispatcher.plans]
+    eager: dict[str, int] = {}
+    calls = {"openvino": 0, "mixed": 0, "eager": 0}
+    for dispatcher in dispatchers:
+        calls["openvino"] += dispatcher.tally.served("openvino")
+        calls["mixed"] += dispatcher.tally.served("mixed")
+        for code, count in dispatcher.tally.eager.items():
+            eager[code] = eager.get(code, 0) + count
+    calls["eager"] = sum(eager.values())
+    return Report(
+        module=name,
+        device=options.device,
+        precision=plans[0].precision if plans else _asked(options),
+        calls=calls,
+        eager=eager,
+        plans=[plan.to_dict() for plan in plans],
+    )
 
 
 def _asked(options: Options) -> str:

@@ -30,12 +30,15 @@ class Tally:
         plans: gives the plans that stand; they count their own calls.
         strict: raise instead of warning.
         quiet: warn of nothing.
+
+    Attributes:
+        name: of the module, in warnings.
     """
 
     def __init__(
         self, module: nn.Module, plans: Callable[[], Sequence[Plan]], strict: bool, quiet: bool
     ) -> None:
-        self._module = module
+        self.name = type(module).__qualname__
         self._plans = plans
         self._strict = strict
         self._quiet = quiet
@@ -58,8 +61,7 @@ class Tally:
         if why.code not in self._warned:
             self._warned.add(why.code)
             if why.code not in _SILENT and not self._quiet:
-                name = type(self._module).__qualname__
-                warnings.warn(FallbackWarning(why, name), stacklevel=_users_level())
+                warnings.warn(FallbackWarning(why, self.name), stacklevel=_users_level())
 
     def tell_precision(self) -> None:
         """Warn, once each, of plans that run in another precision than was asked for."""

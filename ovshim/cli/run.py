@@ -249,6 +249,9 @@ def _print_table(process: int) -> None:
         return  # a child that was forked
     scope = sys.modules.get("ovshim.scope")
     summary = None if scope is None else scope.process_report()
-    text = "ovshim: torch was not imported" if summary is None else str(summary)
+    from ovshim.options import enabled_in_environment
+
+    off = "torch was not imported" if enabled_in_environment() else "switched off by OVSHIM=0"
+    text = f"ovshim: {off}" if summary is None else str(summary)
     if sys.stderr is not None:
         print(text, file=sys.stderr)
