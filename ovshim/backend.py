@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="ovshim")`: the graphs that Dynamo cuts out of a program.
 
 Dynamo hands over a graph whose weights are inputs, and passes the present ones on every call
-without a look at them. Here they are frozen: for each set of weights that comes along, a module that
-holds them and takes the rest, which is served like any other module: proved against the graph
+without a look at them. Here they are frozen: for each set of weights that comes along, a module
+that holds them and takes the rest, which is served like any other module: proved against the graph
 itself, raced against it, watched for changes of the weights, kept in the cache. Calls that record
 gradients run the graph as it was given.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import operator
 import re
 import threading
 import warnings
@@ -37,6 +38,16 @@ __all__ = ["compile_graph", "reports"]
 _MOST_SETS = 8
 # What Dynamo says by itself, or what is of modules.
 _NOT_OF_GRAPHS = ("inplace", "methods", "dynamic_shapes", "dynamic_batch")
+
+# What Dynamo writes for arithmetic on sizes, and does not read itself.
+_OF_NUMBERS: dict[Any, Callable[..., Any]] = {
+    torch.sym_sum: sum,
+    torch.sym_max: max,
+    torch.sym_min: min,
+    torch.sym_int: int,
+    torch.sym_float: float,
+    torch.sym_not: operator.not_,
+}
 
 _wants_grad: Callable[[torch.Tensor], bool] = attrgetter("requires_grad")
 _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
@@ -328,7 +339,24 @@ def _frozen_module(
             held[node.target] = attrgetter(node.target)(graph)
         at[node] = copied.node_copy(node, lambda old: at[old])
         at[node].meta = {}
+        if node.target in _OF_NUMBERS:
+            at[node].target = _OF_NUMBERS[node.target]
+        _leave_out_empty(node, at[node])
     return fx.GraphModule(held, copied).eval()
+
+
+def _leave_out_empty(node: fx.Node, copied: fx.Node) -> None:
+    """A cache of keys begins with `torch.cat([torch.tensor([]), keys])`: torch passes over tensors
+    of that one shape, and OpenVINO does not take them."""
+    if node.target is not torch.cat or not isinstance(node.args[0], (list, tuple)):
+        return
+    fakes = [part.meta.get("example_value") for part in node.args[0] if isinstance(part, fx.Node)]
+    known = [fake for fake in fakes if isinstance(fake, torch.Tensor)]
+    full = [i for i, fake in enumerate(known) if tuple(fake.shape) != (0,)]
+    same = len(known) == len(node.args[0]) and len({fake.dtype for fake in known}) == 1
+    if full and same and len(full) < len(known):
+        parts: Any = copied.args[0]
+        copied.args = ([parts[i] for i in full], *copied.args[1:])
 
 
 def _reads_number(node: fx.Node) -> bool:
@@ -340,12 +368,12 @@ _USERS_LINE = re.compile(r'File "(?:.*[/\\\\])?([^"]+)", line (\d+), in (\w+)')
 
 
 def _name_of(graph: fx.GraphModule) -> str:
-    """A name for reports: torch's own number of the graph, and the user's line that it begins at."""
+    """A name for reports: torch's own number of the graph, and the line that it begins at."""
     number = torch._guards.CompileContext.current_compile_id()
     for node in graph.graph.nodes:
         lines = _USERS_LINE.findall(node.stack_trace or "")
         if lines:
-            file, line, function = lines[0]
+            file, line, function = lines[-1]
             return f"graph {number} ({file}:{line} in {function})"
     return f"graph {number}"
 

@@ -1,0 +1,564 @@
+"""`enabled`, `disabled`, `enable`, `disable`: programs as they stand, and nothing left behind."""
+
+import asyncio
+import contextvars
+import copy
+import gc
+import io
+import json
+import pickle
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import same
+from modules import Mlp, Scaled, make
+from torch import Tensor, nn
+
+import ovshim
+from ovshim.scope import Summary, patient
+
+CALL = nn.Module.__call__
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    yield
+    assert nn.Module.__call__ is CALL
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every build pays."""
+    monkeypatch.setattr(patient, "_WORTH_BUILDING", 0.0)
+    monkeypatch.setattr(patient, "_WORTH_LOOKING_UP", 0.0)
+
+
+def x(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 8)
+
+
+def warm(module: nn.Module, calls: int = 3) -> None:
+    """The first calls, which are eager's, and the one that a plan is made of."""
+    with torch.no_grad():
+        for _ in range(calls):
+            module(x())
+
+
+def row(summary: Summary, name: str = "Mlp") -> dict[str, Any]:
+    (found,) = [row.to_dict() for row in summary.rows if row.module == name]
+    return found
+
+
+def served(scope: ovshim.Scope, name: str = "Mlp") -> int:
+    rows = [row for row in scope.report().rows if row.module == name]
+    return sum(row.calls["openvino"] for row in rows)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 1
+
+
+# What it does, and that nothing is left
+
+
+def test_what_is_called_often_is_served_and_nothing_is_put_on_it() -> None:
+    net, before = make(Mlp), set(make(Mlp).__dict__)
+    calls = [x(3), x(3), x(5), x(7), x(3)]
+    with torch.no_grad():
+        expected = [net(inputs) for inputs in calls]
+        with ovshim.enabled(prefer="openvino") as scope:
+            assert nn.Module.__call__ is not CALL
+            answers = [net(inputs) for inputs in calls]
+            assert set(net.__dict__) == before
+    assert set(net.__dict__) == before
+    same(answers, expected)
+    found = row(scope.report())
+    assert found["calls"] == {"openvino": 2, "mixed": 0, "eager": 3, "training": 0}
+    assert found["eager_reasons"] == {"seldom": 2, "building": 1}
+    # The third call had another batch than the first two: one plan for all.
+    assert [plan["signature"] for plan in found["plans"]] == ["[0]: float32[?, 8]"]
+
+
+def test_sizes_that_differ_from_the_start_are_open_in_the_first_plan() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval()
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        for length in (3, 4, 5, 6, 7):
+            net(torch.randn(2, length, 8))
+    (plan,) = row(scope.report(), "Sequential")["plans"]
+    assert plan["signature"] == "[0]: float32[?, ?, 8]"
+    assert served(scope, "Sequential") == 2
+
+
+def test_only_the_outermost_module_is_served() -> None:
+    net = make(Outer)
+    with ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 5)
+    assert [row.module for row in scope.report().rows] == ["Outer"]
+
+
+def test_a_program_that_calls_seldom_is_left_alone() -> None:
+    net = make(Mlp)
+    with ovshim.enabled() as scope:
+        warm(net, 20)
+    found = row(scope.report())
+    assert found["calls"]["eager"] == found["eager_reasons"]["seldom"] == 20
+    assert found["plans"] == []
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_is_hardly_faster_is_left_alone() -> None:
+    net = make(Mlp)
+    with ovshim.enabled(min_speedup=1e6) as scope:
+        warm(net, 40)
+    found = row(scope.report())
+    assert found["calls"]["openvino"] == 0
+    assert found["plans"][0]["reason"]["code"] == "slower"
+    # Most of the calls did not even go by the plan.
+    assert sum(found["eager_reasons"].values()) < 20 < found["calls"]["eager"]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_another_scope_and_accelerate_find_what_was_built() -> None:
+    net = make(Mlp)
+    ovshim.accelerate(net, x(), prefer="openvino")
+    with ovshim.enabled() as scope:
+        warm(net)
+    assert [plan["cache"] for plan in row(scope.report())["plans"]] == ["hit"]
+
+
+def test_plans_of_one_module_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient, "_MOST_PLANS", 1)
+    net = make(Mlp)
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        for _ in range(4):
+            net(torch.randn(2, 2, 8))
+    found = row(scope.report())
+    assert len(found["plans"]) == 1
+    assert found["eager_reasons"]["too-many-plans"] == 4
+
+
+def test_a_module_that_changes_is_built_for_less_and_less_often() -> None:
+    net = make(Mlp)
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        for _ in range(6):
+            net.first.weight.mul_(1.01)
+            expected = nn.Module.__call__.__globals__["_before"](net, inputs := x())
+            same(net(inputs), expected)
+    assert row(scope.report())["plans"] == []  # never twice the same weights
+
+
+def test_weights_changed_after_the_plan() -> None:
+    net = make(Mlp)
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        net.last.bias.add_(1)
+        inputs = x()
+        answer = net(inputs)
+    with torch.no_grad():
+        same(answer, net(inputs))
+    assert served(scope) == 1
+
+
+def test_attributes_are_those_of_the_users_module() -> None:
+    net = make(Scaled)
+    inputs = x()
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        net.k = 5.0
+        same(net(inputs), net.linear(inputs) * 5)
+        for _ in range(4):
+            net(inputs)
+        same(net(inputs), net.linear(inputs) * 5)
+    assert served(scope, "Scaled") >= 2
+
+
+def test_training_and_gradients_are_eagers() -> None:
+    net = make(Mlp)
+    with ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        net.train()
+        loss = net(x()).sum()
+        loss.backward()
+        assert net.last.weight.grad is not None
+        net.eval()
+        assert net(x().requires_grad_()).grad_fn is not None
+    assert row(scope.report())["calls"]["training"] == 1
+    assert served(scope) == 1
+
+
+def test_the_modules_own_hooks_fire_around_it() -> None:
+    net, fired = make(Mlp), []
+
+    def before(module: nn.Module, args: Any) -> Any:
+        fired.append(module)
+        return (args[0] + 1,)
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        fired.append(module)
+        return output * 2
+
+    net.register_forward_pre_hook(before)
+    net.register_forward_hook(after)
+    inputs = x()
+    with torch.no_grad():
+        expected = net(inputs)
+        fired.clear()
+        with ovshim.enabled(prefer="openvino") as scope:
+            answers = [net(inputs) for _ in range(4)]
+            assert "forward" not in net.__dict__
+    for answer in answers:
+        same(answer, expected)
+    assert all(module is net for module in fired)
+    assert len(fired) == 8
+    assert served(scope) == 1
+
+
+def test_an_exception_of_the_modules_own_leaves_nothing() -> None:
+    net = make(Mlp)
+    net.register_forward_hook(lambda *_: None)
+    with ovshim.enabled(prefer="openvino"):
+        warm(net, 4)
+        with pytest.raises(RuntimeError, match="mat1"):
+            net(torch.randn(2, 9))
+        assert "forward" not in net.__dict__
+        warm(net)
+
+
+def test_copies_and_pickles_made_inside_know_nothing_of_it() -> None:
+    net = make(Mlp)
+    with ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 5)
+        copied = copy.deepcopy(net)
+        data = pickle.dumps(net)
+        saved = io.BytesIO()
+        torch.save(net, saved)
+    assert served(scope) == 2
+    assert set(copied.__dict__) == set(net.__dict__)
+    assert b"ovshim" not in data
+    assert b"ovshim" not in saved.getvalue()
+
+
+def test_what_is_accelerated_by_name_stays_so() -> None:
+    fast = ovshim.accelerate(make(Mlp), x(), prefer="openvino")
+    with torch.no_grad(), ovshim.enabled() as scope, ovshim.disabled():
+        fast(x())
+    assert ovshim.explain(fast).calls["openvino"] == 1
+    assert scope.report().rows == ()
+
+
+def test_a_module_that_nobody_holds_goes_with_all_that_was_made_of_it() -> None:
+    net = make(Mlp)
+    with ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        gone, weight = weakref.ref(net), weakref.ref(net.first.weight)
+        del net
+        gc.collect()
+        assert gone() is None
+        assert weight() is None
+    assert served(scope) == 1  # what there is to tell of it stays
+
+
+def test_a_forward_of_the_instances_own_is_left_alone() -> None:
+    net = make(Mlp)
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        net.forward = lambda inputs: inputs + 7  # type: ignore[method-assign]
+        inputs = x()
+        same(net(inputs), inputs + 7)
+    assert served(scope) == 1
+
+
+@pytest.mark.slow
+def test_torch_compile_sees_the_original_and_remembers_nothing() -> None:
+    import torch._dynamo.utils
+
+    net, inputs = make(Outer), x()
+    with torch.no_grad():
+        expected = net(inputs)
+        with ovshim.enabled(prefer="openvino") as scope:
+            compiled = torch.compile(net, backend="eager", fullgraph=True)
+            for _ in range(4):
+                same(compiled(inputs), expected)
+            exported = torch.export.export(net, (inputs,)).module()
+            traced = torch.jit.trace(net, (inputs,))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            same(compiled(inputs), expected)
+    same(exported(inputs), expected)
+    same(traced(inputs), expected)
+    assert served(scope, "Outer") == 0
+    assert torch._dynamo.utils.unpatched_nn_module_call is CALL
+
+
+# Which modules
+
+
+@pytest.mark.parametrize("names", ["Mlp", ["Ml*"], ["modules.Mlp"], ["Other", "*.Mlp"]])
+def test_included_modules_are_looked_for_inwards(names: Any) -> None:
+    net = make(Outer)
+    with ovshim.enabled(prefer="openvino", include=names) as scope:
+        warm(net, 4)
+    assert [row.module for row in scope.report().rows] == ["Mlp"]
+    assert served(scope) == 1
+
+
+def test_excluded_modules_are_left_alone_with_what_is_inside() -> None:
+    net, other = make(Outer), make(Scaled)
+    with ovshim.enabled(prefer="openvino", exclude="Outer") as scope:
+        warm(net, 4)
+        warm(other, 4)
+    assert [row.module for row in scope.report().rows] == ["Scaled"]
+
+
+def test_modules_without_weights_are_left_alone() -> None:
+    with ovshim.enabled(prefer="openvino") as scope:
+        for _ in range(5):
+            nn.MSELoss()(x(), x())
+    assert scope.report().rows == ()
+
+
+# Where it holds
+
+
+def on() -> bool:
+    """Whether a module that is called now would be found."""
+    call: Any = nn.Module.__call__
+    return call is not CALL and call.__globals__["_current"]() is not None
+
+
+def test_scopes_nest_and_are_entered_again() -> None:
+    scope = ovshim.enabled()
+    assert not on()
+    with scope:
+        with scope, ovshim.disabled():
+            assert not on()
+            with ovshim.enabled():
+                assert on()
+            assert not on()
+        assert on()
+    assert not on()
+    with pytest.raises(KeyError), scope:
+        raise KeyError
+    assert not on()
+
+
+def test_the_inner_scope_serves() -> None:
+    net, outer, inner = make(Mlp), ovshim.enabled(), ovshim.enabled(prefer="openvino")
+    with outer, inner:
+        warm(net, 5)
+    assert served(inner) == 2
+    assert outer.report().rows == ()
+
+
+def test_a_scope_that_is_entered_again_remembers() -> None:
+    net, scope = make(Mlp), ovshim.enabled(prefer="openvino")
+    for _ in range(5):
+        with scope:
+            warm(net, 1)
+        assert nn.Module.__call__ is CALL
+    assert served(scope) == 2
+
+
+def test_generators_may_be_left_in_any_order() -> None:
+    def inside(scope: Any) -> Iterator[bool]:
+        with scope:
+            yield on()
+
+    first, second = inside(ovshim.enabled()), inside(ovshim.disabled())
+    assert next(first)
+    assert not next(second)
+    first.close()
+    assert not on()  # `second` is still where it is
+    second.close()
+    assert not on()
+    third, fourth = inside(ovshim.enabled()), inside(ovshim.enabled())
+    next(third), next(fourth)
+    third.close()
+    assert on()
+    fourth.close()
+    assert nn.Module.__call__ is CALL
+
+
+def test_a_generator_closed_in_another_context() -> None:
+    def inside() -> Iterator[None]:
+        with ovshim.enabled():
+            yield
+
+    generator = inside()
+    next(generator)
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert not on()
+
+
+def test_tasks_have_each_their_own() -> None:
+    scope, seen = ovshim.enabled(), {}
+
+    async def enter(name: str, before: float, inside: float) -> None:
+        await asyncio.sleep(before)
+        with scope:
+            await asyncio.sleep(inside)
+            seen[name] = on()
+        seen[f"{name} after"] = on()
+
+    async def all_of_them() -> None:
+        await asyncio.gather(enter("a", 0.0, 0.02), enter("b", 0.01, 0.03), enter("c", 0.0, 0.05))
+        seen["outside"] = on()
+
+    asyncio.run(all_of_them())
+    names = ("a", "b", "c")
+    assert seen == dict.fromkeys(names, True) | dict.fromkeys(
+        [*(f"{name} after" for name in names), "outside"], False
+    )
+
+
+def in_a_thread(ask: Any) -> Any:
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append(ask()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+def test_threads_follow_by_their_context_or_all_at_once() -> None:
+    with ovshim.enabled():
+        assert not in_a_thread(on)
+        context = contextvars.copy_context()
+        assert in_a_thread(lambda: context.run(on))
+    assert not context.run(on)  # what has ended has ended everywhere
+    with ovshim.enabled(all_threads=True), ovshim.disabled():
+        assert in_a_thread(on)
+        assert not on()
+    assert not in_a_thread(on)
+
+
+def test_several_threads_call_one_module() -> None:
+    net, inputs = make(Mlp), [x(n) for n in range(1, 5)]
+    with torch.no_grad():
+        expected = [net(given) for given in inputs]
+    wrong: list[Any] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                for given, answer in zip(inputs, expected, strict=True):
+                    try:
+                        same(net(given), answer)
+                    except BaseException as error:
+                        wrong.append(error)
+
+    with ovshim.enabled(prefer="openvino", all_threads=True) as scope:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert served(scope) > 0
+    assert sum(row(scope.report())["calls"].values()) == 320
+
+
+def test_enable_and_disable_are_the_processs() -> None:
+    net = make(Mlp)
+    ovshim.disable()  # does nothing
+    scope = ovshim.enable(prefer="openvino")
+    try:
+        assert in_a_thread(on)
+        in_a_thread(lambda: warm(net, 4))
+        with ovshim.disabled():
+            assert not on()
+        second = ovshim.enable(exclude="*")
+        warm(net, 4)
+        assert second.report().rows == ()
+    finally:
+        ovshim.disable()
+    assert served(scope) == 1
+    assert not in_a_thread(on)
+
+
+def test_ovshim_0_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    scope = ovshim.enabled()
+    monkeypatch.setenv("OVSHIM", "0")
+    with scope, ovshim.enabled(all_threads=True):
+        assert nn.Module.__call__ is CALL
+    ovshim.enable()
+    assert nn.Module.__call__ is CALL
+    ovshim.disable()
+
+
+def test_functions_coroutines_and_generators_are_decorated() -> None:
+    scope = ovshim.enabled()
+
+    @scope
+    def function() -> bool:
+        return on()
+
+    @scope
+    async def coroutine() -> bool:
+        await asyncio.sleep(0)
+        return on()
+
+    @scope
+    def generator() -> Iterator[bool]:
+        yield on()
+        yield on()
+
+    assert function()
+    assert asyncio.run(coroutine())
+    steps = generator()
+    assert next(steps)
+    assert not on()
+    assert next(steps)
+    assert list(steps) == []
+
+
+# Reports and mistakes
+
+
+def test_the_report_goes_to_a_file_or_a_function(tmp_path: Path) -> None:
+    net, told = make(Mlp), []
+    with ovshim.enabled(prefer="openvino", report=told.append):
+        warm(net, 4)
+    (summary,) = told
+    assert "3 of 4" not in str(summary)
+    assert "1 of 4 calls in OpenVINO on CPU" in str(summary)
+    with ovshim.enabled(prefer="openvino", report=tmp_path / "r.json") as scope:
+        warm(net, 4)
+    written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert written["modules"] == scope.report().to_dict()["modules"]
+    with ovshim.enabled(report=tmp_path / "none" / "r.json"):
+        pass  # it cannot be written: a line in the log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"min_speedup": -1}, "min_speedup"),
+        ({"min_speedup": "much"}, "min_speedup"),
+        ({"include": [3]}, "include"),
+        ({"exclude": [""]}, "exclude"),
+        ({"report": 3}, "report"),
+        ({"all_threads": 1}, "all_threads"),
+        ({"inplace": True}, "inplace"),
+        ({"methods": ["forward"]}, "methods"),
+        ({"dynamic_shapes": {"x": {1: "n"}}}, "dynamic_shapes"),
+        ({"precision": "fp7"}, "precision"),
+        ({"device": "GPU.9"}, "device"),
+        ({"devise": "CPU"}, "devise"),
+    ],
+)
+def test_mistakes_are_told_at_once(arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises(ovshim.OptionError) as raised:
+        ovshim.enabled(**arguments)
+    assert raised.value.name == name
