@@ -153,9 +153,9 @@ class _Watch(importlib.abc.MetaPathFinder):
 def _run_script(path: str, arguments: list[str]) -> int:
     sys.argv = [path, *arguments]
     if path != "-" and (os.path.isdir(path) or not path.endswith((".py", ".pyw"))):
-        importer = _importer(path)
-        if importer:
-            _replace_first_path(path)
+        whole = os.path.abspath(path)
+        if _importer(whole):
+            _replace_first_path(whole)
             _as_main()
             runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
             return 0
