@@ -58,6 +58,7 @@ FLOORS: dict[str, set[str]] = {
         "__init__",
         "__main__",
         "api",
+        "backend",
         "bound",
         "cli",
         "handle",

@@ -245,13 +245,14 @@ def _theirs(trace: types.TracebackType | None) -> types.TracebackType | None:
 
 
 def _print_table(process: int) -> None:
-    if os.getpid() != process:
+    from ovshim.options import enabled_in_environment
+
+    if os.getpid() != process or sys.stderr is None:
         return  # a child that was forked
     scope = sys.modules.get("ovshim.scope")
     summary = None if scope is None else scope.process_report()
-    from ovshim.options import enabled_in_environment
-
-    off = "torch was not imported" if enabled_in_environment() else "switched off by OVSHIM=0"
-    text = f"ovshim: {off}" if summary is None else str(summary)
-    if sys.stderr is not None:
-        print(text, file=sys.stderr)
+    if not enabled_in_environment():
+        text = "ovshim: switched off by OVSHIM=0"
+    else:
+        text = "ovshim: torch was not imported" if summary is None else str(summary)
+    print(text, file=sys.stderr)

@@ -215,8 +215,7 @@ def enable(
         if _process is None:
             atexit.unregister(_write_at_exit)
             atexit.register(_write_at_exit)
-        # Children inherit it, and so know that the file is not theirs.
-        os.environ.setdefault(_OWNER, str(os.getpid()))
+        _own_report()
         former, _process = _process, scope
         entry = Entry(scope._own if enabled_in_environment() else None)
         scope._entries.append(entry)
@@ -242,13 +241,24 @@ def process_report() -> Summary | None:
     return None if scope is None else scope.report()
 
 
+def _own_report() -> bool:
+    """Whether the file that `OVSHIM_REPORT` names is this process's. Children inherit who was the
+    first to ask."""
+    path = os.environ.get("OVSHIM_REPORT", "")
+    process, _, owned = os.environ.get(_OWNER, "").partition(":")
+    if path and owned != path:
+        os.environ[_OWNER] = f"{os.getpid()}:{path}"
+        return True
+    return process == str(os.getpid())
+
+
 def _write_at_exit() -> None:
     """Write the report to `OVSHIM_REPORT`; child processes write theirs beside it."""
     path = os.environ.get("OVSHIM_REPORT")
     summary = process_report()
     if not path or summary is None:
         return
-    if os.environ.get(_OWNER, str(os.getpid())) != str(os.getpid()):
+    if not _own_report():
         stem, suffix = os.path.splitext(path)
         path = f"{stem}.{os.getpid()}{suffix}"
     tell(summary, path)
