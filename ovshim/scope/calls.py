@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Entry", "end", "enter", "forward_all", "inside", "last_here", "unseen"]
+__all__ = ["Entry", "end", "enter", "forward_all", "inside", "is_torchs", "last_here", "unseen"]
 
 _compiler = torch.compiler
 
@@ -50,20 +50,25 @@ inside: ContextVar[bool] = ContextVar("ovshim_inside", default=False)
 _lock = threading.Lock()
 _open = 0
 _before: Any = nn.Module.__call__
+_ours: Any = None
 
 
-def _call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    # A constant to Dynamo, which then sees the original alone.
-    if _compiler.is_dynamo_compiling() or inside.get():
-        return _before(self, *args, **kwargs)
-    finder = _current()
-    if finder is None:
-        return _before(self, *args, **kwargs)
-    return finder.call(self, args, kwargs)
+def _wrapped(before: Any) -> Any:
+    """What stands in the place of `before` for one time that scopes are open."""
 
+    def _call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        # A constant to Dynamo, which then sees the original alone.
+        if _compiler.is_dynamo_compiling() or inside.get() or _ours is not _call:
+            return before(self, *args, **kwargs)
+        finder = _current()
+        if finder is None:
+            return before(self, *args, **kwargs)
+        return finder.call(self, args, kwargs)
 
-# Whoever reads code to know what a module computes need not read this.
-_call._ovshim_transparent = True  # type: ignore[attr-defined]
+    # Whoever reads code to know what a module computes need not read this.
+    _call._ovshim_transparent = True  # type: ignore[attr-defined]
+    _call._ovshim_before = before  # type: ignore[attr-defined]
+    return _call
 
 
 def _current() -> Finder | None:
@@ -93,6 +98,11 @@ def unseen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def last_here(entries: Sequence[Entry]) -> Entry | None:
     """The last of these stays that was begun in this context."""
     return next((entry for entry in reversed(_here.get()) if entry in entries), None)
+
+
+def is_torchs() -> bool:
+    """Whether beneath us is torch's own function, and nobody else's."""
+    return _before is nn.Module._wrapped_call_impl
 
 
 def enter(entry: Entry, here: bool, everywhere: bool) -> None:
@@ -130,19 +140,22 @@ def end(entry: Entry) -> None:
 
 
 def _install() -> None:
-    global _before
-    if nn.Module.__call__ is not _call:
-        _before = nn.Module.__call__
-        nn.Module.__call__ = _call  # type: ignore[method-assign]
-        _tell_dynamo(_before, _call)
+    global _before, _ours
+    found: Any = nn.Module.__call__
+    while hasattr(found, "_ovshim_before"):  # one of ours that somebody has put back, later
+        found = found._ovshim_before
+    _before, _ours = found, _wrapped(found)
+    nn.Module.__call__ = _ours  # type: ignore[method-assign]
+    _tell_dynamo(_before, _ours)
 
 
 def _restore() -> None:
-    if nn.Module.__call__ is _call:
+    global _ours
+    if nn.Module.__call__ is _ours:
         nn.Module.__call__ = _before  # type: ignore[method-assign]
-    # Else somebody has put theirs over ours and will put ours back. It does nothing then, and goes
-    # when the next scope ends.
-    _tell_dynamo(_call, _before)
+    # Else somebody has put theirs over ours, which does nothing any more but to call the original.
+    _tell_dynamo(_ours, _before)
+    _ours = None
 
 
 def _tell_dynamo(old: Any, new: Any) -> None:

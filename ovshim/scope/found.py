@@ -107,7 +107,9 @@ def _found(finder: Finder, module: nn.Module) -> Found:
     if finder.include and not matches(finder.include):
         return _Passed(module)
     weights = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-    if not weights or not _can_stand_in(cls) or isinstance(module, torch.jit.ScriptModule):
+    # What torch.compile gives, and modules of TorchScript, keep their flags elsewhere.
+    odd = "training" not in module.__dict__ or isinstance(module, torch.jit.ScriptModule)
+    if odd or not weights or not _can_stand_in(cls):
         return Found(module)
     return _Served(module, finder.options, finder.least)
 
@@ -170,7 +172,7 @@ class _Served(Found):
             or (planner.running and building_here())
         ):
             return forward_all(module, args, kwargs)
-        if _has_hooks(held):
+        if _has_hooks(held) or not calls.is_torchs():
             return self._hooked(module, args, kwargs)
         token = inside.set(True)
         try:
@@ -180,7 +182,8 @@ class _Served(Found):
 
     def _hooked(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """torch calls the module's own hooks around what it finds as `forward`, which is found
-        before they are called: there it stands for this long, and is gone when it is called."""
+        before they are called: there it stands for this long, and is gone when it is called. So it
+        is where somebody else has patched `__call__`."""
         held = self.held
 
         def forward(*args: Any, **kwargs: Any) -> Any:
