@@ -177,6 +177,11 @@ class Graph:
     def __init__(self, graph: fx.GraphModule, layout: _Layout, options: Options) -> None:
         self._name = _name_of(graph)
         self._eager = graph.forward
+        # Inside, whatever the caller's mode is.
+        self._enables_grad = any(
+            node.target is torch._C._set_grad_enabled and node.args[0] is True
+            for node in graph.graph.nodes
+        )
         self._graph = graph
         self._layout = layout
         self._options = dataclasses.replace(
@@ -203,7 +208,8 @@ class Graph:
         return list(self._known.values())
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(map(_wants_grad, self._tensors(args))):
+        recording = torch.is_grad_enabled() or self._enables_grad
+        if recording and any(map(_wants_grad, self._tensors(args))):
             return self._recorded(args)
         statics = self._statics(args)
         frozen = self._known.get(tuple(map(id, statics)))

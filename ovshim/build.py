@@ -72,7 +72,7 @@ def build(job: Job) -> Plan:
                 # Two answers were of two modules: it says nothing of either.
                 why = reason("stale", "weights changed while the plan was made")
             plan = eager_plan(job, why)
-            plan.trouble = stopped.__cause__
+            plan.trouble = _without_frames(stopped.__cause__)
         except OptionError:
             raise
         except Exception as error:  # a fault of ours must not become one of the user's program
@@ -85,6 +85,15 @@ def build(job: Job) -> Plan:
         "%s.%s: %s%s in %.2f s, cache %s", name, job.method, plan.path, code, spent, plan.cache
     )
     return plan
+
+
+def _without_frames(error: BaseException | None) -> BaseException | None:
+    """The error, to be kept: its frames would keep whatever the program has in its own."""
+    chain = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+    return error
 
 
 def is_cached(job: Job) -> bool:
