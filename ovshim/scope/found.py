@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 from ovshim import planner
 from ovshim.bound import Original
@@ -66,7 +67,11 @@ class Finder:
         """What `module(*args, **kwargs)` answers, where no other module has called it."""
         found = self._found.get(id(module))
         if found is None or type(module) is not found.cls or module.__dict__ is not found.held:
-            found = self._meet(module)
+            try:
+                found = self._meet(module)
+            except Exception:  # a fault of ours must not become one of the user's program
+                log.debug("%s is left alone", type(module).__qualname__, exc_info=True)
+                return forward_all(module, args, kwargs)
         return found.call(module, args, kwargs)
 
     def summary(self) -> Summary:
@@ -76,6 +81,8 @@ class Finder:
         return Summary(self.options.device, tuple(rows), time.perf_counter() - self.began)
 
     def _meet(self, module: nn.Module) -> Found:
+        if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+            return Found(module)  # for this call: it may be of another class after it
         found = _found(self, module)
         key = id(module)
         # Called wherever the module's last reference goes: it may take no lock that is in use.

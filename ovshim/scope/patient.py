@@ -31,8 +31,11 @@ _WORTH_BUILDING = 1.0
 _WORTH_LOOKING_UP = 0.1
 # So many plans one module may have, whatever the kinds of its calls.
 _MOST_PLANS = 8
-# Sizes are looked at in the first calls, and then in fewer and fewer.
+# Sizes are looked at in the first calls, and then in one of so many.
 _LOOKED_AT = 16
+# Calls are timed one by one at first, then each one for so many: to time costs time.
+_ALL_TIMED = 64
+_TIMED = 16
 _LONGEST_REST = 4096
 
 _SELDOM = reason("seldom")
@@ -78,7 +81,12 @@ class Patient(Dispatcher):
             if not self._serves():
                 self._take_rest()
             return self._in_eager(reason("too-many-plans"), args, kwargs)
-        if not self._is_due(args, kwargs):
+        due = False
+        try:
+            due = self._is_due(args, kwargs)
+        except Exception:  # a fault of ours must not become one of the user's program
+            log.debug("%s is left to eager", self.tally.name, exc_info=True)
+        if not due:
             return self._waited(stale or _SELDOM, args, kwargs)
         # The next kind of call has to earn its plan as well, and more than this one had to; and in
         # other threads, meanwhile, no call is due.
@@ -90,6 +98,8 @@ class Patient(Dispatcher):
 
     def _is_due(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a plan is to be made of this call."""
+        if self._calls < _LOOKED_AT or self._calls % _LOOKED_AT == 0:
+            self._meet(args, kwargs)
         if self._calls < _FEWEST_CALLS:
             return False
         wanted = self.options.prefer == "openvino"
@@ -105,12 +115,15 @@ class Patient(Dispatcher):
 
     def _waited(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Eager's answer, timed."""
-        if self._calls < _LOOKED_AT or self._calls.bit_count() == 1:
-            self._meet(args, kwargs)
         started = time.perf_counter()
         output = self._in_eager(why, args, kwargs)
-        self._seconds += time.perf_counter() - started
-        self._calls += 1
+        spent = time.perf_counter() - started
+        stands_for = 1
+        if self._calls >= _ALL_TIMED and not self._serves():
+            stands_for = _TIMED
+            self.resting = _TIMED - 1
+        self._seconds += stands_for * spent
+        self._calls += stands_for
         return output
 
     def _meet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
