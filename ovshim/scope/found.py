@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -85,18 +86,30 @@ class Finder:
             return Found(module)  # for this call: it may be of another class after it
         found = _found(self, module)
         key = id(module)
-        # Called wherever the module's last reference goes: it may take no lock that is in use.
-        found.alive = weakref.ref(module, lambda _: self._forget(key, found))
+        ending = sys.is_finalizing
+
+        # Called wherever the module's last reference goes: it may take no lock that is in use. And
+        # at the interpreter's end there may be nothing left of us to be called.
+        def gone(_: weakref.ref[nn.Module]) -> None:
+            if not ending():
+                self._forget(key, found)
+
+        found.alive = weakref.ref(module, gone)
         with self._lock:
             former = self._found.get(key)
             if former is not None and former.cls is found.cls and former.held is found.held:
                 return former  # another thread has met it
             self._found[key] = found
+        if former is not None:
+            self._keep_row(former)
         return found
 
     def _forget(self, key: int, found: Found) -> None:
         if self._found.get(key) is found:
             del self._found[key]
+            self._keep_row(found)
+
+    def _keep_row(self, found: Found) -> None:
         row = found.row()
         if row is not None:
             self._gone = [*self._gone, row][-_MOST_ROWS:]
