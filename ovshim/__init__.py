@@ -69,23 +69,24 @@ _MODULES = frozenset({"cache", "errors", "options", "precision", "reasons", "run
 _WITHOUT_TORCH = frozenset({"errors", "options", "reasons", "runtime"})
 
 
-def __getattr__(name: str) -> Any:
-    place = name if name in _MODULES else _PLACES.get(name)
-    if place is None and name in __all__:
-        place = "errors"
-    if place is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if place not in _WITHOUT_TORCH:
-        # On its own: what it loads in turn, by OVSHIM=1, must not find us half imported.
-        importlib.import_module("torch")
-    module = importlib.import_module(f"{__name__}.{place}")
-    value = module if name in _MODULES else getattr(module, name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
 
+    def __getattr__(name: str) -> Any:
+        place = name if name in _MODULES else _PLACES.get(name)
+        if place is None and name in __all__:
+            place = "errors"
+        if place is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if place not in _WITHOUT_TORCH:
+            # On its own: what it loads in turn, by OVSHIM=1, must not find us half imported.
+            importlib.import_module("torch")
+        module = importlib.import_module(f"{__name__}.{place}")
+        value = module if name in _MODULES else getattr(module, name)
+        globals()[name] = value
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_MODULES})
 
 
 logging.getLogger("ovshim").addHandler(logging.NullHandler())

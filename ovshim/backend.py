@@ -235,7 +235,9 @@ class Graph:
     def _freeze(self, statics: Sequence[torch.Tensor]) -> _Frozen | None:
         """The graph with these weights; None where it is not worth it any more, for they change
         from call to call."""
-        if not all(type(t) in (torch.Tensor, nn.Parameter) for t in statics):
+        if not all(
+            type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided for t in statics
+        ):
             return None
         with self._lock:
             if self._wait > 0:

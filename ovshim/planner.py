@@ -28,6 +28,8 @@ __all__ = ["Planner", "building_here", "known_kind", "serving", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
+# So many kinds of calls that have no plan, and sizes of each, are taken note of.
+_MOST_MET = 32
 # A plan that goes stale before it has served so many calls was not worth its build: the next
 # build waits, twice as many calls each time.
 _WORTH_BUILDING = 16
@@ -41,7 +43,7 @@ class Family:
         self.stale = 0
         self.wait = 0
         self.build: Any = None  # what another thread is making
-        self.met: list[tuple[tuple[int, ...], ...]] = []  # sizes of calls before there was a plan
+        self.met: set[tuple[tuple[int, ...], ...]] = set()  # sizes of calls that had no plan
 
     def add(self, plan: Plan) -> list[Plan]:
         """A plan for more sizes takes the place of those that it covers, which are returned."""
@@ -145,7 +147,11 @@ class Planner:
 
     def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
         """Take note of a call that no plan was made of: sizes that differ are left open later."""
-        self._families.setdefault((kind, torch.is_grad_enabled()), Family()).met.append(sizes)
+        key = kind, torch.is_grad_enabled()
+        if key in self._families or len(self._families) < _MOST_MET:
+            met = self._families.setdefault(key, Family()).met
+            if len(met) < _MOST_MET:
+                met.add(sizes)
 
     def is_cached(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
@@ -235,7 +241,7 @@ class Planner:
         )
         for plan in family.plans:
             job.open_sizes(plan.pattern, plan.pinned)
-        for sizes in family.met:
+        for sizes in list(family.met):
             job.open_sizes(sizes, frozenset())
         return job
 

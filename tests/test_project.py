@@ -16,6 +16,13 @@ def test_the_version_is_the_distributions() -> None:
     assert ovshim.__version__ == PROJECT["project"]["version"]
 
 
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(ovshim, name) is not None for name in ovshim.__all__)
+    assert set(ovshim.__all__) <= set(dir(ovshim))
+    assert ovshim.__all__ == sorted(ovshim.__all__)
+    assert not hasattr(ovshim, "acelerate")
+
+
 def test_the_changelog_begins_with_what_is_unreleased() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## \[?([^\]\n]+)", text, re.MULTILINE)[0] == "Unreleased"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack, assert_type
 
+import ovshim
 from ovshim.errors import FallbackError, FallbackWarning, OptionError, OvshimError, OvshimWarning
 from ovshim.options import OptionFields, Options, resolve
 from ovshim.reasons import Reason
@@ -43,6 +44,26 @@ def mistakes_are_seen() -> None:
     takes_options(cache_dir=True)  # type: ignore[arg-type]
     Options("CPU")  # type: ignore[call-arg]
     Options().strict = True  # type: ignore[misc]
+
+
+def programs_as_they_stand() -> None:
+    with ovshim.enabled(include=["Bert*"], min_speedup=1.2, precision="bf16") as scope:
+        assert_type(scope, ovshim.Scope)
+    with ovshim.enabled(device=3):  # type: ignore[arg-type]
+        pass
+    with ovshim.disabled(), ovshim.enabled(report="r.json", all_threads=True):
+        ovshim.enable(prefer="openvino")
+        ovshim.disable()
+    ovshim.enable(all_threads=True)  # type: ignore[call-arg]
+    ovshim.acelerate()  # type: ignore[attr-defined]
+
+
+@ovshim.enabled()
+def decorated(number: int) -> str:
+    return str(number)
+
+
+assert_type(decorated(3), str)
 
 
 def errors_carry_fields(warning: FallbackWarning) -> Any:

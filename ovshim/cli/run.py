@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import builtins
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -255,4 +256,5 @@ def _print_table(process: int) -> None:
         text = "ovshim: switched off by OVSHIM=0"
     else:
         text = "ovshim: torch was not imported" if summary is None else str(summary)
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # the script may have closed it
+        print(text, file=sys.stderr)
