@@ -59,13 +59,13 @@ class Patient(Dispatcher):
         self.why: Reason | None = None
         self._rest = 1
         self._built = 0
-        self._begin(_WORTH_LOOKING_UP)
+        self._begin()
 
-    def _begin(self, needed: float) -> None:
+    def _begin(self) -> None:
         """Count anew what eager costs."""
         self._calls = 0
         self._seconds = 0.0
-        self._needed = needed
+        self._needed = _WORTH_LOOKING_UP * 2.0**self._built
         self._weights = self._versions()
 
     # --- before there is a plan ---------------------------------------------------------------
@@ -148,7 +148,7 @@ class Patient(Dispatcher):
     def _changed(self) -> None:
         """A plan has been made, or the module is not what it was: the next one has to earn more."""
         self._built += 1
-        self._begin(self._price())
+        self._begin()
 
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
