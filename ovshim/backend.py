@@ -164,7 +164,12 @@ def _open_dims(example: Any) -> tuple[int, ...]:
     if not isinstance(example, torch.Tensor):
         return ()
     sizes: list[Any] = list(example.shape)
-    return tuple(d for d, size in enumerate(sizes) if isinstance(size, torch.SymInt))
+    return tuple(d for d, size in enumerate(sizes) if _is_open(size))
+
+
+def _is_open(size: Any) -> bool:
+    """Not a symbol that turned out to have but one value."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 class Graph:
@@ -187,7 +192,10 @@ class Graph:
         self._options = dataclasses.replace(
             options,
             dynamic_batch=False,
-            dynamic_shapes=[dict.fromkeys(dims, "size") or None for dims in layout.dynamic],
+            # Each by a name of its own: which are one, the capture finds out.
+            dynamic_shapes=[
+                {d: f"size{n}_{d}" for d in dims} or None for n, dims in enumerate(layout.dynamic)
+            ],
         )
         self._statics = _getter(layout.static)
         self._given = _getter(layout.given)
