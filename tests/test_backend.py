@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 from checks import same
+from conformance.real.tiny import configure
 from modules import Mlp, make
 from test_run import environment
 from torch import Tensor, nn
@@ -358,3 +359,63 @@ def test_it_is_found_by_its_name(tmp_path: Path) -> None:
         command, env=own, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.stdout == "2\n", result.stderr
+
+
+# Transformers, with caches of keys and values where they have them
+
+
+def ids(batch: int, length: int) -> dict[str, Tensor]:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    return {"input_ids": torch.randint(3, 99, (batch, length)), "attention_mask": mask}
+
+
+def both(batch: int, length: int) -> dict[str, Tensor]:
+    return {**ids(batch, length), "decoder_input_ids": torch.randint(3, 99, (batch, 5))}
+
+
+def pixels(batch: int, length: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(batch, 3, 32, 32)}
+
+
+def sound(batch: int, length: int) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(batch, 4000 + 100 * length)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "head", "draw", "whole"),
+    [
+        ("Bert", "ForMaskedLM", ids, True),
+        ("DistilBert", "ForSequenceClassification", ids, True),
+        ("Deberta", "ForMaskedLM", ids, True),
+        ("GPT2", "LMHeadModel", ids, True),
+        ("Llama", "ForCausalLM", ids, True),
+        ("Mistral", "ForCausalLM", ids, True),
+        ("Bloom", "ForCausalLM", ids, True),
+        ("Mamba", "ForCausalLM", ids, True),
+        ("Bart", "ForConditionalGeneration", both, True),
+        # What is not needed of a logarithm of 0 becomes an index: such calls are eager's.
+        ("T5", "ForConditionalGeneration", both, False),
+        ("ViT", "ForImageClassification", pixels, True),
+        ("ResNet", "ForImageClassification", pixels, True),
+        ("Wav2Vec2", "ForCTC", sound, True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_transformers(name: str, head: str, draw: Any, whole: bool) -> None:
+    import transformers
+
+    config = configure(getattr(transformers, f"{name}Config"))
+    model = getattr(transformers, f"{name}{head}")(config).eval()
+    fast = compiled(model)
+    for batch, length in ((1, 8), (2, 8), (2, 12), (3, 16)):
+        inputs = draw(batch, length)
+        for _ in range(2):
+            with torch.no_grad():
+                answer, expected = fast(**inputs), model(**inputs)
+            assert type(answer) is type(expected)
+            same(answer.to_tuple()[0], expected.to_tuple()[0])
+    if whole:
+        assert reasons() == set()
+        assert counts()["openvino"] >= 4

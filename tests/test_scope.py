@@ -329,6 +329,22 @@ def test_torch_compile_sees_the_original_and_remembers_nothing() -> None:
     assert torch._dynamo.utils.unpatched_nn_module_call is CALL
 
 
+@pytest.mark.slow
+def test_a_transformer_and_what_it_generates() -> None:
+    import transformers
+    from conformance.real.tiny import configure
+
+    bert = transformers.BertForSequenceClassification(configure(transformers.BertConfig)).eval()
+    llama = transformers.LlamaForCausalLM(configure(transformers.LlamaConfig)).eval()
+    texts = [torch.randint(3, 99, sizes) for sizes in ((1, 5), (2, 9), (3, 7), (2, 8), (4, 12))]
+    with torch.no_grad():
+        expected = [bert(text) for text in texts], llama.generate(texts[0], max_new_tokens=6)
+        with ovshim.enabled(prefer="openvino") as scope:
+            answers = [bert(text) for text in texts], llama.generate(texts[0], max_new_tokens=6)
+    same(answers, expected)
+    assert served(scope, "BertForSequenceClassification") == 2
+
+
 # Which modules
 
 
