@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from modules import Mlp, Scaled, make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim.scope import Summary, calls, patient
+from ovshim.scope import Summary, calls, found, patient
 
 CALL = nn.Module.__call__
 
@@ -37,6 +38,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every build pays."""
     monkeypatch.setattr(patient, "_WORTH_BUILDING", 0.0)
     monkeypatch.setattr(patient, "_WORTH_LOOKING_UP", 0.0)
+    monkeypatch.setattr(found, "_WORTH_A_LOOK", 0.0)
 
 
 def x(batch: int = 3) -> Tensor:
@@ -114,6 +116,27 @@ def test_a_program_that_calls_seldom_is_left_alone() -> None:
     found = row(scope.report())
     assert found["calls"]["eager"] == found["eager_reasons"]["seldom"] == 20
     assert found["plans"] == []
+
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return self.linear(x)
+
+
+def test_a_plan_is_made_when_eager_has_taken_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient, "_WORTH_BUILDING", 0.1)
+    monkeypatch.setattr(patient, "_WORTH_LOOKING_UP", 0.05)
+    net = make(Slow)
+    with ovshim.enabled() as scope:
+        warm(net, 1)
+        assert row(scope.report(), "Slow")["plans"] == []
+        warm(net, 12)
+    assert len(row(scope.report(), "Slow")["plans"]) == 1
 
 
 @pytest.mark.usefixtures("at_once")

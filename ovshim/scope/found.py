@@ -38,6 +38,8 @@ log = logging.getLogger("ovshim")
 
 _tracing_state = torch._C._get_tracing_state
 _compiler = torch.compiler
+# Seconds that eager must have taken before calls of a module are looked at, kind by kind.
+_WORTH_A_LOOK = 0.02
 # Of modules that are gone the last so many are told of one by one.
 _MOST_ROWS = 256
 
@@ -62,7 +64,7 @@ class Finder:
         self.began = time.perf_counter()
         self._found: dict[int, Found] = {}
         self._gone: list[Row] = []
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `module(*args, **kwargs)` answers, where no other module has called it."""
@@ -95,7 +97,7 @@ class Finder:
                 self._forget(key, found)
 
         found.alive = weakref.ref(module, gone)
-        with self._lock:
+        with self.lock:
             former = self._found.get(key)
             if former is not None and former.cls is found.cls and former.held is found.held:
                 return former  # another thread has met it
@@ -131,7 +133,7 @@ def _found(finder: Finder, module: nn.Module) -> Found:
     odd = "training" not in module.__dict__ or isinstance(module, torch.jit.ScriptModule)
     if odd or not weights or not _can_stand_in(cls):
         return Found(module)
-    return _Served(module, finder.options, finder.least)
+    return _Served(module, finder)
 
 
 def _can_stand_in(cls: type) -> bool:
@@ -167,18 +169,23 @@ class _Passed(Found):
 class _Served(Found):
     """A module that OpenVINO serves when that pays."""
 
-    def __init__(self, module: nn.Module, options: Options, least: float) -> None:
+    def __init__(self, module: nn.Module, finder: Finder) -> None:
         super().__init__(module)
-        stand_in = object.__new__(self.cls)
-        object.__setattr__(stand_in, "__dict__", self.held)
-        self.dispatcher = Patient(stand_in, _Users(stand_in, module), options, least)
-        self.rested = self.trained = 0
+        self.finder = finder
+        self.dispatcher: Patient | None = None
+        # How often eager has served without a look, in training mode, while a dispatcher rested.
+        self.early = self.trained = self.rested = 0
+        self.seconds = 0.0
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dispatcher, held = self.dispatcher, self.held
         if held["training"]:
             self.trained += 1
             return forward_all(module, args, kwargs)
+        if dispatcher is None:
+            if self.finder.options.prefer == "faster" and self.seconds < _WORTH_A_LOOK:
+                return self._timed(module, args, kwargs)
+            dispatcher = self._made_dispatcher(module)
         if dispatcher.resting > 0:
             dispatcher.resting -= 1
             self.rested += 1
@@ -193,14 +200,39 @@ class _Served(Found):
         ):
             return forward_all(module, args, kwargs)
         if _has_hooks(held) or not calls.is_torchs():
-            return self._hooked(module, args, kwargs)
+            return self._hooked(dispatcher, module, args, kwargs)
         token = inside.set(True)
         try:
             return dispatcher.call(args, kwargs)
         finally:
             inside.reset(token)
 
-    def _hooked(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _timed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A program may make many modules and call each a few times: that has to cost nothing."""
+        started = time.perf_counter()
+        output = forward_all(module, args, kwargs)
+        self.seconds += time.perf_counter() - started
+        self.early += 1
+        return output
+
+    def _made_dispatcher(self, module: nn.Module) -> Patient:
+        stand_in = object.__new__(self.cls)
+        object.__setattr__(stand_in, "__dict__", self.held)
+        finder = self.finder
+        made = Patient(stand_in, _Users(stand_in, module), finder.options, finder.least)
+        made.count(self.early, self.seconds)
+        with finder.lock:
+            if self.dispatcher is None:
+                self.dispatcher = made
+        return self.dispatcher
+
+    def _hooked(
+        self,
+        dispatcher: Patient,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """torch calls the module's own hooks around what it finds as `forward`, which is found
         before they are called: there it stands for this long, and is gone when it is called. So it
         is where somebody else has patched `__call__`."""
@@ -208,7 +240,7 @@ class _Served(Found):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             _take_away(held, forward)
-            return self.dispatcher.call(args, kwargs)
+            return dispatcher.call(args, kwargs)
 
         held["forward"] = forward
         try:
@@ -217,7 +249,7 @@ class _Served(Found):
             _take_away(held, forward)
 
     def row(self) -> Row | None:
-        return row_of(self.cls, self.dispatcher, self.rested, self.trained)
+        return row_of(self.cls, self.dispatcher, self.early, self.rested, self.trained)
 
 
 def _has_hooks(held: dict[str, Any]) -> bool:

@@ -31,8 +31,8 @@ _WORTH_BUILDING = 1.0
 _WORTH_LOOKING_UP = 0.1
 # So many plans one module may have, whatever the kinds of its calls.
 _MOST_PLANS = 8
-# Sizes are looked at in the first calls, and then in one of so many.
-_LOOKED_AT = 16
+# This part of eager's time may be spent on looking at sizes.
+_SPENT_LOOKING = 0.02
 # Calls are timed one by one at first, then each one for so many: to time costs time.
 _ALL_TIMED = 64
 _TIMED = 16
@@ -64,9 +64,14 @@ class Patient(Dispatcher):
     def _begin(self) -> None:
         """Count anew what eager costs."""
         self._calls = 0
-        self._seconds = 0.0
+        self._seconds = self._looking = 0.0
         self._needed = _WORTH_LOOKING_UP * 2.0**self._built
         self._weights = self._versions()
+
+    def count(self, calls: int, seconds: float) -> None:
+        """Eager has served these calls before."""
+        self._calls += calls
+        self._seconds += seconds
 
     # --- before there is a plan ---------------------------------------------------------------
 
@@ -98,8 +103,10 @@ class Patient(Dispatcher):
 
     def _is_due(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a plan is to be made of this call."""
-        if self._calls < _LOOKED_AT or self._calls % _LOOKED_AT == 0:
+        if self._calls < _FEWEST_CALLS or self._looking <= _SPENT_LOOKING * self._seconds:
+            started = time.perf_counter()
             self._meet(args, kwargs)
+            self._looking += time.perf_counter() - started
         if self._calls < _FEWEST_CALLS:
             return False
         wanted = self.options.prefer == "openvino"

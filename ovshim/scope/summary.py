@@ -11,6 +11,7 @@ from typing import Any
 
 from ovshim.dispatch import Dispatcher
 from ovshim.plan import Plan
+from ovshim.reasons import Reason, reason
 
 __all__ = ["Row", "Summary", "row_of"]
 
@@ -56,20 +57,31 @@ class Row:
         }
 
 
-def row_of(cls: type, dispatcher: Dispatcher, rested: int, trained: int) -> Row | None:
+def row_of(
+    cls: type, dispatcher: Dispatcher | None, early: int, rested: int, trained: int
+) -> Row | None:
     """The row of a module; None where it was never called but in training.
 
     Takes no lock: it may be asked for in the middle of anything, by the garbage collector.
+
+    Args:
+        early, rested, trained: calls that eager served before there was a dispatcher, past it, and
+            in training mode.
     """
-    plans = [plan for known in list(dispatcher._plans.values()) for plan in known]
-    tally = dispatcher.tally
-    eager = dict(tally.eager)
-    served = {path: tally.served(path, plans) for path in ("openvino", "mixed")}
+    plans: list[Plan] = []
+    eager = {"seldom": early} if early else {}
+    served = {"openvino": 0, "mixed": 0}
+    why: Reason | None = reason("seldom")
+    if dispatcher is not None:
+        plans = [plan for known in list(dispatcher._plans.values()) for plan in known]
+        served = {path: dispatcher.tally.served(path, plans) for path in served}
+        for code, count in dispatcher.tally.eager.items():
+            eager[code] = eager.get(code, 0) + count
+        why = getattr(dispatcher, "why", None)
     calls = {**served, "eager": sum(eager.values()) + rested, "training": trained}
     if sum(calls.values()) == trained:
         return None
     best = max(plans, key=lambda plan: plan.calls.value, default=None)
-    why = getattr(dispatcher, "why", None)
     return Row(
         module=cls.__qualname__,
         calls=calls,
