@@ -200,6 +200,7 @@ def test_a_script_is_accelerated_and_the_second_run_finds_what_was_built(scripts
         assert [row["calls"]["openvino"] for row in report["modules"]] == [3]
 
 
+@pytest.mark.slow
 def test_ovshim_0_wins_over_run(scripts: Path) -> None:
     (scripts / "off.py").write_text(
         "import ovshim, torch; ovshim.enable(); print(torch.nn.Module.__call__.__name__)",

@@ -182,6 +182,9 @@ class _Served(Found):
         if held["training"]:
             self.trained += 1
             return forward_all(module, args, kwargs)
+        # The user's own, or `accelerate`'s; or torch.compile's.
+        if "forward" in held or held.get("_compiled_call_impl") is not None:
+            return forward_all(module, args, kwargs)
         if dispatcher is None:
             if self.finder.options.prefer == "faster" and self.seconds < _WORTH_A_LOOK:
                 return self._timed(module, args, kwargs)
@@ -191,9 +194,7 @@ class _Served(Found):
             self.rested += 1
             return forward_all(module, args, kwargs)
         if (
-            "forward" in held  # the user's own, or `accelerate`'s
-            or held.get("_compiled_call_impl") is not None
-            or _compiler._is_compiling_flag
+            _compiler._is_compiling_flag
             or _symbolic_trace._is_fx_tracing_flag
             or _tracing_state() is not None
             or (planner.running and building_here())
