@@ -104,10 +104,10 @@ def _proved_small(
     small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
     tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
     try:
-        seen = trial(job, small, writes=False)
+        seen = trial(job, small)
         if seen.reason is not None and seen.reason.code == "mutates-attribute":
             seen = settled(job) or seen
-            seen = seen if seen.reason is not None else trial(job, small, writes=False)
+            seen = seen if seen.reason is not None else trial(job, small)
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if seen.reason is not None:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ovshim.modes import Drawing, Writes, draws, without_drawing
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
-__all__ = ["Look", "Operators", "Sources", "look", "sources"]
+__all__ = ["Look", "Sources", "look", "sources"]
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -60,19 +60,17 @@ def look(
     inputs: Sequence[torch.Tensor],
     restore: bool,
     apart: bool = False,
-    writes: bool = True,
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
     Args:
-        restore: put buffers and generators back to what they were, because this is a trial and not
-            a call of the user's, which keeps every effect it has. Attributes are the caller's
-            business (`Look.undo`).
+        restore: put buffers, generators, and the parameters that this thread writes to, back to
+            what they were, because this is a trial and not a call of the user's, which keeps every
+            effect it has. Attributes are the caller's business (`Look.undo`).
         apart: the module is a copy that nobody else has, and other threads go on meanwhile. The
             generators are theirs too: they are neither compared nor put back. An operator that
             would draw from torch's is not run. (What Python's or NumPy's give shows in the output:
             two calls then differ.)
-        writes: with `restore`: put parameters back too, where this thread writes to them.
 
     Raises:
         whatever the module raises.
@@ -83,10 +81,10 @@ def look(
     started = time.perf_counter()
     try:
         if apart:
-            output = _without_drawing(call)
+            output = without_drawing(call)
         else:
-            output = world.keeping(call) if restore and writes else call()
-    except _Drawing:
+            output = world.keeping(call) if restore else call()
+    except Drawing:
         output = None
         found.reason = reason("random")
     finally:
@@ -171,7 +169,7 @@ class _World:
 
     def keeping(self, call: Callable[[], Any]) -> Any:
         """`call()`, with a copy kept of each parameter that it writes to."""
-        writes = _Writes(self.module.parameters())
+        writes = Writes(self.module.parameters())
         self.written = writes.copies
         with writes:
             return call()
@@ -210,113 +208,12 @@ class _World:
     def _drawn(self, call: Callable[[], Any] | None) -> bool:
         torch_state, python_state, numpy_state = self.generators
         # All threads share torch's generator: who moved it is seen in a call of its own.
-        if not torch.equal(torch.get_rng_state(), torch_state) and (call is None or _draws(call)):
+        if not torch.equal(torch.get_rng_state(), torch_state) and (call is None or draws(call)):
             return True
         numpy_now = np.random.get_state()
         return random.getstate() != python_state or not all(
             np.array_equal(a, b) for a, b in zip(numpy_now, numpy_state, strict=True)
         )
-
-
-class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices what this thread calls: names of operators, and whether random numbers are drawn."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
-        self.drawn = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.names.add(func.name())
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies parameters before this thread writes to them."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        plain = [p for p in parameters if p.layout is torch.strided and not p.is_inference()]
-        self._parameters = {p.untyped_storage().data_ptr(): p for p in plain}
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            given.update(kwargs or {})
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(given.get(argument.name))
-        return func(*args, **(kwargs or {}))
-
-    def _keep(self, written: Any) -> None:
-        if not isinstance(written, torch.Tensor) or written.layout is not torch.strided:
-            return
-        parameter = self._parameters.pop(written.untyped_storage().data_ptr(), None)
-        if parameter is not None:
-            self.copies.append((parameter, parameter.detach().clone()))
-
-
-def _draws(call: Callable[[], Any]) -> bool:
-    seen = Operators()
-    with seen:
-        call()
-    return seen.drawn
-
-
-class _Drawing(BaseException):
-    """An operator was about to draw random numbers. No Exception: users' code catches those."""
-
-
-class _NoDrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops this thread before it draws a random number."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.drew = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tags = getattr(func, "tags", ())  # higher-order operators have none
-        if torch.Tag.nondeterministic_seeded in tags and _would_draw(func, args, kwargs):
-            self.drew = True
-            raise _Drawing
-        return func(*args, **kwargs)
-
-
-def _would_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Not attention without dropout, and nothing that is told not to train."""
-    names = [argument.name for argument in func._schema.arguments]
-    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    for name in ("dropout_p", "training", "train"):
-        if name in given:
-            return bool(given[name])
-    return True
-
-
-def _without_drawing(call: Callable[[], Any]) -> Any:
-    mode = _NoDrawing()
-    with mode:
-        output = call()
-    if mode.drew:  # and the module went on, which it could only by catching everything
-        raise _Drawing
-    return output
 
 
 def _version(tensor: torch.Tensor) -> int | None:

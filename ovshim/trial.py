@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 
 from ovshim.job import BuildStopped, Job
-from ovshim.preflight import Look, Operators, look
+from ovshim.modes import Operators
+from ovshim.preflight import Look, look
 from ovshim.proof import alike
 from ovshim.reasons import reason
 
@@ -49,20 +49,12 @@ def seen_twice(job: Job) -> Look:
     return first
 
 
-def trial(
-    job: Job, leaves: Sequence[Any] | None = None, keep: bool = False, writes: bool = True
-) -> Look:
-    """A call of our own, after which the module is as it was (but for attributes, with `keep`).
-
-    Args:
-        writes: whether it may write to its parameters. A module whose graph was proved does not;
-            and to look at writes loads Dynamo, which a hit has no use for.
-    """
+def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> Look:
+    """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
     given = job.copies() if leaves is None else leaves
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
     if job.apart is None:
-        call_it = functools.partial(job.call_with, given)
-        seen = look(job.module, call_it, tensors, restore=True, writes=writes)
+        seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)
     else:
         args, kwargs = job.arguments(given)
         call = job.apart.resolve()

@@ -33,7 +33,7 @@ FLOORS: dict[str, set[str]] = {
         "progress",
     },
     "2a": {"runtime"},
-    "2b": {"preflight", "verify", "race", "generation", "child"},
+    "2b": {"modes", "preflight", "verify", "race", "generation", "child"},
     "2c": {"infer", "single", "slots", "capture", "precision"},
     "3": {
         "artifact",

@@ -1,0 +1,116 @@
+"""What the operators of a call do besides: modes of torch's dispatcher, for calls of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Drawing", "Operators", "Writes", "draws", "without_drawing"]
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices what this thread calls: names of operators, and whether random numbers are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+        self.drawn = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(func.name())
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies parameters before this thread writes to them."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        plain = [p for p in parameters if p.layout is torch.strided and not p.is_inference()]
+        self._parameters = {p.untyped_storage().data_ptr(): p for p in plain}
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            given.update(kwargs or {})
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(given.get(argument.name))
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, written: Any) -> None:
+        if not isinstance(written, torch.Tensor) or written.layout is not torch.strided:
+            return
+        parameter = self._parameters.pop(written.untyped_storage().data_ptr(), None)
+        if parameter is not None:
+            self.copies.append((parameter, parameter.detach().clone()))
+
+
+def draws(call: Callable[[], Any]) -> bool:
+    seen = Operators()
+    with seen:
+        call()
+    return seen.drawn
+
+
+class Drawing(BaseException):
+    """An operator was about to draw random numbers. No Exception: users' code catches those."""
+
+
+class _NoDrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops this thread before it draws a random number."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drew = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tags = getattr(func, "tags", ())  # higher-order operators have none
+        if torch.Tag.nondeterministic_seeded in tags and _would_draw(func, args, kwargs):
+            self.drew = True
+            raise Drawing
+        return func(*args, **kwargs)
+
+
+def _would_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Not attention without dropout, and nothing that is told not to train."""
+    names = [argument.name for argument in func._schema.arguments]
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    for name in ("dropout_p", "training", "train"):
+        if name in given:
+            return bool(given[name])
+    return True
+
+
+def without_drawing(call: Callable[[], Any]) -> Any:
+    mode = _NoDrawing()
+    with mode:
+        output = call()
+    if mode.drew:  # and the module went on, which it could only by catching everything
+        raise Drawing
+    return output
