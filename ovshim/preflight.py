@@ -41,6 +41,7 @@ class Look:
         sources: see `sources`.
         seconds: how long the call took.
         undo: puts attributes back to what they were before the call.
+        made: attributes that are not what they were before the call, by path.
         reason: why this module cannot be served by a graph, or None.
     """
 
@@ -52,6 +53,7 @@ class Look:
     seconds: float
     reason: Reason | None = None
     undo: Callable[[], None]
+    made: Callable[[], dict[str, Any]]
 
 
 def look(
@@ -77,7 +79,7 @@ def look(
     """
     world = _World(module, inputs, restore)
     found = Look()
-    found.undo = world.put_back_attributes
+    found.undo, found.made = world.put_back_attributes, world.made_attributes
     started = time.perf_counter()
     try:
         if apart:
@@ -199,6 +201,14 @@ class _World:
             for buffer, copy in [*self.written, *self.copies]:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
+
+    def made_attributes(self) -> dict[str, Any]:
+        return {
+            f"{name}.{key}": value
+            for name, module, before in self.attributes
+            for key, value in module.__dict__.items()
+            if key not in before or before[key][0] is not value
+        }
 
     def put_back_attributes(self) -> None:
         for _, module, before in self.attributes:

@@ -13,6 +13,7 @@ from ovshim.modes import Operators
 from ovshim.preflight import Look, look
 from ovshim.proof import alike
 from ovshim.reasons import reason
+from ovshim.verify import redraw
 
 # Asks whether the mask has a form that can be packed, and packs by it.
 _PACKS = "aten::_nested_tensor_from_mask"
@@ -80,7 +81,10 @@ def _packing_refused(job: Job) -> Look:
 
 def settled(job: Job) -> Look | None:
     """A call after attributes have settled; None where they never do. A module may keep what it
-    makes at its first call (a table, a flag that hooks are installed): that is no side effect."""
+    makes at its first call (a table, a flag that hooks are installed): that is no side effect, but
+    where it is another by other data. The user's first call, which makes it, is not the example."""
+    if not _made_alike(job):
+        return None
     first = trial(job, keep=True)
     second = trial(job)
     if second.reason is None:
@@ -91,3 +95,28 @@ def settled(job: Job) -> Look | None:
         return second
     first.undo()
     return None
+
+
+def _made_alike(job: Job) -> bool:
+    """Whether a first call makes the same attributes of other data."""
+    generator = torch.Generator().manual_seed(0)
+    others = job.leaves_with([redraw(tensor, generator) for tensor in job.tensors])
+    made = []
+    for leaves in (None, others):
+        seen = trial(job, leaves, keep=True)
+        made.append(seen.made())
+        seen.undo()
+    return _alike_value(*made)
+
+
+def _alike_value(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype is other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike_value(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike_value, one, other))
+    # Of other objects only their kind is known: they are made anew each time.
+    return bool(one == other) if isinstance(one, (int, float, complex, str)) else True

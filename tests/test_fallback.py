@@ -202,6 +202,37 @@ def test_weights_are_written_by_calls_alone(max_norm: float | None) -> None:
     same(dict(module.state_dict()), dict(plain.state_dict()), 0.0)
 
 
+class KeepsOfFirst(nn.Module):
+    """Remembers something of its first call: of its data, or of its sizes alone."""
+
+    def __init__(self, of_data: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.of_data = of_data
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "first"):
+            self.first = x.mean().detach() if self.of_data else torch.arange(8.0)
+        return self.linear(x) - self.first
+
+
+def test_what_is_kept_of_the_first_call_is_of_the_users() -> None:
+    module = make(KeepsOfFirst, of_data=True)
+    plain = copy.deepcopy(module)
+    with falls_back("mutates-attribute"):
+        fast = ovshim.accelerate(module, torch.randn(2, 8), prefer="openvino")
+    x, y = torch.randn(2, 8), torch.randn(2, 8)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), plain(x))
+        assert torch.equal(fast(y), plain(y))
+
+
+def test_what_is_kept_of_any_call_is_no_obstacle() -> None:
+    module = make(KeepsOfFirst, of_data=False)
+    fast = ovshim.accelerate(module, torch.randn(2, 8), prefer="openvino")
+    check(fast, module, torch.randn(2, 8))
+
+
 class Jacobian(nn.Module):
     def __init__(self) -> None:
         super().__init__()
