@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class _Tree:
     """One pass over everything reachable from one module."""
 
     def __init__(self) -> None:
+        self.inside: set[int] = set()
         self.twins: dict[int, nn.Module] = {}
         self.todo: list[tuple[nn.Module, nn.Module]] = []
         self.weak: list[tuple[dict[str, Any], str, nn.Module]] = []
@@ -67,6 +68,7 @@ class _Tree:
         self.handles: list[tuple[RemovableHandle, RemovableHandle]] = []
 
     def grow(self, root: nn.Module) -> nn.Module:
+        self.inside = {id(module) for module in root.modules()}
         twin = self.twin(root)
         # A list of work instead of recursion: trees refer back to parents, and may be deep.
         while self.todo:
@@ -131,7 +133,7 @@ class _Tree:
                 entries[key] = value
             elif key in _OWN_DICTS:
                 entries[key] = self.hooks[id(value)] = copy.copy(value)
-                entries[key].update({k: self.value(v, _DEPTH) for k, v in value.items()})
+                entries[key].update({k: self.hook(v) for k, v in value.items()})
             elif isinstance(value, weakref.ref) and isinstance(target := value(), nn.Module):
                 entries[key] = value
                 self.weak.append((entries, key, target))
@@ -140,6 +142,30 @@ class _Tree:
         for name in _slots(type(module)):
             if hasattr(module, name):
                 object.__setattr__(twin, name, self.value(getattr(module, name), _DEPTH))
+
+    def hook(self, hook: Any) -> Any:
+        """Returns the hook for the twin: what a function holds of this tree, in its closure or as a
+        default, is the twin's. (`lambda module, args, out: self.features.append(out)`)"""
+        if type(hook) is not FunctionType:
+            return self.value(hook, _DEPTH)
+        cells, defaults = hook.__closure__ or (), hook.__defaults__ or ()
+        held = [self.inner(_content(cell)) for cell in cells]
+        given = tuple(self.inner(value) for value in defaults)
+        if not any(x is not None for x in held) and not any(x is not None for x in given):
+            return hook
+        pairs = zip(cells, held, strict=True)
+        closure = tuple(cell if twin is None else CellType(twin) for cell, twin in pairs)
+        values = zip(defaults, given, strict=True)
+        own = tuple(value if twin is None else twin for value, twin in values)
+        name, code = hook.__name__, hook.__code__
+        made = FunctionType(code, hook.__globals__, name, own or None, closure)
+        made.__kwdefaults__ = hook.__kwdefaults__
+        made.__dict__.update(hook.__dict__)
+        return made
+
+    def inner(self, value: Any) -> nn.Module | None:
+        """Returns the twin of a module of this tree; None for anything else."""
+        return self.twin(value) if id(value) in self.inside else None
 
     def value(self, value: Any, depth: int) -> Any:
         """Returns `value` with the modules in it replaced; the very same object if there are none.
@@ -199,6 +225,13 @@ class _Tree:
             new = [self.value(v, depth) for v in old]
             return kind(new) if _differ(old, new) else value
         return value
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _differ(old: Any, new: list[Any]) -> bool:

@@ -1289,3 +1289,35 @@ def test_generate() -> None:
     assert torch.equal(fast.generate(ids, **options), module.generate(ids, **options))
     assert calls(fast) == 6
     assert fast.lm_head.weight is fast.transformer.wte.weight
+
+
+class Features(nn.Module):
+    """Takes out what a layer gives by a hook that holds the module itself."""
+
+    def __init__(self, by_default: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.features: list[torch.Tensor] = []
+        if by_default:
+            hook = lambda m, args, out, keeper=self: keeper.features.append(out)  # noqa: E731
+        else:
+            hook = lambda m, args, out: self.features.append(out)  # noqa: E731
+        self.body[1].register_forward_hook(hook)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.features = []
+        y = self.body(x)
+        return y, self.features[0]
+
+
+@pytest.mark.parametrize("by_default", [False, True])
+def test_a_hook_that_holds_the_module_holds_the_twin(by_default: bool) -> None:
+    module = Features(by_default).eval()
+    twin = make_twin(module)
+    x = torch.randn(2, 8)
+    with torch.inference_mode():
+        expected = module(x)
+        for actual, wanted in zip(twin(x), expected, strict=True):
+            assert torch.equal(actual, wanted)
+    assert len(module.features) == 1
+    assert len(twin.features) == 1  # type: ignore[arg-type]
