@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # other worker: with one more load on two cores a test takes several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from collections import Counter
+
 import hypothesis
 import pytest
 import torch
@@ -16,6 +18,43 @@ import torch
 # A first call converts and compiles: its length says nothing about the property.
 hypothesis.settings.register_profile("ovshim", deadline=None)
 hypothesis.settings.load_profile("ovshim")
+
+
+# Of tests with many cases of seconds each: how many of them run on every change. `nox -s full` runs
+# all.
+_CASES = {
+    "test_a_constant_belongs_to_the_signature": 4,
+    "test_a_damaged_entry_is_built_again": 2,
+    "test_a_module_in_lower_precision": 1,
+    "test_a_module_that_changes_meanwhile": 1,
+    "test_a_module_that_takes_two_batch_sizes": 1,
+    "test_batches_that_broadcast": 1,
+    "test_calibration_data_of_every_kind": 2,
+    "test_changed_attributes": 6,
+    "test_changed_globals": 2,
+    "test_changed_weights": 10,
+    "test_compressed_weights": 1,
+    "test_experts_that_nobody_is_sent_to": 1,
+    "test_later_calls_and_the_engines_end_leave_outputs_alone": 2,
+    "test_other_calibration_data_is_another_entry": 1,
+    "test_precision_fp32_for_a_module_in_lower_precision": 1,
+    "test_sizes_read_in_python": 2,
+    "test_tolerances_at_both_ends": 1,
+    "test_what_cannot_be_carried_through_fixes_the_size": 2,
+    "test_what_cannot_be_differentiated_any_more_says_so": 2,
+    "test_what_is_not_int8_runs_in_bf16_where_that_is_faster": 1,
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the further cases as slow, before those are left out."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        seen[name] += 1
+        if seen[name] > _CASES.get(name, seen[name]):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

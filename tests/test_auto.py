@@ -94,6 +94,7 @@ def test_the_fastest_is_taken(speeds: dict[str, float]) -> None:
     assert table(fast)["fp32"]["why"] == "int8 takes 0.40 times as long"
 
 
+@pytest.mark.slow
 def test_a_tenth_in_favour_of_the_more_exact(speeds: dict[str, float]) -> None:
     speeds["i8"] = 0.92
     assert chosen(accelerated(make(DigitsCnn), tolerance=0.1)) == "fp32"

@@ -54,6 +54,7 @@ def test_a_build_that_crashes_is_not_tried_a_third_time(tmp_path: Path, how: str
     assert run("none", tmp_path) == (0, "openvino miss")
 
 
+@pytest.mark.slow
 def test_a_builder_that_was_killed_costs_nothing(tmp_path: Path) -> None:
     assert run("SIGKILL", tmp_path)[0] == -signal.SIGKILL
     assert run("none", tmp_path) == (0, "openvino hit")  # built by a child, to be sure

@@ -114,12 +114,14 @@ def test_held_out_glyphs_are_not_trained_on() -> None:
     assert not torch.equal(digits.glyphs(seed=1)[0].labels, seen.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_a_bar_where_it_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--progress"]) == 0
     assert "training:" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_lower_precision_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():

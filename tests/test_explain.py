@@ -24,11 +24,16 @@ from ovshim.reasons import TABLE
 
 
 @pytest.fixture(scope="module")
-def served_one() -> nn.Module:
+def served_one(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """Three calls by OpenVINO and one in training mode, which is eager's."""
     module = make(Mlp)
     fast = ovshim.accelerate(
-        module, torch.randn(3, 8), device="CPU", precision="fp32", prefer="openvino"
+        module,
+        torch.randn(3, 8),
+        device="CPU",
+        precision="fp32",
+        prefer="openvino",
+        cache_dir=tmp_path_factory.mktemp("explained"),
     )
     with torch.inference_mode():
         for batch in (3, 1, 4):

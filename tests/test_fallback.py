@@ -983,6 +983,7 @@ def test_outputs_of_eager_and_openvino_in_turn() -> None:
     same(outputs, expected)
 
 
+@pytest.mark.slow
 def test_a_verdict_of_one_processor_binds_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     from ovshim import runtime
 

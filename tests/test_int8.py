@@ -142,6 +142,7 @@ def nearest(points: Tensor) -> Tensor:
     return near.fill_diagonal_(-2).argmax(1)
 
 
+@pytest.mark.slow
 def test_a_transformer() -> None:
     module = small_bert(hidden_size=64, intermediate_size=128)
     generator = torch.Generator().manual_seed(0)

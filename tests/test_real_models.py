@@ -203,6 +203,7 @@ def test_bert_called_in_other_ways(bert: tuple[nn.Module, nn.Module]) -> None:
     check(fast, module, **batch)
 
 
+@pytest.mark.slow
 def test_bert_asked_for_hidden_states() -> None:
     """transformers collects them by hooks on the layers, which it leaves there."""
     module = small_bert()

@@ -146,6 +146,7 @@ def test_a_zip_file_and_a_program_on_stdin(scripts: Path) -> None:
     assert ours == plain
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="ends by a signal")
 def test_an_interrupt_ends_it_as_it_ends_python(scripts: Path) -> None:
     plain, ours = both("look.py", "interrupt", cwd=scripts)

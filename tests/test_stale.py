@@ -308,6 +308,7 @@ def test_an_edit_in_every_step_is_right_in_every_step() -> None:
             check(fast, module, torch.randn(3, 8), path=None)
 
 
+@pytest.mark.slow
 def test_edits_far_apart_do_not_back_off() -> None:
     """Weights that are loaded anew now and then: each time as quickly as the first."""
     fast, module = pair()

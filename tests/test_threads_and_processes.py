@@ -198,6 +198,7 @@ def test_a_fallback_of_many_threads_warns_once() -> None:
         same(answers, [module(x) for x in inputs])
 
 
+@pytest.mark.slow
 def test_modes_are_each_threads_own() -> None:
     """Grad mode in one thread, inference in another."""
     module = make(Mlp)
