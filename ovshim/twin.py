@@ -68,7 +68,7 @@ class _Tree:
         self.handles: list[tuple[RemovableHandle, RemovableHandle]] = []
 
     def grow(self, root: nn.Module) -> nn.Module:
-        self.inside = {id(module) for module in root.modules()}
+        self.inside = _ids(root)
         twin = self.twin(root)
         # A list of work instead of recursion: trees refer back to parents, and may be deep.
         while self.todo:
@@ -225,6 +225,18 @@ class _Tree:
             new = [self.value(v, depth) for v in old]
             return kind(new) if _differ(old, new) else value
         return value
+
+
+def _ids(root: nn.Module) -> set[int]:
+    """Returns the ids of a tree's modules. `modules()` wants them hashable, and classes with an
+    `__eq__` of their own are not."""
+    ids, todo = set[int](), [root]
+    while todo:
+        module = todo.pop()
+        if id(module) not in ids:
+            ids.add(id(module))
+            todo += [child for child in module._modules.values() if child is not None]
+    return ids
 
 
 def _content(cell: CellType) -> Any:

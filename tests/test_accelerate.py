@@ -158,6 +158,7 @@ def test_a_call_unlike_the_plan_gets_its_own() -> None:
     assert set(paths(fast)) == {"openvino"}
 
 
+@pytest.mark.slow
 def test_constants_that_are_equal_but_not_the_same() -> None:
     module = make(TwoInputs)
     fast = ovshim.accelerate(module, (torch.randn(3, 8), None, 1.0), prefer="openvino")

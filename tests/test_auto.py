@@ -164,6 +164,7 @@ def test_a_module_that_eager_has_to_serve_is_tried_once() -> None:
     assert paths(fast) == ["eager"]
 
 
+@pytest.mark.slow
 def test_without_a_cache() -> None:
     module = make(DigitsCnn)
     fast = accelerated(module, cache_dir=False, tolerance=0.1)

@@ -308,6 +308,7 @@ def test_dropout_that_is_off_draws_nothing() -> None:
     check(fast, module, x)
 
 
+@pytest.mark.slow
 def test_a_thread_that_draws_meanwhile_loses_nothing(gate: Gate) -> None:
     """Neither is its stream set back, nor is the module taken for one that draws."""
     import random
@@ -473,6 +474,7 @@ def test_the_program_may_end_while_a_build_runs() -> None:
         assert run_python(f"{_STARTS}\nfast.ovshim.wait({wait})\nprint('end')") == "end\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_fork_while_a_build_runs() -> None:
     forks = """

@@ -55,6 +55,7 @@ def cells(out: str) -> list[list[str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_two_runs_as_the_readme_has_them(tmp_path: Path) -> None:
     runs = [demo_in_a_process(tmp_path) for _ in range(2)]
     for run in runs:
@@ -171,6 +172,7 @@ def test_calls_that_openvino_did_not_serve_are_a_failure(
     assert "DigitsNet on CPU" in captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_without_a_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -327,6 +327,7 @@ def test_a_branch_on_a_size() -> None:
         check(fast, module, torch.randn(batch, 8))
 
 
+@pytest.mark.slow
 def test_a_loop_over_a_size() -> None:
     module = make(Loops)
     fast = ovshim.accelerate(module, torch.randn(2, 3, 8), prefer="openvino")
@@ -348,6 +349,7 @@ def test_many_sizes_of_a_loop_build_a_bounded_number_of_plans() -> None:
     check(fast, module, torch.randn(4, 3, 8), path=None)
 
 
+@pytest.mark.slow
 def test_the_lengths_of_an_lstm() -> None:
     module = make(Recurrent)
     fast = ovshim.accelerate(module, torch.randn(2, 5, 8), prefer="openvino")

@@ -513,6 +513,7 @@ def test_fake_tensors(fast: nn.Module) -> None:
     assert y.shape == (3, 4)
 
 
+@pytest.mark.slow
 @TORCHS_OWN
 def test_functorch(fast: nn.Module, module: nn.Module) -> None:
     xs = torch.randn(5, 3, 8)
@@ -905,6 +906,7 @@ def test_integers_wrap_as_in_eager() -> None:
                 check(fast, module, torch.tensor([-1, -7, -big], dtype=dtype), path=None)
 
 
+@pytest.mark.slow
 def test_integers_beyond_32_bits() -> None:
     class Adds(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ FLOORS: dict[str, set[str]] = {
         "values",
         "watch",
         "conditions",
+        "modes",
         "fingerprint",
         "cache",
         "onnx_module",
@@ -33,7 +34,7 @@ FLOORS: dict[str, set[str]] = {
         "progress",
     },
     "2a": {"runtime"},
-    "2b": {"modes", "preflight", "verify", "race", "generation", "child"},
+    "2b": {"preflight", "verify", "race", "generation", "child"},
     "2c": {"infer", "single", "slots", "capture", "precision"},
     "3": {
         "artifact",

@@ -817,6 +817,7 @@ def test_threads_with_and_without_gradients() -> None:
     same(grads(fast), grads(module))
 
 
+@pytest.mark.slow
 def test_answers_hold_nothing_when_they_are_gone() -> None:
     _, fast = fast_mlp()
     x = X.clone()

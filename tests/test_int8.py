@@ -76,6 +76,7 @@ def test_a_trained_network_keeps_its_accuracy() -> None:
     assert plan(fast)["precision_run"] == "i8"
 
 
+@pytest.mark.slow
 def test_int8_is_a_quarter_of_the_size() -> None:
     module = make(DigitsCnn)
     exact = ovshim.accelerate(module, images(4), prefer="openvino")
@@ -235,6 +236,7 @@ def test_other_calibration_data_is_another_entry(changes: dict[str, Any]) -> Non
     assert caches(make_int8(module, **changes)) == "miss"
 
 
+@pytest.mark.slow
 def test_other_parameters_are_another_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make(DigitsCnn)
     make_int8(module)
@@ -386,6 +388,7 @@ def test_a_bar_where_one_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None
     assert "ovshim: int8" in err
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_take_their_data_along() -> None:
     module = make(DigitsCnn)
     fast = make_int8(

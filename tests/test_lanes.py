@@ -73,6 +73,7 @@ def test_a_graph_that_is_wrong_at_new_sizes_never_answers_there() -> None:
     assert paths(fast) == ["eager"]
 
 
+@pytest.mark.slow
 def test_a_mismatch_is_kept_for_every_process(tmp_path: Path) -> None:
     torch.save(make(Mlp).state_dict(), tmp_path / "weights.pt")
     script = f"""

@@ -235,6 +235,7 @@ def test_a_module_in_lower_precision(
     assert plan(fast)["precision_run"] in {*LOWER, "f32"}
 
 
+@pytest.mark.slow
 def test_a_bfloat16_module_with_a_tolerance_of_its_own() -> None:
     module = make(Wide).bfloat16()
     x = torch.randn(16, 64).bfloat16()

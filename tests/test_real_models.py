@@ -307,6 +307,7 @@ def test_classification_with_labels_gives_a_loss() -> None:
     settle(fast, module, **padded(2, 9))
 
 
+@pytest.mark.slow
 def test_a_causal_model_generates_the_same() -> None:
     """`generate` calls the module itself, with a cache that grows: right, however it is served."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -355,6 +356,7 @@ def test_an_lstm_that_is_given_its_state() -> None:
     assert state[0].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_an_lstm_of_packed_sequences_is_right() -> None:
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 

@@ -95,6 +95,7 @@ def test_a_convolution_with_folded_batch_norm() -> None:
         assert (found[exact], found[lower], found["head"]) == ("f32", "i8", "i8")
 
 
+@pytest.mark.slow
 def test_islands_of_floats_in_a_transformer() -> None:
     module = small_bert()
     ids = torch.randint(0, 100, (2, 9))

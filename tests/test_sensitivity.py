@@ -33,6 +33,7 @@ class Outlier(nn.Module):
 DATA = [torch.randn(16, 16, generator=torch.Generator().manual_seed(n)) for n in range(10)]
 
 
+@pytest.mark.slow
 def test_who_suffers_stays_in_fp32() -> None:
     module = make(Outlier)
     found = sensitivity(module, DATA[0], calibration=DATA, tolerance=0.03)
@@ -78,6 +79,7 @@ def test_floats() -> None:
     assert set(found.rules.values()) == {"fp32", "bf16"}
 
 
+@pytest.mark.slow
 def test_the_module_is_left_as_it_was() -> None:
     module = make(Outlier)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -360,6 +360,7 @@ def test_asyncio() -> None:
     assert counts(fast)["openvino"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     script = """

@@ -297,6 +297,7 @@ def test_weights_that_go_back_are_served_from_the_cache() -> None:
     assert plan["cache"] == "hit"
 
 
+@pytest.mark.slow
 def test_an_edit_in_every_step_is_right_in_every_step() -> None:
     """Repeated staleness may back off, but never answers from older weights."""
     fast, module = pair()
@@ -754,6 +755,7 @@ def test_a_stale_plan_of_another_signature_is_noticed_too() -> None:
     check(fast, module, torch.randn(3, 8))
 
 
+@pytest.mark.slow
 def test_old_weights_are_let_go() -> None:
     fast, module = pair()
     old = weakref.ref(module.first.weight)

@@ -53,6 +53,7 @@ def test_strict_without_an_example_raises_at_the_call() -> None:
         assert told.value.reason.code == "unsupported-op"
 
 
+@pytest.mark.slow
 def test_strict_raises_where_the_precision_does_not_suffice() -> None:
     with pytest.raises(ovshim.FallbackError) as told:
         ovshim.accelerate(
@@ -466,6 +467,7 @@ def replace(file: Path, content: bytes) -> None:
     os.replace(other, file)
 
 
+@pytest.mark.slow
 def test_entries_are_for_their_weights_and_their_code(tmp_path: Path) -> None:
     class Louder(Mlp):
         def forward(self, x: Tensor) -> Tensor:

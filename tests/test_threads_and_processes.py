@@ -419,6 +419,7 @@ def test_modules_come_and_go() -> None:
     same(y, kept, 0.0)
 
 
+@pytest.mark.slow
 def test_a_module_with_methods_in_threads() -> None:
     module = make(Towers)
     fast = ovshim.accelerate(module, methods=["encode_image", "encode_text"], prefer="openvino")
