@@ -50,7 +50,7 @@ def fastest(
     options = job.options
     asked = options.streams is not None or options.threads is not None
     plain = options.device == "CPU" and options.hint == "latency" and not options.properties
-    if asked or not plain or source.with_suffix(".bin").stat().st_size > _TINY_BYTES:
+    if asked or not plain or not _is_small(source):
         return compiled({})
     where = f"{runtime.processor()} threads={job.placement['threads']}"
     known = record.ways.get(where)
@@ -78,3 +78,10 @@ def fastest(
     if entry is not None:
         job.store.amend(entry, "ways", {**record.ways, where: job.way})
     return engines[chosen]
+
+
+def _is_small(source: Path) -> bool:
+    try:
+        return source.with_suffix(".bin").stat().st_size <= _TINY_BYTES
+    except OSError:  # it may be as large as it likes then
+        return False
