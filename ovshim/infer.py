@@ -155,12 +155,14 @@ class Engine:
             self._back.append(slot)
             raise
         self._back.append(slot)
-        if self._conversions is not None:
-            return [
-                tensor if convert is None else convert(tensor)
-                for tensor, convert in zip(outputs, self._conversions, strict=True)
-            ]
-        return outputs
+        return outputs if self._conversions is None else self._converted(outputs)
+
+    def _converted(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs in the types that were asked for, where the model gives others."""
+        return [
+            tensor if convert is None else convert(tensor)
+            for tensor, convert in zip(outputs, self._conversions or (), strict=True)
+        ]
 
     def _bind_inputs(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[Array | None]:
         """Inputs to where the request finds them. OpenVINO keeps nothing alive: what is returned

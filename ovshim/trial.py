@@ -26,7 +26,7 @@ def seen_twice(job: Job) -> Look:
     try:
         first = job.look or trial(job)
         if first.reason is not None and first.reason.code == "mutates-attribute":
-            first = settled(job) or first
+            first = (settled(job) if _made_alike(job) else None) or first
         elif first.reason is not None and first.reason.code == "mutates-buffer":
             # By the module, at every call? Or by another thread, during this one?
             again = trial(job)
@@ -81,10 +81,7 @@ def _packing_refused(job: Job) -> Look:
 
 def settled(job: Job) -> Look | None:
     """A call after attributes have settled; None where they never do. A module may keep what it
-    makes at its first call (a table, a flag that hooks are installed): that is no side effect, but
-    where it is another by other data. The user's first call, which makes it, is not the example."""
-    if not _made_alike(job):
-        return None
+    makes at its first call (a table, a flag that hooks are installed): that is no side effect."""
     first = trial(job, keep=True)
     second = trial(job)
     if second.reason is None:
@@ -98,7 +95,8 @@ def settled(job: Job) -> Look | None:
 
 
 def _made_alike(job: Job) -> bool:
-    """Whether a first call makes the same attributes of other data."""
+    """Whether a first call makes the same attributes of other data: the user's first call, which
+    is to make them, is not the example. Asked before a capture; what an entry is of, was asked."""
     generator = torch.Generator().manual_seed(0)
     others = job.leaves_with([redraw(tensor, generator) for tensor in job.tensors])
     made = []

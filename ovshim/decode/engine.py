@@ -112,12 +112,7 @@ class StatefulEngine(Engine):
                 self._running -= 1
                 if not self._running:
                     self._gate.notify_all()
-        if self._conversions is not None:
-            return [
-                tensor if convert is None else convert(tensor)
-                for tensor, convert in zip(outputs, self._conversions, strict=True)
-            ]
-        return outputs
+        return outputs if self._conversions is None else self._converted(outputs)
 
     def read(self, slot: Slot) -> list[torch.Tensor]:
         """Copies of the slot's keys and values, [batch, heads, length, width], layer by layer."""
