@@ -21,7 +21,7 @@ from torch._dynamo import convert_frame, decorators
 import ovshim
 from ovshim import runtime
 from ovshim.capture import CaptureError, Request, dynamo, frontend, rewrites
-from ovshim.capture.rewrites import attention, division, integers, missing, operators, sizes
+from ovshim.capture.rewrites import division, integers, operators, sizes
 from ovshim.capture.rewrites.entry import Rewrite
 from ovshim.guards import sizes_hold
 from ovshim.signature import flatten, flatten_call, kind_of
@@ -242,6 +242,119 @@ CASES = {
         (torch.randn(2, 6, 3), torch.randn(2, 6, 4)),
     ),
 }
+CASES |= {
+    "missing/deg2rad": case(torch.deg2rad, FLOATS),
+    "missing/sinc": case(torch.sinc, FLOATS),
+    "missing/dist": case(lambda x, y: (x.dist(y), torch.dist(x, y, 1)), (FLOATS, FLOATS.flip(0))),
+    "missing/positive": case(lambda x: torch.positive(x) + 1, FLOATS),
+    "missing/trapz": case(
+        lambda x: (torch.trapz(x), torch.trapezoid(x, dx=0.5, dim=0)), torch.randn(3, 4)
+    ),
+    "products/tensordot": case(
+        lambda x, y: (
+            torch.tensordot(x, y, ([1, 0], [0, 1])),
+            torch.tensordot(x, y, 1),
+            torch.tensordot(x, y, 0),
+        ),
+        (torch.randn(3, 4), torch.randn(4, 3)),
+    ),
+    "products/inner": case(
+        lambda x, y: (torch.inner(x, y), x.inner(y[0]), x[0].inner(y[0])),
+        (torch.randn(2, 3, 4), torch.randn(5, 4)),
+    ),
+    "products/linalg_vecdot": case(
+        lambda x, y: (torch.linalg.vecdot(x, y), torch.linalg.vecdot(x, y, dim=0)),
+        (torch.randn(3, 4), torch.randn(3, 4)),
+    ),
+    "products/addmv": case(
+        lambda x, m, i: (x.addmv(m, x[:4]), torch.addmv(odd(i)[:3], m, x[:4], beta=0, alpha=2)),
+        (torch.randn(3), torch.randn(3, 3), PLACES),
+    ),
+    "products/addr": case(
+        lambda x, y: (torch.addr(y[:, None] * x, y, x), torch.addr(x, y, x, beta=0.5, alpha=2)),
+        (torch.randn(4), torch.randn(3)),
+    ),
+    "products/addbmm": case(
+        lambda x, y: x[0] @ y[0] + torch.addbmm(x[0] @ y[0], x, y, beta=0.5, alpha=2),
+        (torch.randn(2, 3, 4), torch.randn(2, 4, 5)),
+    ),
+    "products/linalg_multi_dot": case(
+        lambda x: torch.linalg.multi_dot([x, x.T, x]), torch.randn(3, 4)
+    ),
+    "products/kron": case(torch.kron, (torch.randn(2, 3), torch.randn(4, 2))),
+    "losses/mse_loss": case(
+        lambda x, y: (F.mse_loss(x, y), F.mse_loss(x, y, reduction="none")),
+        (FLOATS, FLOATS.flip(0)),
+    ),
+    "losses/l1_loss": case(
+        lambda x, y: (F.l1_loss(x, y), F.l1_loss(x, y, reduction="sum")), (FLOATS, FLOATS.flip(0))
+    ),
+    "losses/smooth_l1_loss": case(
+        lambda x, y: (F.smooth_l1_loss(x, y), F.smooth_l1_loss(x, y, beta=0.0)),
+        (FLOATS, FLOATS * 1.2),
+    ),
+    "losses/huber_loss": case(
+        lambda x, y: (F.huber_loss(x, y), F.huber_loss(x, y, "none", 0.3)), (FLOATS, FLOATS * 1.2)
+    ),
+    "losses/soft_margin_loss": case(
+        lambda x, y: F.soft_margin_loss(x, y), (FLOATS, FLOATS.flip(0).sign())
+    ),
+    "losses/kl_div": case(
+        lambda x, y: (
+            F.kl_div(x, y.clamp(0, 1), reduction="batchmean"),
+            F.kl_div(x, -y, reduction="none", log_target=True),
+        ),
+        (-torch.rand(3, 4), torch.randn(3, 4)),
+    ),
+    "losses/binary_cross_entropy_with_logits": case(
+        lambda x, y: (
+            F.binary_cross_entropy_with_logits(x * 9, y),
+            F.binary_cross_entropy_with_logits(
+                x, y, weight=y + 1, pos_weight=y[0] + 2, reduction="none"
+            ),
+        ),
+        (torch.randn(4, 6), torch.rand(4, 6)),
+    ),
+    "losses/cross_entropy": case(
+        lambda x, y: (
+            F.cross_entropy(x, y),
+            F.cross_entropy(x, y.clamp(0), x[0, :, 0].exp(), ignore_index=2),
+            F.cross_entropy(x, y, reduction="none"),
+            F.cross_entropy(x[..., 0], x[..., 1].softmax(1)),
+            nn.CrossEntropyLoss(reduction="sum")(x[:, :, 0], y[:, 0]),
+        ),
+        (torch.randn(4, 3, 5), torch.tensor([[0, 1, 2, -100, 1]] * 4)),
+        (torch.randn(4, 3, 5), torch.tensor([[0, 2, 2, -100, -100]] * 4)),
+        (torch.randn(4, 3, 5), torch.tensor([[-100] * 5] * 4)),
+    ),
+    "losses/nll_loss": case(
+        lambda x, y: (F.nll_loss(x, y), F.nll_loss(x, y, x[0], reduction="sum")),
+        (torch.randn(4, 3), torch.tensor([0, 2, -100, 1])),
+    ),
+    "layout/getattr": case(lambda x: (x.mT @ x, x.mH + 1), torch.randn(2, 3, 4)),
+    "layout/fliplr": case(torch.fliplr, torch.randn(3, 4)),
+    "layout/flipud": case(torch.flipud, torch.randn(3, 4)),
+    "layout/column_stack": case(
+        lambda x: (torch.column_stack([x, x * 2]), torch.column_stack([x[:, None], x])), FLOATS
+    ),
+    "layout/select_scatter": case(
+        lambda x: (x.select_scatter(x[0] * 2, 0, 1), torch.select_scatter(x, x[:, 0], -1, 2)),
+        torch.randn(3, 4),
+    ),
+    "layout/slice_scatter": case(
+        lambda x: (x.slice_scatter(x[:2] * 2, 0, 1, 3), x.slice_scatter(x[:, :2], 1, 0, 4, 2)),
+        torch.randn(3, 4),
+    ),
+    "layout/diag_embed": case(lambda i: torch.diag_embed(odd(i).view(2, 3)), PLACES),
+    "layout/msort": case(torch.msort, torch.randn(5, 3)),
+    "layout/take": case(
+        lambda x, i: x.take(i) + torch.take(x * 2, i),
+        (torch.randn(3, 4), torch.tensor([[0, 5], [11, -1]])),
+    ),
+    "layout/interpolate": case(
+        lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"), PLANE
+    ),
+}
 # What has no exact replacement is refused.
 REFUSED = {
     "integers/gcd": case(lambda x: torch.gcd(x, torch.tensor(6)), torch.arange(1, 9)),
@@ -256,11 +369,7 @@ def named(module: Any) -> dict[str, Rewrite]:
     return {f"{room}/{name}": entry for name, entry in zip(names, module.TABLE, strict=True)}
 
 
-ENTRIES = {
-    name: entry
-    for module in (attention, division, integers, operators, missing)
-    for name, entry in named(module).items()
-}
+ENTRIES = {name: entry for module in rewrites._ROOMS for name, entry in named(module).items()}
 OF_SIZES = named(sizes)
 
 
@@ -578,3 +687,19 @@ def test_narrow_integers_wrap_as_eagers(dtype: torch.dtype, values: list[int]) -
             assert exact.dtype is dtype
             assert torch.equal(exact, function(x, other))
     assert torch.equal(integers.product(x, 3), x**3)
+
+
+def test_a_model_that_is_given_labels_runs_whole_and_its_labels_are_looked_at() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    config.intermediate_size = 64
+    module = BertForSequenceClassification(config).eval()
+    example = {"input_ids": torch.randint(0, 50, (4, 6)), "labels": torch.tensor([0, 2, 1, 1])}
+    fast = ovshim.accelerate(module, example, prefer="openvino", cache_dir=False)
+    check(fast, module, **example)
+    wrong = {**example, "labels": torch.tensor([0, 3, 1, 1])}
+    with torch.inference_mode(), pytest.raises(IndexError, match="out of bounds"):
+        fast(**wrong)

@@ -6,6 +6,9 @@
     integers    types that wrap, numbers beyond float32
     operators   arguments that are ignored, ties, edges
     missing     operators that OpenVINO has no counterpart for
+    products    sums of products among them
+    losses      losses
+    layout      ways to arrange elements
 
 Each is an entry of `TABLE`: a small function, the reason for it, and the version of OpenVINO from
 which it may be dropped. Every replacement gives what eager gives, dtype included, for all values
@@ -18,14 +21,25 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import GraphModule, Node
 
-from ovshim.capture.rewrites import attention, division, integers, missing, operators, sizes
+from ovshim.capture.rewrites import (
+    attention,
+    division,
+    integers,
+    layout,
+    losses,
+    missing,
+    operators,
+    products,
+    sizes,
+)
 from ovshim.capture.rewrites.entry import Rewrite, Target
 
 __all__ = ["SIZES", "TABLE", "Rewrite", "apply"]
 
 # For numbers that depend on sizes, and for everything else.
 SIZES = sizes.TABLE
-TABLE = (*attention.TABLE, *division.TABLE, *integers.TABLE, *operators.TABLE, *missing.TABLE)
+_ROOMS = (attention, division, integers, operators, missing, products, losses, layout)
+TABLE = tuple(entry for room in _ROOMS for entry in room.TABLE)
 
 _Index = Mapping[Target, Sequence[Rewrite]]
 

@@ -105,6 +105,35 @@ def exp2(x: torch.Tensor) -> torch.Tensor:
     return torch.pow(2.0, x)
 
 
+def deg2rad(x: torch.Tensor) -> torch.Tensor:
+    return x * (math.pi / 180)
+
+
+def sinc(x: torch.Tensor) -> torch.Tensor:
+    turned = x * math.pi
+    return torch.where(x == 0, torch.ones_like(x), torch.sin(turned) / turned)
+
+
+def dist(x: torch.Tensor, other: torch.Tensor, p: float = 2) -> torch.Tensor:
+    made: torch.Tensor = torch.linalg.vector_norm(x - other, p)
+    return made
+
+
+def trapezoid(y: torch.Tensor, *, dx: float = 1.0, dim: int = -1) -> torch.Tensor:
+    before = (slice(None),) * (dim % y.dim())
+    later, earlier = y[(*before, slice(1, None))], y[(*before, slice(None, -1))]
+    return (later + earlier).sum(dim) * (dx / 2)
+
+
+def _evenly_spaced(node: Node) -> Function | None:
+    usual = len(node.args) == 1 and "x" not in node.kwargs and "y" not in node.kwargs
+    return _of_floats(trapezoid)(node) if usual else None
+
+
+def positive(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 def fmax(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     known = torch.where(other != other, x, torch.maximum(x, other))
     return torch.where(x != x, other, known)
@@ -243,8 +272,12 @@ _FLOATS: tuple[tuple[str, Function], ...] = (
     ("nansum", nansum),
     ("nanmean", nanmean),
     ("isclose", isclose),
+    ("deg2rad", deg2rad),
+    ("sinc", sinc),
+    ("dist", dist),
 )
 _ANY = (
+    ("positive", positive),
     ("diff", diff),
     ("count_nonzero", count_nonzero),
     ("diagonal", diagonal),
@@ -259,6 +292,7 @@ TABLE = (
     Rewrite((torch.isfinite, "isfinite"), _of_integers(equals_itself), _NONE),
     Rewrite((torch.sgn, "sgn"), _real, _NONE),
     Rewrite((torch.diag, "diag"), _of_matrices, _NONE),
+    Rewrite((torch.trapz, torch.trapezoid), _evenly_spaced, _NONE),
     Rewrite((torch.isin,), always(isin), _NONE),
     Rewrite((F.threshold, torch.threshold), _of_floats(threshold), _NONE),
     Rewrite((torch.threshold_,), _of_floats(in_place(threshold)), _NONE),

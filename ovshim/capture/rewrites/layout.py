@@ -1,0 +1,125 @@
+"""Ways to arrange elements that OpenVINO has no counterpart for, made of such as it has."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ovshim.capture.rewrites.entry import Function, Rewrite, always, argument, tensor_of
+
+__all__ = ["TABLE"]
+
+
+def transposed(x: torch.Tensor, _: str) -> torch.Tensor:
+    return x.transpose(-2, -1)
+
+
+def _attribute(node: Node) -> Function | None:
+    """Properties of a tensor that swap its last two dimensions."""
+    x, name = tensor_of(node.args[0]), node.args[1]
+    conjugates = x is None or x.dtype.is_complex
+    return transposed if name == "mT" or (name == "mH" and not conjugates) else None
+
+
+def fliplr(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(1)
+
+
+def flipud(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(0)
+
+
+def column_stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    columns = [x.reshape(-1, 1) if x.dim() < 2 else x for x in tensors]
+    return torch.cat(columns, 1)
+
+
+def select_scatter(x: torch.Tensor, src: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    made = x.clone()
+    made[(*_all(dim, x), index)] = src
+    return made
+
+
+def slice_scatter(
+    x: torch.Tensor,
+    src: torch.Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> torch.Tensor:
+    made = x.clone()
+    made[(*_all(dim, x), slice(start, end, step))] = src
+    return made
+
+
+def _all(dim: int, x: torch.Tensor) -> tuple[Any, ...]:
+    return (slice(None),) * (dim % x.dim())
+
+
+def diag_embed(x: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(x.shape[-1])
+    # Not as a product: infinity beside the diagonal would be NaN.
+    return torch.where(places[:, None] == places, x.unsqueeze(-1), torch.zeros((), dtype=x.dtype))
+
+
+def _diag_embed(node: Node) -> Function | None:
+    usual = len(node.args) == 1 and not node.kwargs
+    return diag_embed if usual else None
+
+
+def msort(x: torch.Tensor) -> torch.Tensor:
+    return x.sort(0)[0]
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten()
+
+
+def _take(node: Node) -> Function | None:
+    """A subscript of the flat tensor: it is looked at there whether it is in range."""
+    x: Any = node.args[0]
+    fake = tensor_of(x)
+    index = argument(node, 1, "index")
+    if fake is None or "out" in node.kwargs:
+        return None
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(flat, (x,))
+    made.meta = dict(node.meta) | {"example_value": fake.flatten()}
+    node.args, node.kwargs = (made, index), {}
+    return operator.getitem
+
+
+def _nearest_exact(node: Node) -> None:
+    """Where each element is repeated a whole number of times, both kinds of nearest are one."""
+    made, given = tensor_of(node), tensor_of(node.args[0])
+    if made is None or given is None or argument(node, 3, "mode") != "nearest-exact":
+        return
+    pairs = zip(made.shape[2:], given.shape[2:], strict=True)
+    if all(statically_known_true(after % before == 0) for after, before in pairs):
+        if len(node.args) > 3:
+            node.args = (*node.args[:3], "nearest", *node.args[4:])
+        else:
+            node.kwargs = {**node.kwargs, "mode": "nearest"}
+
+
+_NONE = "has no counterpart"
+
+TABLE = (
+    Rewrite((getattr,), _attribute, _NONE),
+    Rewrite((torch.fliplr, "fliplr"), always(fliplr), _NONE),
+    Rewrite((torch.flipud, "flipud"), always(flipud), _NONE),
+    Rewrite((torch.column_stack,), always(column_stack), _NONE),
+    Rewrite((torch.select_scatter, "select_scatter"), always(select_scatter), _NONE),
+    Rewrite((torch.slice_scatter, "slice_scatter"), always(slice_scatter), _NONE),
+    Rewrite((torch.diag_embed, "diag_embed"), _diag_embed, _NONE),
+    Rewrite((torch.msort, "msort"), always(msort), _NONE),
+    Rewrite((torch.take, "take"), _take, _NONE),
+    Rewrite((F.interpolate,), _nearest_exact, "has no counterpart for nearest-exact"),
+)
