@@ -25,6 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
+from ovshim.dict_versions import add_unless_written
 from ovshim.guards import BadGuardError, ValueGuard
 from ovshim.reasons import Reason, reason
 from ovshim.watch import GuardFailedError, Watch
@@ -37,6 +38,13 @@ _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _values: Callable[[Any], Iterable[Any]] = dict.values
 _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwdefaults__")
 
+
+# So many tensors or modules are asked one by one, which takes no list of what they answer.
+_FEW = 8
+# After an inference none of what the checks read is in the caches, and each of them waits for one
+# thing after the other. A copy of a list counts a reference on everything in it, in a loop so short
+# that the processor waits for many at once: of 286 modules 23 µs, which save 100.
+_MANY = 128
 
 _RECORDING = "transformers.utils.output_capturing"
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
@@ -93,25 +101,26 @@ class Generation:
         self._variables = _variables(f.__code__ for f in self._functions)
         self._watch_tensors()
         self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
-        conditions = Conditions(*_RAISED)
+        conditions, in_dicts = Conditions(*_RAISED), Conditions()
+        written = [*self._dicts, *self._children, *self._holders]
+        touched = [*self._modules, *written, *self._empty, *self._hooks]
+        if len(touched) >= _MANY:
+            conditions.add("{0}.copy()", touched)
+        self._of_dicts(in_dicts)
         self._of_the_tree(conditions)
-        self._of_tensors(conditions)
+        self._of_versions(conditions)
         self._of_code(conditions)
-        self._watch.conditions(conditions)
+        self._watch.conditions(conditions, in_dicts, set(map(id, self._dicts)))
         self._of_what_is_rare(conditions)
+        add_unless_written(conditions, written, in_dicts.compiled())
         self.holds: Callable[[], bool] = conditions.compiled()
-        """Whether nothing has changed. About 0.4 µs a submodule and 0.1 µs a tensor."""
+        """Whether nothing has changed. About 0.1 µs a submodule and 0.1 µs a tensor."""
 
-    def _of_the_tree(self, conditions: Conditions) -> None:
+    def _of_dicts(self, conditions: Conditions) -> None:
+        """What is written in the dictionaries of the tree."""
         conditions.add("{0} == {1}", self._dicts, self._dict_copies)
         if self._children:
             conditions.add("{0} == {1}", self._children, self._child_copies)
-        if self._empty:
-            conditions.add("not any({0})", self._empty)
-        conditions.add("not any({0})", self._hooks)
-        conditions.add("list(map(type, {0})) == {1}", self._modules, self._types)
-
-    def _of_tensors(self, conditions: Conditions) -> None:
         held = list(chain.from_iterable(map(_values, self._holders)))
         operands = chain.from_iterable, map, _values, self._holders
         if all(tensor is None or tensor.numel() > 1 for tensor in held):
@@ -119,13 +128,26 @@ class Generation:
             conditions.add("list({0}({1}({2}, {3}))) == {4}", *operands, held)
         else:
             conditions.add("list(map(id, {0}({1}({2}, {3})))) == {4}", *operands, self._ids)
-        self._of_versions(conditions)
+
+    def _of_the_tree(self, conditions: Conditions) -> None:
+        conditions.add("not any({0})", (*self._empty, *self._hooks))
+        if len(self._modules) <= _FEW:
+            for module, cls in zip(self._modules, self._types, strict=True):
+                conditions.add("type({0}) is {1}", module, cls)
+        else:
+            conditions.add("list(map(type, {0})) == {1}", self._modules, self._types)
 
     def _of_versions(self, conditions: Conditions) -> None:
-        if self._tensors:
+        if len(self._tensors) <= _FEW:
+            known = zip(self._tensors, self._versions, self._pointers, strict=True)
+            for tensor, version, pointer in known:
+                conditions.add("{0}._version == {1}", tensor, version)
+                conditions.add("{0}({1}) == {2}", _data_ptr, tensor, pointer)
+        else:
+            # In this order: with cold caches it takes an eighth less than the other way around.
             of_each = "list(map({0}, {1})) == {2}"
-            conditions.add(of_each, _version, self._tensors, self._versions)
             conditions.add(of_each, _data_ptr, self._tensors, self._pointers)
+            conditions.add(of_each, _version, self._tensors, self._versions)
 
     def _of_code(self, conditions: Conditions) -> None:
         for cls, names, _ in self._captured:
@@ -171,7 +193,7 @@ class Generation:
         become of the tree itself does not matter to a copy of it."""
         conditions = Conditions(*_RAISED)
         self._of_versions(conditions)
-        self._watch.conditions(conditions)
+        self._watch.conditions(conditions, conditions)
         return conditions.compiled()()
 
     def change(self) -> str:

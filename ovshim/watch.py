@@ -9,7 +9,7 @@ are read by one `itemgetter` per dict; the few others one by one.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -64,18 +64,25 @@ class Watch:
         for held, keys in names:
             self._group(held).update((key, held[key]) for key in keys)
 
-    def conditions(self, conditions: Conditions) -> None:
-        """Add every guard's check. It raises KeyError or BadGuardError where a name is gone."""
-        for held, known in self._groups.values():
+    def conditions(
+        self, conditions: Conditions, in_dicts: Conditions, dicts: Collection[int] = ()
+    ) -> None:
+        """Add every guard's check. It raises KeyError or BadGuardError where a name is gone.
+
+        Args:
+            in_dicts: takes the checks of what is written in these dictionaries, given by their ids.
+        """
+        for key, (held, known) in self._groups.items():
             if known:
-                _reading(conditions, held, known)
+                _reading(in_dicts if key in dicts else conditions, held, known)
         for base, step, found, guard in self._odd:
             if guard is None:
                 conditions.add("{0}({1}, {2}) is {3}", _take, base, step, found)
             else:
                 conditions.add("{0}({1}, {2}, {3}, {4})", _same, base, step, found, guard)
-        for attributes, count in self._instances.values():
-            conditions.add("len({0}) == {1}", attributes, count)
+        for key, (attributes, count) in self._instances.items():
+            where = in_dicts if key in dicts else conditions
+            where.add("len({0}) == {1}", attributes, count)
         for found, test, expected in self._measured:
             conditions.add("{0}({1}, {2}) == {3}", measure, found, test, expected)
 
