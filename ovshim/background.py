@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ import torch
 from ovshim.generation import Generation
 from ovshim.job import BuildStopped, Job
 from ovshim.plan import Plan
-from ovshim.planner import Family, Planner, building_here
+from ovshim.planner import Family, Given, Planner, building_here
 from ovshim.reasons import Reason, reason
-from ovshim.signature import Kind
 
 __all__ = ["LatePlanner", "Work", "apart", "pause"]
 
@@ -48,26 +47,24 @@ class LatePlanner(Planner):
         # Modules that cannot be copied are not looked at while others use them.
         self._late = True
 
-    def answer(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> tuple[Any, Reason]:
+    def answer(self, given: Given) -> tuple[Any, Reason]:
         """Eager's answer, and why eager gave it; the first call of a kind starts a build."""
         if not self._late:
-            return super().answer(args, kwargs, kind, leaves)
+            return super().answer(given)
         build = None
         why: Reason | None = reason("building")
         if self._lock.acquire(blocking=False):
             try:
-                family = self._families.setdefault((kind, torch.is_grad_enabled()), Family())
+                family = self._families.setdefault((given.kind, torch.is_grad_enabled()), Family())
                 if not self._is_building(family):
                     why = self._put_off(family)
                     if why is None:
-                        job = self._job(family, args, kwargs, kind, leaves, lenient=True)
+                        job = self._job(family, given, lenient=True)
                         build = family.build = Build(self, family, job)
             finally:
                 self._lock.release()
         try:
-            output = self.original(*args, **kwargs)
+            output = self.original(*given.args, **given.kwargs)
         except BaseException:
             if build is not None:
                 build.end(None)  # a call that fails is no example
@@ -76,31 +73,24 @@ class LatePlanner(Planner):
             _builder.add(build)
         return output, why or reason("building")
 
-    def prepare(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kind: Kind,
-        leaves: Sequence[Any],
-        wait: bool = True,
-    ) -> Plan | None:
+    def prepare(self, given: Given, wait: bool = True) -> Plan | None:
         """The plan for an example. See `Planner.prepare`; None where nobody waits for it."""
         if self._late and building_here():
             with self._lock, torch.no_grad():
-                family = self._families.setdefault((kind, False), Family())
-                plan = self.make(family, self._job(family, args, kwargs, kind, leaves))
+                family = self._families.setdefault((given.kind, False), Family())
+                plan = self.make(family, self._job(family, given))
             if plan is not None:
                 return plan
         while self._late and not building_here():
-            build, own = self._asked(args, kwargs, kind, leaves)
+            build, own = self._asked(given)
             if not wait:
                 return None
             build.done.wait()
             if build.plan is None:
                 break  # the thread cannot: this one does
-            if own or build.plan.match(args, kwargs) is not None:
+            if own or build.plan.match(given.args, given.kwargs) is not None:
                 return build.plan
-        return super().prepare(args, kwargs, kind, leaves)
+        return super().prepare(given)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until no build is under way; whether that was so in time."""
@@ -114,15 +104,13 @@ class LatePlanner(Planner):
                 break
         return False
 
-    def _asked(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> tuple[Build, bool]:
+    def _asked(self, given: Given) -> tuple[Build, bool]:
         """The build for such calls that is under way, or a new one, and whether it is that."""
         with self._lock, torch.no_grad():
-            family = self._families.setdefault((kind, False), Family())
+            family = self._families.setdefault((given.kind, False), Family())
             if self._is_building(family):
                 return family.build, False
-            job = self._job(family, args, kwargs, kind, leaves)
+            job = self._job(family, given)
             build = family.build = Build(self, family, job)
         _builder.add(build)
         return build, True

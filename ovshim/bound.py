@@ -23,7 +23,7 @@ import copy
 import gc
 from collections.abc import Callable
 from sys import _getframe, getrefcount
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -53,15 +53,29 @@ class Original:
     `beneath` is an instance attribute of that name that was there before ours, which wins.
     """
 
-    __slots__ = ("beneath", "module", "name")
+    __slots__ = ("_function", "beneath", "module", "name")
 
     def __init__(self, module: nn.Module, name: str, beneath: Any = None) -> None:
-        self.module = module
-        self.name = name
-        self.beneath = beneath
+        self.__setstate__((module, name, beneath))
+
+    def __getstate__(self) -> tuple[nn.Module, str, Any]:
+        return self.module, self.name, self.beneath
+
+    def __setstate__(self, state: tuple[nn.Module, str, Any]) -> None:
+        self.module, self.name, self.beneath = state
+        # What the class had when `resolve` was last asked, where it is a plain function.
+        self._function: Callable[..., Any] | None = None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self.resolve()(*args, **kwargs)
+        module = self.module
+        function = self._function
+        if function is not None and getattr(type(module), self.name) is function:
+            return function(module, *args, **kwargs)
+        method = self.resolve()
+        if type(method) is MethodType and self.beneath is None and method.__self__ is module:
+            function = method.__func__
+            self._function = function if type(function) is FunctionType else None
+        return method(*args, **kwargs)
 
     def resolve(self) -> Any:
         """Returns the bound method (or script method, partial, ...) that eager would call.
@@ -111,7 +125,7 @@ class BoundMethod:
             or _symbolic_trace._is_fx_tracing_flag
             or _tracing_state() is not None
         ):
-            return self.original(*args, **kwargs)
+            return self.original.resolve()(*args, **kwargs)
         call = self._call
         if call is None or getrefcount(self._seal) != self._seal.usual:
             return self._settled(_getframe(1))._made_dispatcher().call(args, kwargs)

@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from ovshim import planner
 from ovshim.background import LatePlanner
+from ovshim.buckets import Bucket
 from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
 from ovshim.gradients import refusal, unrecordable
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
-from ovshim.lanes import Lane
 from ovshim.options import Options, enabled_in_environment
-from ovshim.plan import OutOfRangeError, Plan, Served
-from ovshim.planner import Planner, building_here, known_kind, unfit
+from ovshim.plan import OutOfRangeError, Plan
+from ovshim.planner import Given, Planner, building_here, known_kind, unfit
 from ovshim.reasons import Reason, reason
-from ovshim.signature import describe, flatten, flatten_call, sizes_of
+from ovshim.rest import Rest
+from ovshim.signature import describe, flatten_call, sizes_of
+from ovshim.special_mode import autocast_on, function_modes, in_special_mode
 from ovshim.tally import Tally
-from ovshim.verify import Mismatch, compare
+from ovshim.turns import NOT_ANSWERED, Asked, take_turn
 
-__all__ = ["Dispatcher", "in_special_mode"]
+__all__ = ["Dispatcher"]
 
 log = logging.getLogger("ovshim")
 
 _grad_enabled = torch.is_grad_enabled
-_autocast_on = torch._C._is_any_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_functorch = torch._C._functorch.peek_interpreter_stack
 
 # Eager plans look at the module's state only every so often: when what was in the way is gone
 # (a hook, an attribute), the next call makes a plan.
@@ -46,8 +41,6 @@ _LOOK_AGAIN = 8
 _OUT_OF_RANGE = reason("out-of-range")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
-_NOT_ANSWERED = (OutOfRangeError, RuntimeError, ValueError)
-_TAKING_TURNS = reason("taking-turns")
 
 
 class Dispatcher:
@@ -61,7 +54,10 @@ class Dispatcher:
 
     Attributes:
         tally: counts and tells what became of the calls.
+        rests: whether calls that eager serves because it is faster may go there at a glance.
     """
+
+    rests = True
 
     def __init__(
         self,
@@ -83,18 +79,30 @@ class Dispatcher:
         self._planner = make(
             module, method, original, options, self._publish, self.tally.retire, divide
         )
+        self._at_rest: Rest | None = None
         self._off = not enabled_in_environment()
         self._room = room_for(module, method, original, options, self._planner.store, self.tally)
 
     def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
         self._plans[grad] = plans
+        self._at_rest = None
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""
         if planner.running and building_here():
             return self.original(*args, **kwargs)
+        rest = self._at_rest
+        if (  # not asked by a method of its own, which would take as long again
+            rest is not None
+            and rest.left > 0
+            and _grad_enabled() is rest.grad
+            and not function_modes()  # a mode would see the glance
+            and rest.glance(args, kwargs) == rest.sizes
+        ):
+            rest.count()
+            return self.original(*args, **kwargs)
         if self.module.training or in_special_mode():
-            return self._in_eager(self._mode(), args, kwargs)
+            return self.in_eager(self._mode(), args, kwargs)
         if self._room is not None and not self._off:
             answer = self._room.answer(args, kwargs)
             if answer is not NOT_OURS:
@@ -108,23 +116,27 @@ class Dispatcher:
             if served is None:
                 return self._without_graph(plan, tensors, args, kwargs)
             if grad and (why := refusal(tensors, served.recorder)) is not None:
-                return self._in_eager(why, args, kwargs)
-            if plan.bucket(tensors) not in plan.open:
-                return self._in_lane(plan, tensors, args, kwargs)
+                return self.in_eager(why, args, kwargs)
+            bucket = plan.bucket(tensors)
+            if bucket not in plan.open:
+                if bucket in plan.closed:
+                    return self._without_graph(plan, tensors, args, kwargs)
+                asked = Asked(plan, served, tensors, args, kwargs)
+                return self._in_lane(asked, bucket)
             if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
                 return self._stale(plan, args, kwargs)
             if not plan.other_values_fit(tensors):
-                return self._in_eager(_SPECIAL_VALUES, args, kwargs)
+                return self.in_eager(_SPECIAL_VALUES, args, kwargs)
             try:
                 answer = served.answer(tensors)
-            except _NOT_ANSWERED as raised:
+            except NOT_ANSWERED as raised:
                 # A traceback would keep this frame, and the tensors in it.
                 failure = raised.with_traceback(None)
             else:
                 plan.calls.add()
                 return answer
             # Not inside of `except`: what the user's module raises is to be shown without ours.
-            return self._instead(plan, failure, args, kwargs)
+            return self.instead(Asked(plan, served, tensors, args, kwargs), failure)
         return self._unplanned(args, kwargs)
 
     def ready(
@@ -158,130 +170,36 @@ class Dispatcher:
             return (plan, tensors) if fits else None
         return None
 
-    def _instead(
-        self, plan: Plan, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Eager's answer to a call that OpenVINO has not answered."""
-        if isinstance(error, OutOfRangeError):
-            return self._in_eager(_OUT_OF_RANGE, args, kwargs)
-        if isinstance(error, SpecialValuesError):
-            return self._in_eager(_SPECIAL_VALUES, args, kwargs)
-        self._failed(plan, error)
-        return self.original(*args, **kwargs)
-
-    # --- sizes for which it is not settled who serves -----------------------------------------
-
-    def _in_lane(
-        self,
-        plan: Plan,
-        tensors: Sequence[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """A call of sizes that eager is faster for, or that were hardly met before."""
-        bucket, served = plan.bucket(tensors), plan.served
+    def _in_lane(self, asked: Asked, bucket: Bucket) -> Any:
+        """A call of sizes that were hardly met before."""
+        plan, _, tensors, args, kwargs = asked
+        assert plan.generation is not None  # a served plan has one
         lane = plan.lane(bucket)
-        turn = lane.turn()
-        if served is None or lane.eager:
+        if lane.eager:  # since a moment ago
             return self._without_graph(plan, tensors, args, kwargs)
-        started = time.perf_counter()
-        if not plan.generation.holds():  # type: ignore[union-attr] # a served plan has one
+        if not plan.generation.holds():
             return self._stale(plan, args, kwargs)
         if not plan.values_fit(tensors):
-            return self._in_eager(_SPECIAL_VALUES, args, kwargs)
-        if turn == "both":
-            return self._compared(plan, served, lane, tensors, args, kwargs)
-        if turn == "openvino":
-            failure = None
-            try:
-                answer = served.answer(tensors)
-                plan.calls.add()
-            except _NOT_ANSWERED as raised:
-                failure = raised.with_traceback(None)
-            if failure is not None:
-                answer = self._instead(plan, failure, args, kwargs)
-        else:
-            answer = self._in_eager(_TAKING_TURNS, args, kwargs)
-        finish = lane.timed(turn, time.perf_counter() - started)
-        if finish is not None:
-            plan.settle()
-            if plan.notes is not None:
-                plan.notes.raced(bucket, finish)
-        return answer
-
-    def _compared(
-        self,
-        plan: Plan,
-        served: Served,
-        lane: Lane,
-        tensors: Sequence[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Both answer sizes that are met for the first time; a graph that is wrong there goes."""
-        expected = self.original(*args, **kwargs)
-        try:
-            answer = served.answer(tensors)
-            with torch.no_grad():
-                compare(*flatten(expected), answer, plan.tolerance)
-        except OutOfRangeError:
-            self.tally.note(_OUT_OF_RANGE)
-            return expected
-        except Mismatch as mismatch:
-            self.tally.retire([plan])
-            plan.served = None
-            plan.reason = reason("first-use-mismatch", f"{sizes_of(tensors)}: {mismatch}")
-            if plan.notes is not None:
-                plan.notes.condemn(plan.reason)
-            self.tally.note(plan.reason)
-            return expected
-        except (RuntimeError, ValueError) as error:
-            self._failed(plan, error)
-            return expected
-        lane.passed()
-        plan.settle()
-        if plan.notes is not None:
-            plan.notes.met(sizes_of(tensors))
-        plan.calls.add()
-        return answer
+            return self.in_eager(_SPECIAL_VALUES, args, kwargs)
+        return take_turn(self, asked, lane)
 
     # --- eager --------------------------------------------------------------------------------
 
-    def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Count, warn once or raise, and let the module answer."""
         self.tally.note(why)
         return self.original(*args, **kwargs)
 
-    def _mode(self) -> Reason:
-        """The reason for the state that torch or the module is in."""
-        if self.module.training:
-            return reason("training")
-        return reason("autocast" if _autocast_on() else "special-mode")
+    def instead(self, asked: Asked, error: Exception) -> Any:
+        """Eager's answer to a call that OpenVINO has not answered."""
+        if isinstance(error, OutOfRangeError):
+            return self.in_eager(_OUT_OF_RANGE, asked.args, asked.kwargs)
+        if isinstance(error, SpecialValuesError):
+            return self.in_eager(_SPECIAL_VALUES, asked.args, asked.kwargs)
+        self.failed(asked.plan, error)
+        return self.original(*asked.args, **asked.kwargs)
 
-    def _without_graph(
-        self,
-        plan: Plan,
-        tensors: Sequence[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        why = plan.reason or _SLOWER
-        if plan.parts is not None and not (_grad_enabled() and refusal(tensors, None)):
-            if plan.generation is not None and not plan.generation.holds():
-                return self._stale(plan, args, kwargs)
-            plan.calls.add()
-            return plan.parts(args, kwargs)
-        plan.eager_calls.add()
-        often = why.code == "training" or plan.eager_calls.value % _LOOK_AGAIN == 0
-        look_again = plan.generation is not None and often
-        if look_again and not plan.generation.holds():  # type: ignore[union-attr]
-            self._planner.drop_stale()
-        answer = self._in_eager(why, args, kwargs)
-        if why.code == "eager-refuses":
-            self._planner.drop(plan)  # of an example that was wrong; calls like this one are not
-        return answer
-
-    def _failed(self, plan: Plan, error: Exception) -> None:
+    def failed(self, plan: Plan, error: Exception) -> None:
         """OpenVINO raised while it ran: eager answers. If the engine died of it, for good."""
         log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
         why = reason("infer-failed", str(error))
@@ -290,13 +208,51 @@ class Dispatcher:
             plan.served, plan.reason = None, why
         self.tally.note(why)
 
+    def _mode(self) -> Reason:
+        """The reason for the state that torch or the module is in."""
+        if self.module.training:
+            return reason("training")
+        return reason("autocast" if autocast_on() else "special-mode")
+
+    def _without_graph(
+        self,
+        plan: Plan,
+        tensors: tuple[torch.Tensor, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call that no graph as a whole serves."""
+        if plan.parts is not None and not (_grad_enabled() and refusal(tensors, None)):
+            if plan.generation is not None and not plan.generation.holds():
+                return self._stale(plan, args, kwargs)
+            plan.calls.add()
+            return plan.parts(args, kwargs)
+        why, rest = plan.reason or _SLOWER, self._at_rest
+        nth = plan.eager_calls.add() % _LOOK_AGAIN
+        often = nth == _LOOK_AGAIN - 1 or (rest is not None and rest.left <= 0)
+        look_again = plan.generation is not None and (often or why.code == "training")
+        if look_again and not plan.generation.holds():  # type: ignore[union-attr]
+            self._planner.drop_stale()
+        elif why.code == "slower" and self.rests:
+            self._at_rest = Rest.after(plan, self.tally.counter(why), args, kwargs)
+        if why.code == "eager-refuses":
+            return self._refused(plan, why, args, kwargs)
+        return self.in_eager(why, args, kwargs)
+
+    def _refused(
+        self, plan: Plan, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        answer = self.in_eager(why, args, kwargs)
+        self._planner.drop(plan)  # of an example that was wrong; calls like this one are not
+        return answer
+
     # --- calls without a plan -----------------------------------------------------------------
 
     def _stale(self, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module is not what it was when the plan was made."""
         why = obstacle(self.module)
         if why is not None:  # for the time being; the plan may hold again
-            return self._in_eager(why, args, kwargs)
+            return self.in_eager(why, args, kwargs)
         assert plan.generation is not None
         why = reason("stale", plan.generation.change())
         self._planner.drop_stale()
@@ -307,18 +263,18 @@ class Dispatcher:
     ) -> Any:
         """Look whether such a call can have a plan, and make it if so; eager answers this one."""
         if self._off or self.options.prefer == "eager":
-            return self._in_eager(reason("off" if self._off else "prefer-eager"), args, kwargs)
+            return self.in_eager(reason("off" if self._off else "prefer-eager"), args, kwargs)
         leaves, structure = flatten_call(args, kwargs)
         grad = _grad_enabled()
         why = obstacle(self.module) or unfit(leaves, grad)
         if why is None and grad:
             why = unrecordable(leaves, self.module, self._planner.backward)
         if why is not None:
-            return self._in_eager(why, args, kwargs)
+            return self.in_eager(why, args, kwargs)
         kind = known_kind(leaves, structure)
         if isinstance(kind, Reason):
-            return self._in_eager(kind, args, kwargs)
-        output, why = self._planner.answer(args, kwargs, kind, leaves)
+            return self.in_eager(kind, args, kwargs)
+        output, why = self._planner.answer(Given(args, kwargs, kind, leaves))
         self.tally.tell_precision()
         self.tally.note(stale if stale is not None and why.code == "building" else why)
         return output
@@ -348,7 +304,7 @@ class Dispatcher:
         if why is None and isinstance(kind, Reason):
             why = kind
         if why is None and not isinstance(kind, Reason):
-            plan = self._planner.prepare(args, kwargs, kind, leaves, wait)
+            plan = self._planner.prepare(Given(args, kwargs, kind, leaves), wait)
             if plan is None:
                 return
             self.tally.tell_precision()
@@ -394,22 +350,3 @@ class Dispatcher:
         self._planner.drop_all()
         if self._room is not None:
             self._room.drop()
-
-
-def in_special_mode() -> bool:
-    """Whether this thread is under a mode in which only the module's own method is right."""
-    return bool(
-        (_function_modes() and not _only_cpu_devices())
-        or _dispatch_modes()
-        or _autocast_on()
-        or _functorch() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _only_cpu_devices() -> bool:
-    """Whether all function modes are `torch.device("cpu")` or `set_default_device` to it."""
-    return all(
-        type(mode) is DeviceContext and mode.device.type == "cpu"
-        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    )

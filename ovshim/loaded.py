@@ -21,9 +21,9 @@ from ovshim.generation import Generation
 from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, resolve
 from ovshim.plan import Plan
-from ovshim.planner import Planner
+from ovshim.planner import Given, Planner
 from ovshim.reasons import Reason, reason
-from ovshim.signature import Kind, describe, sizes_of
+from ovshim.signature import describe, sizes_of
 
 __all__ = ["load"]
 
@@ -128,13 +128,13 @@ class Artifact(Dispatcher):
         self.name = name
         self._off = False  # there is nothing else that could answer
 
-    def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.tally.count(why)
         raise _no_eager(why)
 
-    def _failed(self, plan: Plan, error: Exception) -> None:
+    def failed(self, plan: Plan, error: Exception) -> None:
         try:
-            super()._failed(plan, error)
+            super().failed(plan, error)
         except FallbackError as failed:
             raise _no_eager(failed.reason) from error
 
@@ -152,27 +152,18 @@ class _Fixed(Planner):
     def plans(self) -> list[Plan]:
         return list(self._fixed)
 
-    def answer(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> tuple[Any, Reason]:
+    def answer(self, given: Given) -> tuple[Any, Reason]:
         """Raises FallbackError: of such calls there is no plan."""
         known = "; ".join(describe(plan.kind, plan.pattern) for plan in self._fixed)
-        asked = describe(kind, sizes_of(leaves))
+        asked = describe(given.kind, sizes_of(given.leaves))
         raise _no_eager(reason("not-in-artifact", f"{asked}; there are: {known}"))
 
-    def prepare(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kind: Kind,
-        leaves: Sequence[Any],
-        wait: bool = True,
-    ) -> Plan | None:
+    def prepare(self, given: Given, wait: bool = True) -> Plan | None:
         """The plan for such calls; FallbackError where there is none."""
         for plan in self._fixed:
-            if plan.match(args, kwargs) is not None:
+            if plan.match(given.args, given.kwargs) is not None:
                 return plan
-        self.answer(args, kwargs, kind, leaves)
+        self.answer(given)
         return None
 
     def drop(self, plan: Plan) -> None:

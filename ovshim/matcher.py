@@ -30,9 +30,11 @@ from ovshim.signature import (
 
 __all__ = [
     "Builder",
+    "Glance",
     "Matcher",
     "Output",
     "compile_builder",
+    "compile_glance",
     "compile_matcher",
     "model_output_maker",
 ]
@@ -64,6 +66,26 @@ def compile_matcher(
     source.append(f"    return ({''.join(f'{name}, ' for name in writer.tensor_names)})")
     exec("\n".join(source), writer.scope)
     return writer.scope["match"]  # type: ignore[no-any-return]
+
+
+Glance = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[torch.Size, ...] | None"]
+
+
+def compile_glance(kind: Kind, ordered: Sequence[str] = ()) -> Glance | None:
+    """A function `(args, kwargs) -> sizes | None` in a third of a matcher's time.
+
+    Of tensors it looks at nothing but class and dtype: of a call that it takes for one of this kind
+    no more is said than that it looks like one. None where only torch's pytree knows the inside.
+    """
+    writer = _Writer(kind, (), ordered)
+    accessible = writer.containers()
+    if accessible is None:
+        return None
+    lines = writer.leaves(glance=True)
+    sizes = "".join(f"{name}.shape, " for name in writer.tensor_names)
+    source = ["def glance(args, kwargs):", *accessible, *lines, f"    return ({sizes})"]
+    exec("\n".join(source), writer.scope)
+    return writer.scope["glance"]  # type: ignore[no-any-return]
 
 
 class _Writer:
@@ -118,7 +140,7 @@ class _Writer:
                 return False
         return True
 
-    def leaves(self) -> list[str]:
+    def leaves(self, glance: bool = False) -> list[str]:
         lines: list[str] = []
         names: dict[int, str] = {}
         for i, (place, leaf) in enumerate(zip(self.access, self.kind.leaves, strict=True)):
@@ -128,7 +150,7 @@ class _Writer:
             t = len(self.tensor_names)
             name = names[i] = f"a{t}"
             self.tensor_names.append(name)
-            lines += self._tensor(t, place, leaf)
+            lines += self._glance(t, place, leaf) if glance else self._tensor(t, place, leaf)
             for earlier, other in names.items():
                 if earlier != i and leaf.same_as in (earlier, i):
                     wanted = "is not" if leaf.same_as == earlier else "is"
@@ -145,6 +167,13 @@ class _Writer:
             f" or a{t}.is_contiguous() is not {leaf.contiguous}: return None",
             f"    s{t} = a{t}.shape",
             f"    if {' or '.join([f'len(s{t}) != {leaf.rank}', *dims])}: return None",
+        ]
+
+    def _glance(self, t: int, place: str, leaf: TensorLeaf) -> list[str]:
+        self.scope[f"d{t}"] = leaf.dtype
+        return [
+            f"    a{t} = {place}",
+            f"    if type(a{t}) is not Tensor or a{t}.dtype is not d{t}: return None",
         ]
 
     def _const(self, i: int, place: str, leaf: Const) -> list[str]:

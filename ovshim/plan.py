@@ -14,7 +14,7 @@ from ovshim.buckets import Bucket
 from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.lanes import Lane
-from ovshim.matcher import Builder, Matcher, Output
+from ovshim.matcher import Builder, Glance, Matcher, Output
 from ovshim.race import Finish
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, Structure, describe, fits
@@ -33,6 +33,9 @@ class Counter:
     __slots__ = ("_count", "add")
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._count = itertools.count()
         self.add = self._count.__next__
 
@@ -159,11 +162,13 @@ class Plan:
 
     Attributes:
         match: tells whether a call has this signature, and gives its tensors.
+        glance: tells whether a call looks as if it had; made when first needed.
         values_fit: tells whether the tensors' values are such as OpenVINO computes rightly;
             `other_values_fit` leaves out those that the engine looks at.
         served: None where eager serves, as a whole or between its parts; `reason` says why.
         bucket: the bucket of a call's tensors.
-        lanes: who serves which bucket; `open` holds those that OpenVINO serves beyond doubt.
+        lanes: who serves which bucket; `open` and `closed` hold those that
+            OpenVINO serves and those that eager serves beyond doubt.
         tolerance: largest relative L2 error, for sizes met for the first time.
         graph: what serves, as it can be carried away; None where eager serves.
         notes: keeps with the entry what is found out later; None where nothing is cached.
@@ -218,6 +223,8 @@ class Plan:
     bucket: Callable[[Sequence[torch.Tensor]], Bucket] = len
     lanes: dict[Bucket, Lane] = dataclasses.field(default_factory=dict)
     open: set[Bucket] = dataclasses.field(default_factory=set)
+    closed: set[Bucket] = dataclasses.field(default_factory=set)
+    glance: Glance | None = None
     raced: bool = False
     tolerance: float = 0.0
     graph: Graph | None = None
@@ -250,8 +257,10 @@ class Plan:
         return lane
 
     def settle(self) -> None:
-        """Let the lanes that are open be found by the hot path."""
-        self.open = {bucket for bucket, lane in list(self.lanes.items()) if lane.open}
+        """Let the lanes that are settled be found by the hot path."""
+        lanes = list(self.lanes.items())
+        self.open = {bucket for bucket, lane in lanes if lane.open}
+        self.closed = {bucket for bucket, lane in lanes if lane.eager}
 
     def covers(self, other: Plan) -> bool:
         """Whether this plan serves the call that another one was made for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -24,7 +24,16 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 
-__all__ = ["Building", "Family", "Planner", "building_here", "known_kind", "serving", "unfit"]
+__all__ = [
+    "Building",
+    "Family",
+    "Given",
+    "Planner",
+    "building_here",
+    "known_kind",
+    "serving",
+    "unfit",
+]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
@@ -35,6 +44,15 @@ _MOST_MET = 32
 _WORTH_BUILDING = 16
 # With these there is nothing to keep: it changed under the build, or somebody else builds it.
 _PASSING = frozenset({"stale", "building"})
+
+
+class Given(NamedTuple):
+    """A call that plans are asked for: its arguments, as they came and flattened, and its kind."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kind: Kind
+    leaves: Sequence[Any]
 
 
 class Family:
@@ -109,38 +127,29 @@ class Planner:
         with self._lock:
             return [plan for family in self._families.values() for plan in family.plans]
 
-    def answer(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> tuple[Any, Reason]:
+    def answer(self, given: Given) -> tuple[Any, Reason]:
         """Eager's answer to a call that has no plan yet, and why eager gave it.
 
         The call is watched, and a plan is made of what was seen, unless another thread is about
         it. An exception of the user's own module leaves here as it is, and no plan is made.
         """
         if not self._lock.acquire(blocking=False):
-            return self.original(*args, **kwargs), reason("building")
+            return self.original(*given.args, **given.kwargs), reason("building")
         try:
-            family = self._families.setdefault((kind, torch.is_grad_enabled()), Family())
+            family = self._families.setdefault((given.kind, torch.is_grad_enabled()), Family())
             why = self._put_off(family)
             if why is not None:
-                return self.original(*args, **kwargs), why
-            job = self._job(family, args, kwargs, kind, leaves, lenient=True)
+                return self.original(*given.args, **given.kwargs), why
+            job = self._job(family, given, lenient=True)
             with Building():
-                output, job.look = self._watched(args, kwargs, leaves)
+                output, job.look = self._watched(given)
                 plan = self._make(family, job)
             why = None if plan.path == "openvino" else plan.reason
             return output, why or reason("building")
         finally:
             self._lock.release()
 
-    def prepare(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kind: Kind,
-        leaves: Sequence[Any],
-        wait: bool = True,
-    ) -> Plan | None:
+    def prepare(self, given: Given, wait: bool = True) -> Plan | None:
         """The plan for an example, made before any call. Calls to come are taken for inference.
 
         Args:
@@ -150,8 +159,8 @@ class Planner:
             OptionError: `dynamic_shapes` does not fit the example.
         """
         with self._lock, torch.no_grad(), Building():
-            family = self._families.setdefault((kind, False), Family())
-            return self._make(family, self._job(family, args, kwargs, kind, leaves))
+            family = self._families.setdefault((given.kind, False), Family())
+            return self._make(family, self._job(family, given))
 
     def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
         """Take note of a call that no plan was made of: sizes that differ are left open later."""
@@ -161,14 +170,12 @@ class Planner:
             if len(met) < _MOST_MET:
                 met.add(sizes)
 
-    def is_cached(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind, leaves: Sequence[Any]
-    ) -> bool:
+    def is_cached(self, given: Given) -> bool:
         """Whether the cache has something for such calls, so that a plan is made in tenths."""
         from ovshim.build import is_cached
 
         with Building():
-            return is_cached(self._job(Family(), args, kwargs, kind, leaves, lenient=True))
+            return is_cached(self._job(Family(), given, lenient=True))
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in other threads; whether that was so in time."""
@@ -204,14 +211,12 @@ class Planner:
             return family.why
         return reason("too-many-plans") if len(family.plans) >= _PLANS_PER_KIND else None
 
-    def _watched(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any]
-    ) -> tuple[Any, Look]:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    def _watched(self, given: Given) -> tuple[Any, Look]:
+        tensors = [leaf for leaf in given.leaves if isinstance(leaf, torch.Tensor)]
         output: list[Any] = []
 
         def call() -> Any:
-            output.append(self.original(*args, **kwargs))
+            output.append(self.original(*given.args, **given.kwargs))
             return output[0]
 
         seen = look(self.module, call, tensors, restore=False)
@@ -222,18 +227,11 @@ class Planner:
         seen.leaves = [copies[id(x)] if isinstance(x, torch.Tensor) else x for x in seen.leaves]
         return output[0], seen
 
-    def _job(
-        self,
-        family: Family,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kind: Kind,
-        leaves: Sequence[Any],
-        lenient: bool = False,
-    ) -> Job:
+    def _job(self, family: Family, given: Given, lenient: bool = False) -> Job:
+        leaves = given.leaves
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         call = self.original.resolve()
-        dims = dynamic_dims(self.options, call, args, kwargs, tensors, lenient)
+        dims = dynamic_dims(self.options, call, given.args, given.kwargs, tensors, lenient)
         with torch.inference_mode(False):
             copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
         job = Job(
@@ -242,7 +240,7 @@ class Planner:
             call=call,
             options=self.options,
             store=self.store,
-            kind=kind,
+            kind=given.kind,
             leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
             dynamic=dims,
             grad=torch.is_grad_enabled(),

@@ -45,19 +45,25 @@ class Tally:
         self._quiet = quiet
         self._eager: dict[str, Counter] = {}
         self._earlier = {"openvino": 0, "mixed": 0}
-        self._warned: set[str] = set()
+        self._warned: set[str] = set()  # and nothing is left to raise
 
     def note(self, why: Reason) -> None:
         """Count a call that eager serves, and tell of it."""
-        self.count(why)
-        self.tell(why)
+        counter = self._eager.get(why.code)
+        if counter is not None and why.code in self._warned:
+            counter.add()
+        else:
+            self.count(why)
+            self.tell(why)
 
     def count(self, why: Reason) -> None:
         """Count a call that eager serves, or would."""
+        self.counter(why).add()
+
+    def counter(self, why: Reason) -> Counter:
+        """The counter of the calls that eager serves for this reason."""
         counter = self._eager.get(why.code)
-        if counter is None:
-            counter = self._eager.setdefault(why.code, Counter())
-        counter.add()
+        return self._eager.setdefault(why.code, Counter()) if counter is None else counter
 
     def tell(self, why: Reason) -> None:
         """Warn, once for each reason; raises FallbackError if that is what `strict` asks for."""
@@ -96,12 +102,14 @@ class Tally:
     @property
     def eager(self) -> dict[str, int]:
         """Calls that eager has served, by reason code."""
-        return {code: counter.value for code, counter in self._eager.items()}
+        counts = {code: counter.value for code, counter in list(self._eager.items())}
+        return {code: count for code, count in counts.items() if count}
 
     def reset(self) -> None:
         """Set every counter back to 0."""
         self._earlier = dict.fromkeys(self._earlier, 0)
-        self._eager.clear()
+        for counter in list(self._eager.values()):
+            counter.reset()
         for plan in self._plans():
             plan.calls, plan.eager_calls = Counter(), Counter()
 

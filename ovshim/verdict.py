@@ -12,9 +12,10 @@ import torch
 from ovshim import runtime
 from ovshim.buckets import Bucket, compile_bucket
 from ovshim.cache import Entry, Store
+from ovshim.deferred import later
 from ovshim.eager import LOW_TOLERANCE
 from ovshim.job import Job
-from ovshim.lanes import Lane, later
+from ovshim.lanes import Lane
 from ovshim.plan import Plan
 from ovshim.race import Finish, race
 from ovshim.reasons import Reason, reason

@@ -116,14 +116,14 @@ def test_sizes_are_compared_once_in_each_bucket() -> None:
 
 
 def test_what_was_compared_is_kept_with_the_entry(tmp_path: Path) -> None:
-    from ovshim import lanes
+    from ovshim import deferred
 
     module = make(Mlp)
     fast = accelerated(module, cache_dir=tmp_path)
     check(fast, module, torch.randn(40, 8))
-    lanes.later(lambda: None)
-    assert lanes._writer is not None
-    lanes._writer.submit(int).result(30)
+    deferred.later(lambda: None)
+    assert deferred._writer is not None
+    deferred._writer.submit(int).result(30)
     manifest = json.loads((Path(plans(fast)[0]["cache_path"]) / "manifest.json").read_text())
     assert [[40, 8]] in manifest["record"]["met"]
     again = accelerated(module, cache_dir=tmp_path)

@@ -26,10 +26,10 @@ from ovshim.decode.decoding import Decoding, Ready
 from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed, bucket, error_of
 from ovshim.decode.seq2seq import Seq2Seq
+from ovshim.deferred import later
 from ovshim.generation import obstacle
 from ovshim.infer import EngineDead
 from ovshim.job import Job
-from ovshim.lanes import later
 from ovshim.options import Options
 from ovshim.plan import OutOfRangeError
 from ovshim.planner import Building, Family, building_here, unfit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ovshim.dispatch import Dispatcher
 from ovshim.options import Options
 from ovshim.parts import divide
 from ovshim.plan import Plan
-from ovshim.planner import known_kind
+from ovshim.planner import Given, known_kind
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, sizes_of
 
@@ -52,6 +51,8 @@ class Patient(Dispatcher):
         why: why eager served last.
     """
 
+    rests = False  # it has longer ones
+
     def __init__(self, module: nn.Module, original: Any, options: Options, least: float) -> None:
         self._least = least
         super().__init__(module, "forward", original, options, divide, quiet=True)
@@ -85,7 +86,7 @@ class Patient(Dispatcher):
         if sum(map(len, self._plans.values())) >= _MOST_PLANS:
             if not self._serves():
                 self._take_rest()
-            return self._in_eager(reason("too-many-plans"), args, kwargs)
+            return self.in_eager(reason("too-many-plans"), args, kwargs)
         due = False
         try:
             due = self._is_due(args, kwargs)
@@ -123,7 +124,7 @@ class Patient(Dispatcher):
     def _waited(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Eager's answer, timed."""
         started = time.perf_counter()
-        output = self._in_eager(why, args, kwargs)
+        output = self.in_eager(why, args, kwargs)
         spent = time.perf_counter() - started
         stands_for = 1
         if self._calls >= _ALL_TIMED and not self._serves():
@@ -144,9 +145,8 @@ class Patient(Dispatcher):
         leaves, structure = flatten_call(args, kwargs)
         kind = known_kind(leaves, structure)
         with contextlib.suppress(Exception):  # the build will meet it again, and say so
-            return not isinstance(kind, Reason) and self._planner.is_cached(
-                args, kwargs, kind, leaves
-            )
+            if not isinstance(kind, Reason):
+                return self._planner.is_cached(Given(args, kwargs, kind, leaves))
         return False
 
     def _price(self) -> float:
@@ -180,7 +180,7 @@ class Patient(Dispatcher):
     def _without_graph(
         self,
         plan: Plan,
-        tensors: Sequence[torch.Tensor],
+        tensors: tuple[torch.Tensor, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -188,9 +188,9 @@ class Patient(Dispatcher):
             self._take_rest()
         return super()._without_graph(plan, tensors, args, kwargs)
 
-    def _in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.why = why
-        return super()._in_eager(why, args, kwargs)
+        return super().in_eager(why, args, kwargs)
 
     def _serves(self) -> bool:
         """Whether OpenVINO serves any calls at all."""

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovshim.dispatch import in_special_mode
 from ovshim.errors import OptionError
 from ovshim.example import as_call
 from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, dispatcher_of, take_off
+from ovshim.special_mode import in_special_mode
 
 __all__ = ["in_order", "submitted"]
 

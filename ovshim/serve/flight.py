@@ -16,9 +16,10 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 
 from ovshim.bound import installed
-from ovshim.dispatch import Dispatcher, in_special_mode
+from ovshim.dispatch import Dispatcher
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.signature import flatten_call, unflatten_call
+from ovshim.special_mode import in_special_mode
 
 __all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "take_off"]
 

@@ -1,0 +1,34 @@
+"""Modes of torch in which a call is not what it looks like: autocast, transforms, overrides."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+__all__ = ["autocast_on", "function_modes", "in_special_mode"]
+
+autocast_on = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+
+
+def in_special_mode() -> bool:
+    """Whether this thread is under a mode in which only the module's own method is right."""
+    return bool(
+        (function_modes() and not _only_cpu_devices())
+        or _dispatch_modes()
+        or autocast_on()
+        or _functorch() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _only_cpu_devices() -> bool:
+    """Whether all function modes are `torch.device("cpu")` or `set_default_device` to it."""
+    return all(
+        type(mode) is DeviceContext and mode.device.type == "cpu"
+        for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    )
