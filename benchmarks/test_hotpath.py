@@ -38,11 +38,12 @@ def overhead(
     fast = ovshim.accelerate(module, args, prefer="openvino", cache_dir=cache)
     plan: Any = installed(fast)["forward"].dispatcher.plans[0]  # type: ignore[attr-defined]
     assert plan.served is not None, plan.reason
+    engine = plan.served.engine.exact or plan.served.engine
     with torch.inference_mode():
         ways: dict[str, Callable[[], Any]] = {
             "eager": functools.partial(module, *args),
             # Not compiled anew: the same settings may have led to another variant.
-            "bare": raw_request(plan.served.engine._compiled, args),
+            "bare": raw_request(engine._compiled, args),
             "fast": functools.partial(fast, *args),
         }
         turns = settle({**ways, AGAIN: ways["eager"]}, board.effort)

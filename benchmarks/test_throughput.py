@@ -75,9 +75,10 @@ def _ways(module: Any, fast: Any, plan: Any, items: list[Any]) -> Mapping[str, C
         futures = [start(*x) if isinstance(x, tuple) else start(**x) for x in items]
         return [future.result() for future in futures]
 
+    engine = plan.served.engine.exact or plan.served.engine
     return {
         "eager": functools.partial(one_by_one, module),
-        "queue": _queue(plan.served.engine._compiled, plan, items),
+        "queue": _queue(engine._compiled, plan, items),
         "loop": functools.partial(one_by_one, fast),
         "map": lambda: list(fast.ovshim.map(items)),
         "submit": submit,

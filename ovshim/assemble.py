@@ -21,12 +21,13 @@ from ovshim.lowering import rest_of, warnings_of
 from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
 from ovshim.plan import Graph, Plan, Served
 from ovshim.preflight import Look
+from ovshim.proof import prove_values
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Kind, Pattern, sizes_of
 from ovshim.single import engine_for
-from ovshim.tiny import fastest
+from ovshim.tiny import add_exact, fastest
 from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
 
@@ -66,9 +67,15 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
 
 
 def _compiled(
-    job: Job, source: Path, record: Record, precision: str, further: Mapping[str, Any] | None = None
+    job: Job,
+    source: Path,
+    record: Record,
+    precision: str,
+    further: Mapping[str, Any] | None = None,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> Engine:
-    """The graph compiled with a precision as the hint, and with further properties.
+    """The graph compiled with a precision as the hint, and with further properties; `sizes`: of its
+    inputs, if it is for these alone.
 
     Raises:
         BuildStopped: OpenVINO cannot.
@@ -79,7 +86,7 @@ def _compiled(
     settings |= further or {}
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
     try:
-        compiled = runtime.compile_model(source, job.options.device, settings)
+        compiled = runtime.compile_model(source, job.options.device, settings, sizes)
         job.precision_run = runtime.precision_run(compiled)
         job.modules_run, job.warnings = warnings_of(job, compiled)
         verdict = (torch.bool,) if record.checked else ()
@@ -142,6 +149,17 @@ def matcher_of(
     return compile_matcher(kind, pattern, [*size_guards, *open_], ordered=ordered)
 
 
+def _add_exact(job: Job, served: Served, record: Record, entry: Entry | None, source: Path) -> None:
+    def compiled(further: Mapping[str, Any], sizes: Sequence[Sequence[int]]) -> Engine:
+        return _compiled(job, source, record, job.hint, further, sizes)
+
+    def prove(exact: Served) -> None:
+        draws = 1 if job.lowering is not None and job.lowering.samples is not None else 3
+        prove_values(eager_of(job), exact, job.tensors, job.check_time, draws)
+
+    add_exact(job, served, record, entry, compiled, prove)
+
+
 def plan_of(
     job: Job,
     served: Served,
@@ -152,6 +170,7 @@ def plan_of(
 ) -> Plan:
     ordered = ordered_keywords(job.call, job.arguments()[1])
     assert job.source is not None
+    _add_exact(job, served, record, entry, job.source)
     inputs = range(len(job.tensors)) if served.inputs is None else served.inputs
     by_engine = {i: n for n, i in enumerate(inputs) if i in usual(job.tensors, record.limits)}
     plan = Plan(

@@ -12,6 +12,8 @@ Where the microseconds go, and what was decided for it:
   A wrapped array that is too small makes `infer` raise, which costs the compiled model.
 """
 
+from __future__ import annotations
+
 import ctypes
 import logging
 import math
@@ -19,7 +21,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,8 @@ _BUFFERS_PER_INPUT = 16
 _GATHERING_SECONDS = 20e-6
 
 _from_numpy = torch.from_numpy
-_vdot = np.vdot
+# Without the question whether an argument overrides it, which takes as long as 256 products.
+_vdot = getattr(np.vdot, "__wrapped__", np.vdot)
 
 
 class SpecialValuesError(ValueError):
@@ -80,7 +83,8 @@ class Engine:
     float16, bfloat16, int8 to int64, uint8 and bool; TypeError for others, ValueError when the
     numbers do not match the model's.
 
-    ``dead`` is None, or why the engine cannot be used any more.
+    ``dead`` is None, or why the engine cannot be used any more; ``exact``, the engine that calls of
+    some sizes are left to.
     """
 
     def __init__(
@@ -119,8 +123,11 @@ class Engine:
             (port.element_type, ov.Shape([size.get_min_length() for size in port.partial_shape]))
             for port in compiled.outputs
         ]
+        self._alone = len(outputs) == 1
         self._bindable = self._own_outputs()
         self._checked: frozenset[int] = frozenset()
+        self.exact: Engine | None = None
+        self._is_exact: Callable[[Sequence[torch.Tensor]], bool] | None = None
         self._forget_slots()
         _engines.add(self)
 
@@ -129,6 +136,16 @@ class Engine:
         that an input was copied into is looked at in half of the time that the tensor takes."""
         self._checked = frozenset(i for i in inputs if self._dtypes[i] == torch.float32)
         self._forget_slots()
+        if self.exact is not None:
+            self.exact.check(inputs)
+
+    def leave(self, sizes: Sequence[Sequence[int]], engine: Engine) -> None:
+        """Leave the calls of just these sizes to another engine, of the same graph."""
+        engine.check(self._checked)
+        scope = {f"s{i}": torch.Size(size) for i, size in enumerate(sizes)}
+        same = " and ".join(f"tensors[{i}].shape == s{i}" for i in range(len(sizes)))
+        self.exact = engine
+        self._is_exact = eval(f"lambda tensors: len(tensors) == {len(sizes)} and {same}", scope)
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.
@@ -142,6 +159,8 @@ class Engine:
         model does not take these sizes, and SpecialValuesError when an input that is to be checked
         holds a NaN, an infinity or a value near 1e19 (the engine stays usable).
         """
+        if self._is_exact is not None and self._is_exact(tensors):
+            return self.exact.run(tensors)  # type: ignore[union-attr]  # they are set together
         if self.dead is not None:
             raise EngineDead(self.dead)
         try:
@@ -197,7 +216,11 @@ class Engine:
             # Another thread's call failed while this one ran: its values cannot be trusted.
             raise EngineDead(self.dead)
         arrays = self._take_outputs(slot, results) if large else results.values()
-        outputs = list(map(_from_numpy, arrays))
+        if self._alone:
+            (array,) = arrays
+            outputs = [_from_numpy(array)]
+        else:
+            outputs = list(map(_from_numpy, arrays))
         if in_place and not large:
             # Sizes that are new to the slot, or large: outputs may have become large as well.
             self._choose_large(slot, results)
@@ -209,6 +232,8 @@ class Engine:
             self.dead = why
         self._compiled = None
         self._pool.clear()
+        if self.exact is not None:
+            self.exact.close(why)
 
     def _forget_slots(self) -> None:
         # Slots that wait, the list that those which have run go back to (the same one), and all

@@ -68,7 +68,8 @@ class Job:
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
-        way: how a tiny graph is run, where other ways than the usual were tried.
+        way: how a small graph is run, where other ways than the usual may have been tried.
+        tiny: whether they were now.
     """
 
     module: nn.Module
@@ -95,6 +96,7 @@ class Job:
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()
     way: str | None = None
+    tiny: bool = False
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 

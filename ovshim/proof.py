@@ -123,18 +123,8 @@ def prove(
         DiedOfSizesError: it cannot be asked any more.
     """
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for draw in range(1 if samples else 3):
-        check_time()
-        try:
-            if draw == 0:
-                answer, values = eager.answer(tensors), list(tensors)
-            else:
-                answer, values = redrawn(eager, tensors, generator)
-            worst = max(worst, eager.judge(answer, served.answer(values)))
-        except (Mismatch, OutOfRangeError) as mismatch:
-            what = "the example" if draw == 0 else "other values"
-            raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
+    draws = 1 if samples else 3
+    worst = prove_values(eager, served, tensors, check_time, draws, generator)
     fitting = [sample for sample in samples if sizes_hold(size_guards, sizes_of(sample))]
     worst = max(worst, _prove_samples(eager, served, fitting, check_time))
     met = [sizes_of(tensors)]
@@ -151,6 +141,35 @@ def prove(
     check_time()
     limits = _integer_limits(eager, served, tensors, fitting, generator)
     return Proof(worst, min(met, key=_amount), tuple(met), frozenset(pinned), limits)
+
+
+def prove_values(
+    eager: Eager,
+    served: Candidate,
+    tensors: Sequence[torch.Tensor],
+    check_time: Callable[[], None],
+    draws: int = 3,
+    generator: torch.Generator | None = None,
+) -> float:
+    """The largest error on the example and on other values of its sizes, `draws` times in all.
+
+    Raises:
+        ProofFailedError: the candidate is wrong there.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    worst = 0.0
+    for draw in range(draws):
+        check_time()
+        try:
+            if draw == 0:
+                answer, values = eager.answer(tensors), list(tensors)
+            else:
+                answer, values = redrawn(eager, tensors, generator)
+            worst = max(worst, eager.judge(answer, served.answer(values)))
+        except (Mismatch, OutOfRangeError) as mismatch:
+            what = "the example" if draw == 0 else "other values"
+            raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
+    return worst
 
 
 def _prove_samples(

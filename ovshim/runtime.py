@@ -11,7 +11,7 @@ import platform
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,13 +256,23 @@ def _accepted(device: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def compile_model(source: Path, device: str, settings: Mapping[str, Any]) -> Any:
+def compile_model(
+    source: Path,
+    device: str,
+    settings: Mapping[str, Any],
+    sizes: Sequence[Sequence[int]] | None = None,
+) -> Any:
     """Compile the IR at ``source`` (an ``.xml`` with its ``.bin`` beside it).
 
     From the path, so that the weights are mapped from the file: by way of `read_model` or a model
-    in memory a second copy of them stays. RuntimeError when OpenVINO cannot.
+    in memory a second copy of them stays. So it does with ``sizes``, one for each input, for which
+    alone the graph is compiled then. RuntimeError when OpenVINO cannot.
     """
-    return core().compile_model(str(source), device, dict(settings))
+    if sizes is None:
+        return core().compile_model(str(source), device, dict(settings))
+    model = core().read_model(str(source))
+    model.reshape({i: openvino().PartialShape(list(size)) for i, size in enumerate(sizes)})
+    return core().compile_model(model, device, dict(settings))
 
 
 def hides_failures(compiled: Any, threads: int | None) -> bool:

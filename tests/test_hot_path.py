@@ -1,0 +1,393 @@
+"""What every call asks, in the ways that cost least: no answer may depend on which way it was."""
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import check, counts, eager_reasons, paths, quietly, same
+from modules import Mlp, make
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import ovshim
+from ovshim import api, conditions, dict_versions, generation, runtime, tiny, verdict
+from ovshim.bound import installed
+from ovshim.matcher import compile_glance
+from ovshim.race import Finish
+from ovshim.signature import flatten_call, kind_of
+
+# --- dictionaries that nobody has written to --------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.k: Any = 2
+
+
+def one_more(module: Small) -> None:
+    module.first.bias.data.add_(1)  # as by an optimizer: not counted in the tensor's own version
+    torch.autograd.graph.increment_version(module.first.bias)
+
+
+CHANGES: Mapping[str, Callable[[Small], Any]] = {
+    "attribute": lambda m: setattr(m, "k", 3),
+    "attribute's type": lambda m: setattr(m, "k", 2.0),
+    "attribute, by the dict": lambda m: m.__dict__.update(k=3),
+    "new attribute": lambda m: setattr(m, "other", 1),
+    "no attribute": lambda m: delattr(m, "k"),
+    "method of the instance": lambda m: setattr(m.first, "forward", abs),
+    "training": lambda m: m.second.train(),
+    "parameter": lambda m: setattr(m.first, "weight", nn.Parameter(torch.ones(4, 4))),
+    "no parameter": lambda m: setattr(m.first, "bias", None),
+    "parameter, by the dict": lambda m: m.first._parameters.update(bias=None),
+    "buffer": lambda m: setattr(m.second, "running_mean", torch.ones(4)),
+    "child": lambda m: setattr(m, "first", nn.Linear(4, 4)),
+    "new child": lambda m: m.add_module("third", nn.ReLU()),
+    "no child": lambda m: m._modules.pop("second"),
+    "parameter of what had none": lambda m: m.register_parameter("p", nn.Parameter(torch.ones(1))),
+    "class": lambda m: setattr(m.first, "__class__", nn.Identity),
+    "hook": lambda m: m.first.register_forward_hook(lambda *_: None),
+    "in place": lambda m: m.first.weight.detach().mul_(2),
+    "counted for it": one_more,
+    "data": lambda m: setattr(m.first.weight, "data", torch.ones(4, 4)),
+}
+
+
+@pytest.fixture(params=["counted", "compared"])
+def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With and without the interpreter's count of writes."""
+    if request.param == "compared":
+        monkeypatch.setattr(dict_versions, "version_of", None)
+    return request.param == "counted"
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_change_is_noticed_either_way(
+    change: Callable[[Small], Any], many: bool, counted: bool
+) -> None:
+    module = Small().eval()
+    whole = nn.Sequential(module, *(nn.Linear(2, 2) for _ in range(20 if many else 0))).eval()
+    made = generation.Generation(whole)
+    assert made.holds()
+    assert made.holds()
+    change(module)
+    assert not made.holds()
+    assert not made.holds()
+
+
+def test_a_change_that_is_taken_back_holds_again(counted: bool) -> None:
+    module = Small().eval()
+    made = generation.Generation(module)
+    for _ in range(3):
+        module.train()
+        assert not made.holds()
+        module.eval()
+        assert made.holds()
+        assert made.holds()
+
+
+def test_what_was_compared_is_compared_again_after_a_write_only() -> None:
+    if dict_versions.version_of is None:
+        pytest.skip("this interpreter counts no writes")
+    held: list[dict[Any, Any]] = [{"a": 1}, {}]
+    asked: list[int] = []
+    made = conditions.Conditions()
+
+    def further() -> bool:
+        asked.append(len(held[0]))
+        return held[0].get("a") == 1
+
+    dict_versions.add_unless_written(made, held, further)
+    holds = made.compiled()
+    assert holds()
+    assert holds()
+    assert asked == [1]
+    held[0]["b"] = 2
+    assert holds()
+    assert holds()
+    assert asked == [1, 2]
+    held[1]["c"] = 3
+    assert holds()
+    assert holds()
+    assert asked == [1, 2, 2]
+    held[0]["a"] = 0
+    assert not holds()
+    assert not holds()
+    assert len(asked) == 5
+    held[0]["a"] = 1
+    assert holds()
+    assert holds()
+    assert len(asked) == 6
+
+
+def test_an_interpreter_that_counts_otherwise_is_not_trusted() -> None:
+    assert not dict_versions._tells_writes(lambda held: 1)
+    assert not dict_versions._tells_writes(id)
+    assert not dict_versions._tells_writes(len)
+    reads = iter(range(1000))
+    assert not dict_versions._tells_writes(lambda held: next(reads))
+
+
+# --- calls that eager serves because it is faster ---------------------------------------------
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every race is lost by OpenVINO, and no part of a module is tried by itself."""
+    monkeypatch.setattr(api, "divide", lambda job, plan: plan)
+    monkeypatch.setattr(verdict, "race", lambda *_: Finish(1.0, 2.0, 0.5, 0.5))
+
+
+def resting(fast: nn.Module) -> Any:
+    return installed(fast)["forward"].dispatcher._at_rest  # type: ignore[attr-defined]
+
+
+def test_calls_at_rest_are_eagers_and_counted(lost: None) -> None:
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    for number in range(40):
+        check(fast, module, torch.randn(3, 8), path="eager", reason="slower")
+        assert resting(fast) is not None
+        assert counts(fast)["eager"] == number + 1
+    assert eager_reasons(fast) == {"slower": 40}
+    fast.ovshim.reset_stats()  # type: ignore[union-attr, operator]
+    with torch.inference_mode():
+        for _ in range(20):
+            fast(torch.randn(3, 8))
+    assert counts(fast) == {"openvino": 0, "mixed": 0, "eager": 20}
+
+
+def test_at_rest_other_kinds_and_modes_are_eagers_too(lost: None) -> None:
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    x = torch.randn(3, 8)
+    check(fast, module, x, path="eager")
+    assert resting(fast) is not None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        answer = fast(x)
+        assert answer.dtype is torch.bfloat16
+        same(answer, module(x))
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(fast(x.double()[:, :0].float().expand(3, 0).new_ones(3, 8)), module(torch.ones(3, 8)))
+        with pytest.raises(RuntimeError):
+            fast(torch.randn(3, 9))
+    # Another rank is another kind: it has a plan at once, and its own race.
+    check(fast, module, torch.randn(2, 3, 8), path="eager")
+    assert len(paths(fast)) == 2
+
+
+def test_a_mode_that_looks_on_sees_no_more_than_the_module_does(lost: None) -> None:
+    class Seen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.names.append(getattr(func, "__name__", repr(func)))
+            return func(*args, **(kwargs or {}))
+
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    x = torch.randn(3, 8)
+    check(fast, module, x, path="eager")
+    assert resting(fast).left > 0
+    with quietly(), torch.no_grad(), Seen() as mine:
+        fast(x)
+    with torch.no_grad(), Seen() as eagers:
+        module(x)
+    assert mine.names == eagers.names
+
+
+def test_a_module_that_changes_at_rest_is_looked_at_again(lost: None) -> None:
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    check(fast, module, torch.randn(3, 8), path="eager")
+    (before,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    with torch.no_grad():
+        module.first.weight.mul_(2)  # type: ignore[union-attr, operator]
+    for _ in range(20):
+        check(fast, module, torch.randn(3, 8), path="eager")
+    (after,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    assert after is not before
+
+
+def test_training_at_rest(lost: None) -> None:
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    check(fast, module, torch.randn(3, 8), path="eager")
+    fast.train()
+    x = torch.randn(3, 8)
+    loss = fast(x).square().mean()
+    loss.backward()
+    assert module.first.weight.grad is not None  # type: ignore[union-attr]
+
+
+def test_threads_at_rest(lost: None) -> None:
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    wrong: list[Any] = []
+
+    def work(rows: int) -> None:
+        x = torch.randn(rows, 8)
+        with torch.inference_mode():
+            wanted = module(x)
+            wrong.extend(1 for _ in range(200) if not torch.equal(fast(x), wanted))
+
+    with torch.inference_mode():
+        fast(torch.randn(2, 8)), fast(torch.randn(3, 8))
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sum(counts(fast).values()) == 402
+
+
+def test_a_glance_sees_what_it_says() -> None:
+    x, y = torch.randn(3, 8), torch.arange(3)
+    leaves, structure = flatten_call((x,), {"y": y, "k": 2})
+    glance = compile_glance(kind_of(leaves, structure))
+    assert glance is not None
+    assert glance((x,), {"y": y, "k": 2}) == (x.shape, y.shape)
+    assert glance((torch.randn(5, 8),), {"y": y, "k": 2}) == ((5, 8), (3,))
+    for args, kwargs in (
+        ((x,), {"y": y, "k": 3}),
+        ((x,), {"y": y}),
+        ((x, x), {"y": y, "k": 2}),
+        ((x.double(),), {"y": y, "k": 2}),
+        ((nn.Parameter(x),), {"y": y, "k": 2}),
+        ((None,), {"y": y, "k": 2}),
+    ):
+        assert glance(args, kwargs) is None
+
+
+# --- a graph for the example's sizes alone ----------------------------------------------------
+
+
+@pytest.fixture
+def exact_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Graphs for some sizes alone win their race; what was compiled for such."""
+    compiled: list[Any] = []
+    compile_model = runtime.compile_model
+
+    def noted(*args: Any) -> Any:
+        if args[3] is not None:
+            compiled.append(args[3])
+        return compile_model(*args)
+
+    def rounds(calls: Sequence[Callable[[], Any]], *_: Any, **__: Any) -> list[list[float]]:
+        return [[1e-6 / (n + 1)] * 5 for n in range(len(calls))]
+
+    monkeypatch.setattr(runtime, "compile_model", noted)
+    monkeypatch.setattr(tiny, "rounds", rounds)
+    monkeypatch.setattr(tiny, "_seconds", lambda call: 0.0)
+    return compiled
+
+
+def plan_of(fast: nn.Module) -> Any:
+    (plan,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    return plan
+
+
+accelerate = functools.partial(ovshim.accelerate, prefer="openvino")
+
+
+def test_the_examples_sizes_have_a_graph_of_their_own(
+    exact_wins: list[Any], tmp_path: Path
+) -> None:
+    module = make(Mlp)
+    for cache in ("miss", "hit"):
+        fast = accelerate(module, torch.randn(3, 8), cache_dir=tmp_path)
+        plan = plan_of(fast)
+        assert plan.cache == cache
+        assert plan.way == "not pinned, exact sizes"
+        assert exact_wins.pop() == [(3, 8)]
+        assert not exact_wins
+        own = plan.served.engine.exact
+        asked = []
+        run = own.run
+        own.run = lambda tensors, run=run, asked=asked: asked.append(1) or run(tensors)
+        for rows in (3, 5, 3, 1):
+            check(fast, module, torch.randn(rows, 8))
+        assert len(asked) == 2
+        bad = torch.randn(3, 8)
+        bad[0, 0] = float("nan")
+        check(fast, module, bad, path="eager", reason="special-values")
+        check(fast, module, torch.randn(3, 8))
+
+
+@pytest.mark.slow
+def test_without_it_the_open_graph_serves(
+    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: Any) -> Any:
+        raise RuntimeError("no graph of these sizes")
+
+    noted = runtime.compile_model
+    monkeypatch.setattr(
+        runtime, "compile_model", lambda *args: (noted if args[3] is None else none)(*args)
+    )
+    module = make(Mlp)
+    fast = accelerate(module, torch.randn(3, 8), cache_dir=None)
+    assert plan_of(fast).way == "not pinned"
+    assert plan_of(fast).served.engine.exact is None
+    for rows in (3, 5):
+        check(fast, module, torch.randn(rows, 8))
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_wrong_there_does_not_serve(
+    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = runtime.compile_model
+
+    def other(source: Path, device: str, settings: Any, sizes: Any) -> Any:
+        import openvino as ov
+
+        if sizes is None:
+            return compiled(source, device, settings, sizes)
+        model = runtime.core().read_model(str(source))
+        model.reshape({0: ov.PartialShape(list(sizes[0]))})
+        result = model.get_results()[0]
+        halved = ov.opset15.multiply(result.input_value(0), ov.opset15.constant(0.5))
+        result.input(0).replace_source_output(halved.output(0))
+        return runtime.core().compile_model(model, device, dict(settings))
+
+    monkeypatch.setattr(runtime, "compile_model", other)
+    module = make(Mlp)
+    fast = accelerate(module, torch.randn(3, 8), cache_dir=None)
+    assert plan_of(fast).way == "not pinned"
+    assert plan_of(fast).served.engine.exact is None
+    check(fast, module, torch.randn(3, 8))
+
+
+@pytest.mark.slow
+def test_an_exact_graph_that_dies_takes_the_plan_along(exact_wins: list[Any]) -> None:
+    module = make(Mlp)
+    fast = accelerate(module, torch.randn(3, 8), cache_dir=None)
+    plan_of(fast).served.engine.exact.close("spoiled")
+    with pytest.warns(ovshim.FallbackWarning, match="spoiled"):
+        check(fast, module, torch.randn(3, 8), path="eager", reason="infer-failed")
+    check(fast, module, torch.randn(5, 8), path="eager")
+
+
+def test_a_graph_that_is_too_slow_for_other_ways_is_known_as_such(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tiny, "_seconds", lambda call: 1.0)
+    module = make(Mlp)
+    assert plan_of(accelerate(module, torch.randn(3, 8), cache_dir=tmp_path)).way == "usual"
+    monkeypatch.setattr(tiny, "_seconds", None)  # is not asked again
+    assert plan_of(accelerate(module, torch.randn(3, 8), cache_dir=tmp_path)).way == "usual"
