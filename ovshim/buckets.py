@@ -14,7 +14,7 @@ import torch
 
 from ovshim.signature import Pattern
 
-__all__ = ["Bucket", "compile_bucket", "open_groups"]
+__all__ = ["Bucket", "compile_bucket", "compile_sizes", "open_groups"]
 
 Bucket = int | tuple[int, ...]
 
@@ -32,8 +32,16 @@ def compile_bucket(
     )
 
 
-def _compiled(sizes: Sequence[str]) -> Callable[..., Bucket]:
-    lengths = [f"{size}.bit_length()" for size in sizes]
+def compile_sizes(
+    pattern: Pattern, size_guards: Sequence[str]
+) -> Callable[[Sequence[torch.Tensor]], Bucket]:
+    """A function that gives the sizes themselves."""
+    places = [group[0] for group in open_groups(pattern, size_guards)]
+    return _compiled([f"tensors[{t}].shape[{d}]" for t, d in places], "")
+
+
+def _compiled(sizes: Sequence[str], of_each: str = ".bit_length()") -> Callable[..., Bucket]:
+    lengths = [f"{size}{of_each}" for size in sizes]
     text = lengths[0] if len(lengths) == 1 else f"({''.join(f'{n}, ' for n in lengths)})"
     return eval(f"lambda tensors: {text}")  # type: ignore[no-any-return]
 

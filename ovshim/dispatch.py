@@ -117,8 +117,8 @@ class Dispatcher:
                 return self._without_graph(plan, tensors, args, kwargs)
             if grad and (why := refusal(tensors, served.recorder)) is not None:
                 return self.in_eager(why, args, kwargs)
-            bucket = plan.bucket(tensors)
-            if bucket not in plan.open:
+            if plan.key(tensors) not in plan.open:
+                bucket = plan.bucket(tensors)
                 if bucket in plan.closed:
                     return self._without_graph(plan, tensors, args, kwargs)
                 asked = Asked(plan, served, tensors, args, kwargs)
@@ -161,7 +161,7 @@ class Dispatcher:
                 plan.served is not None
                 # What it would save for a backward pass may be written to before its turn.
                 and plan.served.recorder is None
-                and (not settled or plan.bucket(tensors) in plan.open)
+                and (not settled or plan.key(tensors) in plan.open)
                 and not (grad and refusal(tensors, None))
                 and plan.generation is not None
                 and plan.generation.holds()

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ovshim.race import Finish
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "Turn"]
 
 # Pairs of calls, one by each, after which the one to serve is chosen. The first pair is left out:
 # kernels for these sizes are chosen in it, and memory taken.

@@ -18,6 +18,7 @@ from ovshim.matcher import Builder, Glance, Matcher, Output
 from ovshim.race import Finish
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, Structure, describe, fits
+from ovshim.unmet import Unmet
 from ovshim.values import ValueCheck
 
 if TYPE_CHECKING:
@@ -167,8 +168,11 @@ class Plan:
             `other_values_fit` leaves out those that the engine looks at.
         served: None where eager serves, as a whole or between its parts; `reason` says why.
         bucket: the bucket of a call's tensors.
-        lanes: who serves which bucket; `open` and `closed` hold those that
-            OpenVINO serves and those that eager serves beyond doubt.
+        lanes: who serves which bucket.
+        key: what `open` knows a call by: its bucket, or, where OpenVINO's first call of each size
+            has to be paid for (`unmet`), its sizes.
+        open, closed: keys of calls that OpenVINO serves, and buckets that eager serves, beyond
+            doubt.
         tolerance: largest relative L2 error, for sizes met for the first time.
         graph: what serves, as it can be carried away; None where eager serves.
         notes: keeps with the entry what is found out later; None where nothing is cached.
@@ -222,6 +226,8 @@ class Plan:
     pinned: frozenset[tuple[int, int]] = frozenset()
     bucket: Callable[[Sequence[torch.Tensor]], Bucket] = len
     lanes: dict[Bucket, Lane] = dataclasses.field(default_factory=dict)
+    key: Callable[[Sequence[torch.Tensor]], Bucket] = len
+    unmet: Unmet | None = None
     open: set[Bucket] = dataclasses.field(default_factory=set)
     closed: set[Bucket] = dataclasses.field(default_factory=set)
     glance: Glance | None = None
@@ -260,6 +266,9 @@ class Plan:
         """Let the lanes that are settled be found by the hot path."""
         lanes = list(self.lanes.items())
         self.open = {bucket for bucket, lane in lanes if lane.open}
+        if self.unmet is not None:
+            met = list(self.unmet.met.items())
+            self.open = {sizes for sizes, bucket in met if bucket in self.open}
         self.closed = {bucket for bucket, lane in lanes if lane.eager}
 
     def covers(self, other: Plan) -> bool:

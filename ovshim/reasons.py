@@ -233,6 +233,11 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Eager and OpenVINO take turns while calls of sizes that are new are timed.",
             "Nothing needs doing: after some calls the faster one serves.",
         ),
+        "new-sizes": Sentence(
+            "OpenVINO's first call of each size is slow, and this one is not paid for yet.",
+            "Nothing needs doing: sizes that come again are served; prefer='openvino' waits for"
+            " none.",
+        ),
         "slower": Sentence(
             "Eager is faster for this call on this processor.",
             "Give prefer='openvino' to run it in OpenVINO all the same.",

@@ -1,4 +1,5 @@
-"""Calls of sizes for which it is not settled who serves them: answered by both, or in turns."""
+"""Calls of sizes for which it is not settled who serves them: answered by both, or in turns, or by
+eager until OpenVINO's first call of them is paid for."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ovshim.lanes import Lane
+from ovshim.lanes import Lane, Turn
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten, sizes_of
 from ovshim.tally import Tally
+from ovshim.unmet import Unmet
 from ovshim.verify import Mismatch, compare
 
 __all__ = ["NOT_ANSWERED", "Answering", "Asked", "take_turn"]
@@ -22,6 +24,7 @@ NOT_ANSWERED = (OutOfRangeError, RuntimeError, ValueError)
 
 _OUT_OF_RANGE = reason("out-of-range")
 _TAKING_TURNS = reason("taking-turns")
+_NEW_SIZES = reason("new-sizes")
 
 
 class Asked(NamedTuple):
@@ -51,35 +54,76 @@ class Answering(Protocol):
 
 
 def take_turn(by: Answering, asked: Asked, lane: Lane) -> Any:
-    """The answer to a call of a lane that is not settled."""
+    """The answer to a call of a lane that is not settled, or of sizes that OpenVINO has not run."""
     turn = lane.turn()
+    unmet = _unmet(asked)
+    if unmet is not None and turn != "eager":
+        if not unmet.affords(turn == "both", asked.plan.calls.value):
+            return _spared(by, asked, unmet)
+        if turn == "openvino":
+            return _met(by, asked, unmet)
     if turn == "both":
-        return _compared(by, asked, lane)
-    plan, started = asked.plan, time.perf_counter()
+        return _compared(by, asked, lane, unmet)
+    started = time.perf_counter()
     if turn == "openvino":
-        failure = None
-        try:
-            answer = asked.served.answer(asked.tensors)
-            plan.calls.add()
-        except NOT_ANSWERED as raised:
-            # A traceback would keep this frame, and the tensors in it.
-            failure = raised.with_traceback(None)
-        if failure is not None:
-            answer = by.instead(asked, failure)
+        answer = _by_openvino(by, asked)
     else:
         answer = by.in_eager(_TAKING_TURNS, asked.args, asked.kwargs)
-    finish = lane.timed(turn, time.perf_counter() - started)
+    _timed(asked, lane, turn, time.perf_counter() - started)
+    return answer
+
+
+def _unmet(asked: Asked) -> Unmet | None:
+    """What may be spent on a first call of these sizes; None where it need not be paid for."""
+    unmet = asked.plan.unmet
+    return None if unmet is None or asked.plan.key(asked.tensors) in unmet.met else unmet
+
+
+def _by_openvino(by: Answering, asked: Asked) -> Any:
+    try:
+        answer = asked.served.answer(asked.tensors)
+    except NOT_ANSWERED as raised:
+        # A traceback would keep this frame, and the tensors in it.
+        failure = raised.with_traceback(None)
+    else:
+        asked.plan.calls.add()
+        return answer
+    return by.instead(asked, failure)
+
+
+def _timed(asked: Asked, lane: Lane, turn: Turn, seconds: float) -> None:
+    plan = asked.plan
+    finish = lane.timed(turn, seconds)
     if finish is not None:
         plan.settle()
         if plan.notes is not None:
             plan.notes.raced(plan.bucket(asked.tensors), finish)
+
+
+def _spared(by: Answering, asked: Asked, unmet: Unmet) -> Any:
+    """Eager answers: OpenVINO's first call of these sizes would cost more than is put aside."""
+    started = time.perf_counter()
+    answer = by.in_eager(_NEW_SIZES, asked.args, asked.kwargs)
+    unmet.eager_took(time.perf_counter() - started)
     return answer
 
 
-def _compared(by: Answering, asked: Asked, lane: Lane) -> Any:
+def _met(by: Answering, asked: Asked, unmet: Unmet) -> Any:
+    """OpenVINO's first call of these sizes: no sample for a race, for the next ones are faster."""
+    plan, started = asked.plan, time.perf_counter()
+    answer = _by_openvino(by, asked)
+    unmet.openvino_took(time.perf_counter() - started, by_both=False)
+    unmet.meet(plan.key(asked.tensors), plan.bucket(asked.tensors))
+    plan.settle()
+    return answer
+
+
+def _compared(by: Answering, asked: Asked, lane: Lane, unmet: Unmet | None) -> Any:
     """Both answer sizes that are met for the first time; a graph that is wrong there goes."""
     plan, tensors = asked.plan, asked.tensors
+    begun = time.perf_counter()
     expected = by.original(*asked.args, **asked.kwargs)
+    started = time.perf_counter()
     try:
         answer = asked.served.answer(tensors)
         with torch.no_grad():
@@ -98,6 +142,10 @@ def _compared(by: Answering, asked: Asked, lane: Lane) -> Any:
     except (RuntimeError, ValueError) as error:
         by.failed(plan, error)
         return expected
+    if unmet is not None:
+        unmet.eager_took(started - begun)
+        unmet.openvino_took(time.perf_counter() - started, by_both=True)
+        unmet.meet(plan.key(tensors), plan.bucket(tensors))
     lane.passed()
     plan.settle()
     if plan.notes is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ovshim import runtime
-from ovshim.buckets import Bucket, compile_bucket
+from ovshim.buckets import Bucket, compile_bucket, compile_sizes
 from ovshim.cache import Entry, Store
 from ovshim.deferred import later
 from ovshim.eager import LOW_TOLERANCE
@@ -21,6 +21,7 @@ from ovshim.race import Finish, race
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
+from ovshim.unmet import Unmet
 
 __all__ = ["EntryNotes", "decide"]
 
@@ -61,6 +62,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     """Lay out the plan's lanes: all sizes that were proved are open if OpenVINO is preferred; else
     those that have won, and the example's sizes are raced now."""
     plan.bucket, of_sizes = compile_bucket(record.pattern, record.size_guards)
+    plan.key = plan.bucket
     plan.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
     plan.raced = job.options.prefer == "faster"
     plan.notes = None if entry is None else EntryNotes(job.store, entry, record)
@@ -70,11 +72,16 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
             known = _known_finish(record.race.get(_where(bucket)))
             if known is not None:
                 plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
-        _race_example(job, plan, record, of_sizes(sizes_of(job.leaves)))
+        bucket = of_sizes(sizes_of(job.leaves))
+        plan.medians = _race_example(job, plan, record, bucket)
+        plan.key = compile_sizes(record.pattern, record.size_guards)
+        example = [leaf for leaf in job.leaves if isinstance(leaf, torch.Tensor)]
+        plan.unmet = Unmet(plan.key(example), bucket, *plan.medians)
     plan.settle()
 
 
-def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> None:
+def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple[float, float]:
+    """The medians of eager and of OpenVINO, in seconds."""
     finish = _known_finish(record.race.get(_where(bucket)))
     if finish is None:
         args, kwargs = job.arguments()
@@ -84,7 +91,7 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> None:
             tensors = plan.match(args, kwargs)
             holds = plan.generation is not None and plan.generation.holds()
             if tensors is not None and plan.served and holds and plan.values_fit(tensors):
-                plan.bucket(tensors)
+                plan.key(tensors)
                 return plan.served.answer(tensors)
             return None
 
@@ -92,12 +99,12 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> None:
             finish = race(lambda: job.call(*args, **kwargs), candidate, job.race_seconds())
         if plan.notes is not None:
             plan.notes.raced(bucket, finish)
-    plan.medians = (finish.eager, finish.candidate)
     plan.speedup = finish.eager / finish.candidate
     plan.lanes[bucket] = Lane(True, raced=True, eager=finish.lost)
     if finish.lost:
         text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
         plan.reason = reason("slower", text)
+    return finish.eager, finish.candidate
 
 
 def _where(bucket: Bucket) -> str:

@@ -50,6 +50,7 @@ FLOORS: dict[str, set[str]] = {
         "lanes",
         "rest",
         "turns",
+        "unmet",
         "lowering",
         "record",
         "trial",

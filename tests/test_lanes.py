@@ -15,8 +15,9 @@ from modules import Mlp, make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim.buckets import compile_bucket
+from ovshim.buckets import compile_bucket, compile_sizes
 from ovshim.lanes import Lane
+from ovshim.unmet import Unmet
 
 SIZES = st.integers(0, 5000)
 
@@ -194,3 +195,54 @@ def test_an_undecided_race_leaves_openvino_serving() -> None:
         lane.timed(lane.turn(), next(times))
     assert lane.open
     assert not lane.eager
+
+
+@given(st.lists(st.integers(0, 400), max_size=600), st.floats(0.1, 20.0), st.floats(0.05, 2.0))
+def test_first_calls_cost_a_tenth_of_eagers_time(
+    sizes: list[int], first: float, openvino: float
+) -> None:
+    """A program in which eager takes a second for each call, whatever sizes come, and how often."""
+    unmet = Unmet(-1, 0, 1.0, openvino)
+    spent, calls = 0.0, 0
+    for size in sizes:
+        if size in unmet.met:
+            spent += openvino
+            calls += 1
+        elif unmet.affords(False, calls):
+            unmet.openvino_took(first, by_both=False)
+            unmet.meet(size, 0)
+            spent += first
+            calls += 1
+        else:
+            unmet.eager_took(1.0)
+            spent += 1.0
+    # What the very first one costs is not known before.
+    unknown = max(first - 2.0, 0.0) + max(openvino - 1.0, 0.0) * calls
+    assert spent <= 1.1 * len(sizes) + unknown + 1e-6
+
+
+def test_sizes_that_come_again_are_served() -> None:
+    module = make(Mlp)
+    fast = accelerated(module)
+    (plan,) = fast.__dict__["forward"].dispatcher.plans
+    plan.raced = True
+    plan.lanes = {plan.bucket([torch.empty(3, 8)]): Lane(True, raced=True)}
+    plan.unmet = Unmet(3, plan.bucket([torch.empty(3, 8)]), 10.0, 10.0)
+    plan.key = compile_sizes(plan.pattern, plan.size_guards)
+    plan.reason = None
+    plan.settle()
+    check(fast, module, torch.randn(3, 8))
+    x = torch.randn(2, 8)
+    check(fast, module, x, path="eager", reason="new-sizes")
+    plan.unmet._left = 100.0
+    check(fast, module, x)
+    assert plan.open == {3, 2}
+    check(fast, module, x)
+    # Of another bucket: both answer, once there is enough for that.
+    y = torch.randn(40, 8)
+    plan.unmet._left = 0.0
+    plan.unmet._first = 50.0
+    check(fast, module, y, path="eager", reason="new-sizes")
+    plan.unmet._left = 60.0
+    check(fast, module, y)
+    assert plan.lanes[plan.bucket([y])].proved
