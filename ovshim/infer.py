@@ -18,8 +18,6 @@ import ctypes
 import logging
 import math
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -27,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ovshim.pool import Pool
 from ovshim.slots import (
     ALONE,
     Array,
@@ -43,7 +42,6 @@ _log = logging.getLogger("ovshim")
 _COPY_INPUT_BYTES = 64 * 1024
 _BIND_OUTPUT_BYTES = 256 * 1024
 _BUFFERS_PER_INPUT = 16
-_GATHERING_SECONDS = 20e-6
 
 _from_numpy = torch.from_numpy
 # Without the question whether an argument overrides it, which takes as long as 256 products.
@@ -65,7 +63,7 @@ _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _leak_after_fork() -> None:
     for engine in list(_engines):
-        for inherited in (engine, engine._compiled, engine._pool, *engine._pool):
+        for inherited in (engine, engine._compiled, engine._pool, *engine._pool.free):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
         engine._forget_slots()  # its requests may have been running in a thread that is not here
 
@@ -163,17 +161,18 @@ class Engine:
             return self.exact.run(tensors)  # type: ignore[union-attr]  # they are set together
         if self.dead is not None:
             raise EngineDead(self.dead)
+        pool = self._pool
         try:
-            slot = self._pool.pop()
+            slot = pool.free.pop()
         except IndexError:
-            slot = self._new_slot()
+            slot = pool.new(self._new_slot)
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
             slot.forget(len(self._types))  # what it is bound to is not known any more
-            self._back.append(slot)
+            pool.back.append(slot)
             raise
-        self._back.append(slot)
+        pool.back.append(slot)
         return outputs if self._conversions is None else self._converted(outputs)
 
     def _converted(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -231,42 +230,18 @@ class Engine:
         if self.dead is None:
             self.dead = why
         self._compiled = None
-        self._pool.clear()
+        self._pool.free.clear()
         if self.exact is not None:
             self.exact.close(why)
 
     def _forget_slots(self) -> None:
-        # Slots that wait, the list that those which have run go back to (the same one), and all
-        # that there are: weakly, so that one is never waited for that an interrupt has cost.
-        self._pool: list[Slot] = []
-        self._back = self._pool
-        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
-        self._making = threading.Lock()
+        self._pool: Pool[Slot] = Pool()
 
     def _new_slot(self) -> Slot:
-        """A slot where none waits. OpenVINO 2026.4 ends the process (a pure virtual call) when a
-        request is made while another of the same dynamic model runs: so none may run."""
-        with self._making:
-            gathered: list[Slot] = []
-            self._back = gathered
-            try:
-                while len(gathered) < len(self._slots) and self.dead is None:
-                    try:
-                        return self._pool.pop()  # one has come back, or was made meanwhile
-                    except IndexError:
-                        time.sleep(_GATHERING_SECONDS)
-                compiled = self._compiled
-                if compiled is None:
-                    raise EngineDead(self.dead)
-                # As many again: the next threads need not wait for all the others.
-                for _ in range(max(1, len(gathered))):
-                    slot = Slot(compiled.create_infer_request(), len(self._types))
-                    self._slots.add(slot)
-                    gathered.append(slot)
-                return gathered.pop()
-            finally:
-                self._back = self._pool
-                self._pool.extend(gathered)
+        compiled = self._compiled
+        if compiled is None:
+            raise EngineDead(self.dead)
+        return Slot(compiled.create_infer_request(), len(self._types))
 
     def _bind_input(self, slot: Slot, index: int, x: torch.Tensor) -> Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""

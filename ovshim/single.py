@@ -9,8 +9,8 @@ executor is then given to no other model. About 4 µs an output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from ovshim import runtime
 from ovshim.infer import Engine, EngineDead
 from ovshim.slots import Array, Slot
 
-__all__ = ["SingleThreadEngine", "engine_for"]
+__all__ = ["SingleThreadEngine", "either", "engine_for"]
+
+E = TypeVar("E", bound=Engine)
 
 _MARK = 0xAD
 _MARKED_BYTES = 8
@@ -34,8 +36,19 @@ def engine_for(
     outputs: Sequence[torch.dtype],
 ) -> Engine:
     """The engine that a compiled model needs. See `infer.Engine`; `threads`: what it was given."""
-    alone = runtime.hides_failures(compiled, threads)
-    return (SingleThreadEngine if alone else Engine)(compiled, inputs, outputs)
+    return either(compiled, threads, Engine, SingleThreadEngine)(compiled, inputs, outputs)
+
+
+def either(
+    compiled: Any, threads: int | None, plain: Callable[..., E], alone: Callable[..., E]
+) -> Callable[..., E]:
+    """Of two classes of engines the one that a compiled model needs.
+
+    Args:
+        threads: what the model was given.
+        alone: the one that finds out by itself whether an `infer` has failed.
+    """
+    return alone if runtime.hides_failures(compiled, threads) else plain
 
 
 class SingleThreadEngine(Engine):
@@ -68,7 +81,7 @@ class SingleThreadEngine(Engine):
         slot.request.set_output_tensor(index, tensor)
 
     def _failed(self, slot: Slot, why: str) -> None:
-        _kept.append((self._compiled, slot, list(self._pool)))
+        _kept.append((self._compiled, slot, list(self._pool.free)))
         self.close(f"OpenVINO failed while running the model: {why}")
 
 

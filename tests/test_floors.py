@@ -38,7 +38,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "2a": {"runtime"},
     "2b": {"preflight", "verify", "race", "generation", "child"},
-    "2c": {"infer", "single", "slots", "capture", "precision"},
+    "2c": {"infer", "pool", "single", "slots", "capture", "precision"},
     "3": {
         "artifact",
         "auto",

@@ -101,7 +101,7 @@ def test_a_dropped_large_buffer_is_used_again_and_a_held_one_is_not() -> None:
     engine = relu_engine((_LARGE,))
     x = torch.randn(_LARGE)
     engine.run([x])  # shows that the output is large
-    assert engine._pool[0].large == (0,)
+    assert engine._pool.free[0].large == (0,)
     first = engine.run([x])[0].data_ptr()
     held = engine.run([x])[0]
     assert held.data_ptr() == first
@@ -230,7 +230,7 @@ def test_sizes_may_change_with_every_call() -> None:
         kept.append((x, engine.run([x])[0]))
     for x, got in kept:
         torch.testing.assert_close(got, eager(x))
-    (slot,) = engine._pool  # one caller at a time never needs a second request
+    (slot,) = engine._pool.free  # one caller at a time never needs a second request
     assert len(slot.ready[0]) == infer._BUFFERS_PER_INPUT
 
 

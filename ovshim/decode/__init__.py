@@ -6,7 +6,8 @@
     cache       what the caller holds of it: a `DynamicCache`, until somebody looks into it
     calls       which calls are steps
     manner      what steps are given, and what eager is asked; `seq2seq` with an encoder
-    build       capture and proof, by `probes`; `finish` has what that ends in, and the race
+    build       capture, and the entry in the cache, by its `key`
+    prove       compiling, and the proof by `probes`; `finish`: what a build ends in, and the race
     room        who serves a call: what the dispatcher asks
 
 Nothing here is imported, but for this file, before a module is called that transformers' own

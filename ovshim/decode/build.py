@@ -10,7 +10,6 @@ Whatever goes wrong on the way becomes a decoding that eager serves, with the re
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -18,35 +17,30 @@ import logging
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ovshim import runtime
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
 from ovshim.child import try_in_child
-from ovshim.decode import probes
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
-from ovshim.decode.engine import OneThreadStatefulEngine, StatefulEngine
+from ovshim.decode.engine import StatefulEngine
 from ovshim.decode.experts import experts_of, made_dense
 from ovshim.decode.finish import by_eager, finished, run_race
+from ovshim.decode.key import family_of, tolerance_of
 from ovshim.decode.manner import Causal
-from ovshim.decode.probes import ProbeFailed
+from ovshim.decode.probes import small_probe
+from ovshim.decode.prove import Prover
 from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
 from ovshim.decode.step import Unfit
-from ovshim.eager import LOW_TOLERANCE
-from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
-from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
-from ovshim.lowering import warnings_of
-from ovshim.plan import OutOfRangeError
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
@@ -55,12 +49,7 @@ __all__ = ["build"]
 log = logging.getLogger("ovshim")
 
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8_weights", "int4_weights")
-# Windows that are wider are not looked beyond: a proof of that length would take minutes.
-_WIDEST = 1024
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
-_KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
-# Properties that have cured graphs which OpenVINO compiled wrongly (see `ovshim.build`).
-_LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
 
 
 def build(job: Job, original: Any, manner: Causal) -> Decoding:
@@ -93,8 +82,6 @@ class _Build:
         self.job = job
         self.original = original
         self.manner = manner
-        self.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
-        self.exact = job.precision == "fp32"
 
     def run(self) -> Decoding:
         job = self.job
@@ -107,8 +94,9 @@ class _Build:
                 raise BuildStopped(reason("decode-unfit", str(unfit))) from unfit
             if self.form.dtype is torch.float64 and job.options.precision is None:
                 raise BuildStopped(reason("double-precision"))
+        self.prover = Prover(job, self.manner, self.form)
         with job.stage("fingerprint"):
-            family = self._family()
+            family = family_of(job, self.manner)
         if family is None:
             return self._from_capture(None)
         if job.store.died_building(family):
@@ -117,30 +105,6 @@ class _Build:
             return self._from_cache(family) or self._alone(family)
 
     # --- the cache ----------------------------------------------------------------------------
-
-    def _family(self) -> str | None:
-        job = self.job
-        if not job.store.enabled:
-            return None
-        options = job.options
-        decisive = [job.precision, options.device, sorted(options.properties.items())]
-        versions = {
-            "torch": torch.__version__,
-            "openvino": runtime.version(),
-            "transformers": transformers.__version__,
-        }
-        try:
-            found = fingerprint(
-                job.module,
-                job.method,
-                inputs=f"decoding by {type(self.manner).__name__}",
-                options=repr([*decisive, self.tolerance]),
-                environment=versions,
-            )
-        except Unkeyable as unkeyable:
-            log.info("%s is not cached: %s", type(job.module).__qualname__, unkeyable)
-            return None
-        return found.key
 
     def _alone(self, family: str) -> Decoding:
         job = self.job
@@ -199,9 +163,8 @@ class _Build:
             if lease is None:
                 continue
             try:
-                engine = self._engine(entry.file("model.xml"), record)
-                with job.stage("proof"):
-                    record = self._proved(engine, record, [probes.small_probe()])
+                engine = self.prover.engine(entry.file("model.xml"), record)
+                record = self.prover.proved(engine, record, [small_probe()])
             except BuildStopped as trouble:
                 lease.release()
                 if job.weights_moved() or trouble.reason.code == "build-too-slow":
@@ -234,7 +197,7 @@ class _Build:
             source, entry, keep = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
         try:
-            engine, record = self._made_right(source, record)
+            engine, record = self.prover.first_right(source, record)
             weakref.finalize(engine, keep)
             if job.weights_moved():
                 raise BuildStopped(reason("stale", "weights changed while the plan was made"))
@@ -245,31 +208,6 @@ class _Build:
         if entry is not None:
             entry = job.store.amend(entry, "proof", record.proof_to_json())
         return self._finished(engine, record, generation, entry, "miss")
-
-    def _made_right(self, source: Path, record: StepRecord) -> tuple[StatefulEngine, StepRecord]:
-        """The graph compiled in the first of several ways that is proved."""
-        window = self.form.window
-        wide = window is not None and window > _WIDEST
-        record = dataclasses.replace(
-            record,
-            most=window if wide else None,
-            conventions=self.manner.conventions(self.job.call, self.form),
-        )
-        asked = list(self.manner.probes(None if wide else window))
-        first: BuildStopped | None = None
-        for properties in _LADDER:
-            record = dataclasses.replace(record, properties=properties)
-            try:
-                engine = self._engine(source, record)
-                with self.job.stage("proof"):
-                    return engine, self._proved(engine, record, asked)
-            except BuildStopped as stopped:
-                if stopped.reason.code not in ("proof-failed", "infer-failed"):
-                    raise first or stopped from None
-                log.info("%s, %s: %s", type(self.job.module).__qualname__, properties, stopped)
-                first = first or stopped
-        assert first is not None
-        raise first
 
     def _finished(
         self,
@@ -283,7 +221,7 @@ class _Build:
         fits = compile_fits(record.size_guards, form, record.most)
         ready = Ready(engine, form, fits, record.conventions)
         made = finished(self.job, ready, record, generation, entry, cache)
-        made.tolerance = self.tolerance
+        made.tolerance = tolerance_of(self.job)
         if self.job.options.prefer == "faster":
             run_race(self.job, self.manner, made, record)
         return made
@@ -358,61 +296,6 @@ class _Build:
             )
         except ValueError as error:
             raise BuildStopped(reason("untracked-weights", str(error))) from error
-
-    def _engine(self, source: Path, record: StepRecord) -> StatefulEngine:
-        job = self.job
-        compressed = job.precision in ("int8_weights", "int4_weights")
-        wanted = job.own_precision if compressed else job.precision
-        with job.stage("compile"):
-            safe = runtime.safe_precision(wanted, **job.placement)
-            # By default the plugin keeps them in 8 bits, in every precision but fp32.
-            kept = {} if safe == "fp32" else {"KV_CACHE_PRECISION": _KEPT_IN[safe]}
-            properties = {**kept, **dict(record.properties), **job.options.properties}
-            settings = runtime.settings(precision=safe, **job.placement, properties=properties)
-            try:
-                compiled = runtime.compile_model(source, job.options.device, settings)
-                job.precision_run = runtime.precision_run(compiled)
-                _, job.warnings = warnings_of(job, compiled)
-                states = len(self.form.sizes)
-                inputs = [torch.int64] * len(self.manner.inputs)
-                if self.form.cross:
-                    inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
-                alone = runtime.hides_failures(compiled, job.placement["threads"])
-                engine = OneThreadStatefulEngine if alone else StatefulEngine
-                return engine(compiled, inputs, states, self.form.dtype, record.checked)
-            except (RuntimeError, TypeError, ValueError) as error:
-                detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-                raise BuildStopped(reason("compile-failed", detail)) from error
-
-    def _proved(
-        self, engine: StatefulEngine, record: StepRecord, asked: Sequence[probes.Probe]
-    ) -> StepRecord:
-        job, form = self.job, self.form
-        error, met = record.error, set(record.met)
-        fits = compile_fits(record.size_guards, form, record.most)
-        try:
-            for seed, probe in enumerate(asked):
-                job.check_time()
-                ways = [
-                    self.manner.eager(job.call, form, probe),
-                    self.manner.candidate(job.call, form, engine, probe),
-                ]
-                done = 0
-                answers = probes.ask(probe, ways, self.manner.vocabulary, seed)
-                for n, (expected, found) in enumerate(answers):
-                    done += probe.pieces[n]
-                    off = probes.error_of(expected, found, self.tolerance, self.exact)
-                    error = max(error, off)
-                    sizes = len(probe.pads), probe.pieces[n], done, self.manner.probed_source
-                    if not fits(*sizes):
-                        raise BuildStopped(reason("capture-failed", f"not for sizes {sizes}"))
-                    met.add(probes.bucket(*sizes))
-                    done -= n == probe.cuts
-        except ProbeFailed as failed:
-            raise BuildStopped(reason("proof-failed", str(failed))) from failed
-        except (EngineDead, OutOfRangeError, ValueError) as dead:
-            raise BuildStopped(reason("infer-failed", str(dead))) from dead
-        return dataclasses.replace(record, error=error, met=tuple(sorted(met)))
 
     def _names(self) -> list[str]:
         crossed = [f"cross.{number}" for number in range(len(self.form.cross))]

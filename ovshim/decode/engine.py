@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 
 from ovshim.decode.states import variable
-from ovshim.infer import Engine, EngineDead
-from ovshim.single import SingleThreadEngine
+from ovshim.infer import Engine
+from ovshim.pool import Pool
+from ovshim.single import SingleThreadEngine, either
 from ovshim.slots import Slot
 
-__all__ = ["OneThreadStatefulEngine", "StatefulEngine"]
+__all__ = ["StatefulEngine", "stateful_engine_for"]
 
 # Requests that wait, with the memory of their last conversation.
 _MOST_IDLE = 4
@@ -36,6 +36,12 @@ def _leak_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leak_after_fork)
+
+
+class Turn:
+    """What a running step holds: slots belong to conversations, which keep them between steps."""
+
+    __slots__ = ("__weakref__",)
 
 
 class StatefulEngine(Engine):
@@ -70,20 +76,10 @@ class StatefulEngine(Engine):
         try:
             return self._idle.pop()
         except IndexError:
-            # OpenVINO 2026.4 ends the process when a request is made while another of the same
-            # dynamic model runs.
-            with self._gate:
-                self._opening += 1
-                try:
-                    self._gate.wait_for(lambda: self._running == 0)
-                    if self.dead is not None:
-                        raise EngineDead(self.dead) from None
-                    slot = Slot(self._compiled.create_infer_request(), len(self._types))
-                finally:
-                    self._opening -= 1
-                    self._gate.notify_all()
-                self._all.add(slot)
-                return slot
+            with self._turns.alone():
+                slot = self._new_slot()
+            self._all.add(slot)
+            return slot
 
     def release(self, slot: Slot) -> None:
         """Take a slot back; its state is lost."""
@@ -98,20 +94,18 @@ class StatefulEngine(Engine):
             EngineDead: OpenVINO failed; what became of the state is not known.
             ValueError: the model does not take these sizes; the state is as it was.
         """
-        with self._gate:
-            if self._opening:  # or new requests would wait for ever where many steps run
-                self._gate.wait_for(lambda: not self._opening)
-            self._running += 1
+        turns = self._turns
+        try:
+            turn = turns.free.pop()
+        except IndexError:
+            turn = turns.new(Turn)
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
             slot.forget(len(self._types))
             raise
         finally:
-            with self._gate:
-                self._running -= 1
-                if not self._running:
-                    self._gate.notify_all()
+            turns.back.append(turn)
         return outputs if self._conversions is None else self._converted(outputs)
 
     def read(self, slot: Slot) -> list[torch.Tensor]:
@@ -126,12 +120,21 @@ class StatefulEngine(Engine):
             state.state = _as_openvino(self._tensor, given[state.name].detach())
 
     def _settle(self) -> None:
-        self._gate = threading.Condition()
-        self._running = self._opening = 0
+        self._turns: Pool[Turn] = Pool()
 
 
 class OneThreadStatefulEngine(StatefulEngine, SingleThreadEngine):
     """The same in one stream of one thread, where OpenVINO hides failures."""
+
+
+def stateful_engine_for(compiled: Any, threads: int | None, *about: Any) -> StatefulEngine:
+    """The engine that a compiled model needs.
+
+    Args:
+        threads: what the model was given.
+        about: what `StatefulEngine` takes beside it.
+    """
+    return either(compiled, threads, StatefulEngine, OneThreadStatefulEngine)(compiled, *about)
 
 
 def _as_torch(tensor: Any) -> torch.Tensor:

@@ -1,0 +1,135 @@
+"""A step's graph compiled, and proved against eager by short conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ovshim import runtime
+from ovshim.decode import probes
+from ovshim.decode.decoding import compile_fits
+from ovshim.decode.engine import StatefulEngine, stateful_engine_for
+from ovshim.decode.key import tolerance_of
+from ovshim.decode.manner import Causal
+from ovshim.decode.probes import ProbeFailed
+from ovshim.decode.record import StepRecord
+from ovshim.decode.step import Form
+from ovshim.infer import EngineDead
+from ovshim.job import BuildStopped, Job
+from ovshim.lowering import warnings_of
+from ovshim.plan import OutOfRangeError
+from ovshim.reasons import reason
+
+__all__ = ["Prover"]
+
+log = logging.getLogger("ovshim")
+
+# Windows that are wider are not looked beyond: a proof of that length would take minutes.
+_WIDEST = 1024
+_KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
+# Properties that have cured graphs which OpenVINO compiled wrongly (see `ovshim.build`).
+_LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
+
+
+class Prover:
+    """Compiles and proves the graphs of one job."""
+
+    def __init__(self, job: Job, manner: Causal, form: Form) -> None:
+        self.job = job
+        self.manner = manner
+        self.form = form
+
+    def first_right(self, source: Path, record: StepRecord) -> tuple[StatefulEngine, StepRecord]:
+        """The graph compiled in the first of several ways that is proved.
+
+        Raises:
+            BuildStopped: there is none.
+        """
+        window = self.form.window
+        wide = window is not None and window > _WIDEST
+        record = dataclasses.replace(
+            record,
+            most=window if wide else None,
+            conventions=self.manner.conventions(self.job.call, self.form),
+        )
+        asked = list(self.manner.probes(None if wide else window))
+        first: BuildStopped | None = None
+        for properties in _LADDER:
+            record = dataclasses.replace(record, properties=properties)
+            try:
+                engine = self.engine(source, record)
+                return engine, self.proved(engine, record, asked)
+            except BuildStopped as stopped:
+                if stopped.reason.code not in ("proof-failed", "infer-failed"):
+                    raise first or stopped from None
+                log.info("%s, %s: %s", type(self.job.module).__qualname__, properties, stopped)
+                first = first or stopped
+        assert first is not None
+        raise first
+
+    def engine(self, source: Path, record: StepRecord) -> StatefulEngine:
+        """The compiled graph. Raises BuildStopped where OpenVINO cannot."""
+        job = self.job
+        compressed = job.precision in ("int8_weights", "int4_weights")
+        wanted = job.own_precision if compressed else job.precision
+        with job.stage("compile"):
+            safe = runtime.safe_precision(wanted, **job.placement)
+            # By default the plugin keeps them in 8 bits, in every precision but fp32.
+            kept = {} if safe == "fp32" else {"KV_CACHE_PRECISION": _KEPT_IN[safe]}
+            properties = {**kept, **dict(record.properties), **job.options.properties}
+            settings = runtime.settings(precision=safe, **job.placement, properties=properties)
+            try:
+                compiled = runtime.compile_model(source, job.options.device, settings)
+                job.precision_run = runtime.precision_run(compiled)
+                _, job.warnings = warnings_of(job, compiled)
+                states = len(self.form.sizes)
+                inputs = [torch.int64] * len(self.manner.inputs)
+                if self.form.cross:
+                    inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
+                threads = job.placement["threads"]
+                about = inputs, states, self.form.dtype, record.checked
+                return stateful_engine_for(compiled, threads, *about)
+            except (RuntimeError, TypeError, ValueError) as error:
+                detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                raise BuildStopped(reason("compile-failed", detail)) from error
+
+    def proved(
+        self, engine: StatefulEngine, record: StepRecord, asked: Sequence[probes.Probe]
+    ) -> StepRecord:
+        """The record, with what the proof has found. Raises BuildStopped where it fails."""
+        with self.job.stage("proof"):
+            try:
+                return self._proved(engine, record, asked)
+            except ProbeFailed as failed:
+                raise BuildStopped(reason("proof-failed", str(failed))) from failed
+            except (EngineDead, OutOfRangeError, ValueError) as dead:
+                raise BuildStopped(reason("infer-failed", str(dead))) from dead
+
+    def _proved(
+        self, engine: StatefulEngine, record: StepRecord, asked: Sequence[probes.Probe]
+    ) -> StepRecord:
+        job, form = self.job, self.form
+        tolerance, exact = tolerance_of(job), job.precision == "fp32"
+        error, met = record.error, set(record.met)
+        fits = compile_fits(record.size_guards, form, record.most)
+        for seed, probe in enumerate(asked):
+            job.check_time()
+            ways = [
+                self.manner.eager(job.call, form, probe),
+                self.manner.candidate(job.call, form, engine, probe),
+            ]
+            done = 0
+            answers = probes.ask(probe, ways, self.manner.vocabulary, seed)
+            for n, (expected, found) in enumerate(answers):
+                done += probe.pieces[n]
+                error = max(error, probes.error_of(expected, found, tolerance, exact))
+                sizes = len(probe.pads), probe.pieces[n], done, self.manner.probed_source
+                if not fits(*sizes):
+                    raise BuildStopped(reason("capture-failed", f"not for sizes {sizes}"))
+                met.add(probes.bucket(*sizes))
+                done -= n == probe.cuts
+        return dataclasses.replace(record, error=error, met=tuple(sorted(met)))
