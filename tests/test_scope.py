@@ -356,18 +356,73 @@ def test_torch_compile_sees_the_original_and_remembers_nothing() -> None:
 
 @pytest.mark.slow
 def test_a_transformer_and_what_it_generates() -> None:
+    import language_models as lm
     import transformers
     from conformance.real.tiny import configure
 
     bert = transformers.BertForSequenceClassification(configure(transformers.BertConfig)).eval()
-    llama = transformers.LlamaForCausalLM(configure(transformers.LlamaConfig)).eval()
+    llama: Any = lm.make("llama")
     texts = [torch.randint(3, 99, sizes) for sizes in ((1, 5), (2, 9), (3, 7), (2, 8), (4, 12))]
+    asked = {"inputs": texts[0], "max_new_tokens": 6, "do_sample": False}
     with torch.no_grad():
-        expected = [bert(text) for text in texts], llama.generate(texts[0], max_new_tokens=6)
+        expected = [bert(text) for text in texts], llama.generate(**asked)
         with ovshim.enabled(prefer="openvino") as scope:
-            answers = [bert(text) for text in texts], llama.generate(texts[0], max_new_tokens=6)
+            answers = [bert(text) for text in texts], llama.generate(**asked)
+            before = served(scope, "LlamaForCausalLM")
+            again = llama.generate(**asked)
     same(answers, expected)
+    same(again, expected[1])
     assert served(scope, "BertForSequenceClassification") == 2
+    # Two steps are eager's, and the one that the decoding is made of.
+    assert before == 3
+    assert served(scope, "LlamaForCausalLM") == 9
+    assert "forward" not in vars(llama)
+
+
+@pytest.mark.slow
+def test_what_is_generated_has_to_earn_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    import language_models as lm
+
+    model: Any = lm.make("llama")
+    asked = {"inputs": torch.tensor([[5, 6, 7]]), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**asked)
+    with ovshim.enabled() as scope:
+        same(model.generate(**asked), expected)
+        assert row(scope.report(), "LlamaForCausalLM")["eager_reasons"] == {"seldom": 8}
+        monkeypatch.setattr(patient, "_WORTH_BUILDING", 0.0)
+        monkeypatch.setattr(patient, "_WORTH_LOOKING_UP", 0.0)
+        monkeypatch.setattr(found, "_WORTH_A_LOOK", 0.0)
+        for _ in range(3):
+            same(model.generate(**asked), expected)
+    (plan,) = row(scope.report(), "LlamaForCausalLM")["plans"]
+    assert plan["signature"] == "decoding, step by step"
+    assert (plan["speedup"] >= 1.05) == (plan["path"] == "openvino")
+    # A second program finds it in the cache, and is as patient.
+    with ovshim.enabled(min_speedup=1000) as scope:
+        for _ in range(3):
+            same(model.generate(**asked), expected)
+    told = row(scope.report(), "LlamaForCausalLM")
+    assert told["plans"][0]["cache"] == "hit"
+    assert told["plans"][0]["reason"]["code"] == "slower"
+    assert told["calls"]["openvino"] == 0
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_between_two_texts() -> None:
+    import language_models as lm
+
+    model: Any = lm.make("llama")
+    asked = {"inputs": torch.tensor([[5, 6, 7]]), "max_new_tokens": 8, "do_sample": False}
+    with ovshim.enabled(prefer="openvino") as scope:
+        for factor in (1.0, -1.0):
+            with torch.no_grad():
+                model.lm_head.weight.mul_(factor)
+            with ovshim.disabled():
+                expected = model.generate(**asked)
+            for _ in range(2):
+                same(model.generate(**asked), expected)
+    assert row(scope.report(), "LlamaForCausalLM")["eager_reasons"]["stale"] == 1
+    assert served(scope, "LlamaForCausalLM") > 16
 
 
 # Which modules

@@ -73,7 +73,8 @@ def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> No
         if made.entry is not None and finish.decided:
             found = {**record.race, where: list(dataclasses.astuple(finish))}
             job.store.amend(made.entry, "race", found)
-    made.medians = (finish.eager, finish.candidate)
+    steps = len(_RACED.pieces)
+    made.medians = (finish.eager / steps, finish.candidate / steps)
     made.speedup = finish.eager / finish.candidate
     if finish.lost:
         text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"

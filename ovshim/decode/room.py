@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -49,13 +49,28 @@ _OUT_OF_RANGE = reason("out-of-range")
 _TOKENS = torch.zeros((1, 1), dtype=torch.int64)
 
 
+class Patience(Protocol):
+    """Where nobody has asked for a decoding: whether it pays to make one, and to use it."""
+
+    def before_decoding(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
+        """Eager's answer to a step while no decoding is due; NOT_OURS where it is to be made."""
+
+    def made_decoding(self, made: Decoding, /) -> None:
+        """Take note of a decoding; where it gains too little it is left to eager."""
+
+
 class Room:
     """Serves the steps of one module.
 
     Args:
         original: the user's own forward, run in eager; its `resolve()` gives the bound method.
         tally: counts and tells what became of the calls.
+
+    Attributes:
+        patience: asked before and after a decoding is made; None: it is made at once.
     """
+
+    patience: Patience | None = None
 
     def __init__(
         self, module: nn.Module, original: Any, options: Options, store: Store, tally: Tally
@@ -267,6 +282,10 @@ class Room:
             why = reason("grad")
         if why is not None:
             return NOT_OURS if call.cache is None else self._in_eager(why, args, kwargs)
+        if self.patience is not None:
+            answer = self.patience.before_decoding(args, kwargs)
+            if answer is not NOT_OURS:
+                return answer
         if not self._lock.acquire(blocking=False):
             return self._in_eager(reason("building"), args, kwargs)
         try:
@@ -291,11 +310,32 @@ class Room:
             self._work = Work(self._build)
             self._work.start()
 
+    def is_cached(self) -> bool:
+        """Whether the cache has a decoding. Raises whatever a build meets."""
+        from ovshim.decode.key import is_cached
+
+        with Building():
+            return is_cached(self._job(), self._manner)
+
     def _build(self) -> Decoding:
         from ovshim.decode.build import build
 
+        job = self._job()
+        if self.options.background:
+            job.pause = pause
+        with Building():
+            made = build(job, self.original, self._manner)
+        if made.reason is not None and made.reason.code == "stale":
+            self._family.put_off()  # it changed under the build: there is nothing to keep
+        else:
+            if self.patience is not None:
+                self.patience.made_decoding(made)
+            self._decoding = made
+        return made
+
+    def _job(self) -> Job:
         leaves, structure = flatten_call((_TOKENS,), {})
-        job = Job(
+        return Job(
             module=self.module,
             method="forward",
             call=self.original.resolve(),
@@ -307,15 +347,6 @@ class Room:
             grad=False,
             backward=None,  # an answer without gradients is reached by none
         )
-        if self.options.background:
-            job.pause = pause
-        with Building():
-            made = build(job, self.original, self._manner)
-        if made.reason is not None and made.reason.code == "stale":
-            self._family.put_off()  # it changed under the build: there is nothing to keep
-        else:
-            self._decoding = made
-        return made
 
 
 def _any_wants_grad(tensors: Iterable[torch.Tensor]) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ovshim.decode import NOT_OURS
 from ovshim.dispatch import Dispatcher
 from ovshim.options import Options
 from ovshim.parts import divide
@@ -61,6 +63,8 @@ class Patient(Dispatcher):
         self._rest = 1
         self._built = 0
         self._begin()
+        if self._room is not None:
+            self._room.patience = self
 
     def _begin(self) -> None:
         """Count anew what eager costs."""
@@ -73,6 +77,12 @@ class Patient(Dispatcher):
         """Eager has served these calls before."""
         self._calls += calls
         self._seconds += seconds
+
+    @property
+    def standing(self) -> list[Plan]:
+        """Every plan that stands; asked for without a lock."""
+        decodings = [] if self._room is None else self._room.plans
+        return [*(plan for known in list(self._plans.values()) for plan in known), *decodings]
 
     # --- before there is a plan ---------------------------------------------------------------
 
@@ -87,12 +97,7 @@ class Patient(Dispatcher):
             if not self._serves():
                 self._take_rest()
             return self.in_eager(reason("too-many-plans"), args, kwargs)
-        due = False
-        try:
-            due = self._is_due(args, kwargs)
-        except Exception:  # a fault of ours must not become one of the user's program
-            log.debug("%s is left to eager", self.tally.name, exc_info=True)
-        if not due:
+        if not self._finds_due(lambda: self._is_due(args, kwargs)):
             return self._waited(stale or _SELDOM, args, kwargs)
         # The next kind of call has to earn its plan as well, and more than this one had to; and in
         # other threads, meanwhile, no call is due.
@@ -102,12 +107,23 @@ class Patient(Dispatcher):
             self._take_rest()
         return output
 
+    def _finds_due(self, question: Callable[[], bool]) -> bool:
+        try:
+            return question()
+        except Exception:  # a fault of ours must not become one of the user's program
+            log.debug("%s is left to eager", self.tally.name, exc_info=True)
+            return False
+
     def _is_due(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a plan is to be made of this call."""
         if self._calls < _FEWEST_CALLS or self._looking <= _SPENT_LOOKING * self._seconds:
             started = time.perf_counter()
             self._meet(args, kwargs)
             self._looking += time.perf_counter() - started
+        return self._has_earned(lambda: self._is_cached(args, kwargs))
+
+    def _has_earned(self, is_cached: Callable[[], bool]) -> bool:
+        """Whether eager has taken as long as would pay for a plan."""
         if self._calls < _FEWEST_CALLS:
             return False
         wanted = self.options.prefer == "openvino"
@@ -116,7 +132,7 @@ class Patient(Dispatcher):
         if self._versions() != self._weights:  # trained between calls
             self._changed()
             return False
-        if not wanted and self._needed < self._price() and not self._is_cached(args, kwargs):
+        if not wanted and self._needed < self._price() and not is_cached():
             self._needed = self._price()
             return self._seconds >= self._needed
         return True
@@ -161,21 +177,44 @@ class Patient(Dispatcher):
         held = [*self.module.parameters(), *self.module.buffers()]
         return [(id(t), 0 if t.is_inference() else t._version) for t in held]
 
+    # --- steps of decoding --------------------------------------------------------------------
+
+    def before_decoding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `decode.room.Patience`."""
+        if not self._finds_due(lambda: self._has_earned(self._decoding_is_cached)):
+            return self._waited(_SELDOM, args, kwargs)
+        self._changed()
+        return NOT_OURS
+
+    def _decoding_is_cached(self) -> bool:
+        with contextlib.suppress(Exception):  # the build will meet it again, and say so
+            return self._room is not None and self._room.is_cached()
+        return False
+
+    def made_decoding(self, made: Plan) -> None:
+        """See `decode.room.Patience`."""
+        self._leave_if_slow(made)
+        self.why = made.reason
+        self.resting, self._rest = 0, 1
+
     # --- plans that do not pay ----------------------------------------------------------------
 
     def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
         for plan in plans:
-            slow = plan.speedup is not None and plan.speedup < self._least
-            if slow and plan.reason is None and self.options.prefer == "faster":
-                self.tally.retire([plan])
-                plan.served = None
-                text = f"{plan.speedup:.2f}x is less than min_speedup={self._least:g}"
-                plan.reason = reason("slower", text)
-            elif slow and plan.parts is not None:
-                self.tally.retire([plan])
-                plan.parts = None
+            self._leave_if_slow(plan)
         super()._publish(grad, plans)
         self.resting, self._rest = 0, 1
+
+    def _leave_if_slow(self, plan: Plan) -> None:
+        slow = plan.speedup is not None and plan.speedup < self._least
+        if slow and plan.reason is None and self.options.prefer == "faster":
+            self.tally.retire([plan])
+            plan.served = None
+            text = f"{plan.speedup:.2f}x is less than min_speedup={self._least:g}"
+            plan.reason = reason("slower", text)
+        elif slow and plan.parts is not None:
+            self.tally.retire([plan])
+            plan.parts = None
 
     def _without_graph(
         self,
@@ -194,6 +233,8 @@ class Patient(Dispatcher):
 
     def _serves(self) -> bool:
         """Whether OpenVINO serves any calls at all."""
+        if self._room is not None and any(p.path == "openvino" for p in self._room.plans):
+            return True
         for plan in (plan for known in self._plans.values() for plan in known):
             lanes = list(plan.lanes.values()) if plan.served is not None else []
             if plan.parts is not None or not all(lane.eager for lane in lanes):

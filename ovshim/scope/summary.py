@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovshim.dispatch import Dispatcher
 from ovshim.plan import Plan
 from ovshim.reasons import Reason, reason
+from ovshim.scope.patient import Patient
 
 __all__ = ["Row", "Summary", "row_of"]
 
@@ -58,7 +58,7 @@ class Row:
 
 
 def row_of(
-    cls: type, dispatcher: Dispatcher | None, early: int, rested: int, trained: int
+    cls: type, dispatcher: Patient | None, early: int, rested: int, trained: int
 ) -> Row | None:
     """The row of a module; None where it was never called but in training.
 
@@ -73,11 +73,11 @@ def row_of(
     served = {"openvino": 0, "mixed": 0}
     why: Reason | None = reason("seldom")
     if dispatcher is not None:
-        plans = [plan for known in list(dispatcher._plans.values()) for plan in known]
+        plans = dispatcher.standing
         served = {path: dispatcher.tally.served(path, plans) for path in served}
         for code, count in dispatcher.tally.eager.items():
             eager[code] = eager.get(code, 0) + count
-        why = getattr(dispatcher, "why", None)
+        why = dispatcher.why
     calls = {**served, "eager": sum(eager.values()) + rested, "training": trained}
     if sum(calls.values()) == trained:
         return None
@@ -98,7 +98,7 @@ def _saved(plans: Sequence[Plan]) -> float | None:
     known = [
         plan.calls.value * (plan.medians[0] - plan.medians[1])
         for plan in plans
-        if plan.medians is not None and (plan.served is not None or plan.parts is not None)
+        if plan.medians is not None and plan.counted_as is not None
     ]
     return sum(known) if known else None
 
