@@ -50,6 +50,13 @@ Many items, one after the other, through a model compiled for throughput; *raw O
 AsyncInferQueue here, over the same compiled model, outputs copied.
 """
 
+_GENERATION = """
+## generate()
+
+New tokens after a prompt, one call of `generate()` each, greedy, of models with random weights; of one
+token: what passes before the first.
+"""
+
 _OVERHEAD = """
 ## Overhead of a call
 
@@ -77,11 +84,12 @@ def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float | None
         facts.append(("load average before the run", f"{load:.1f}"))
     facts.append(("eager against itself, whole run", _noise(found)))
     many = [row.cells() for row in found if row.group.startswith("throughput")]
-    rest = [row for row in found if not row.group.startswith("throughput")]
+    tokens = [row.cells() for row in found if row.group.startswith("generate")]
+    rest = [row for row in found if not row.group.startswith(("throughput", "generate"))]
     calls = [row.cells() for row in rest if not row.overhead]
     overhead = [row.cells() for row in found if row.overhead]
     lines = [_TOP, *markdown(("measured on", ""), facts), _CALLS, *markdown(HEAD, calls)]
-    lines += [_THROUGHPUT, *markdown(HEAD, many)]
+    lines += [_THROUGHPUT, *markdown(HEAD, many), _GENERATION, *markdown(HEAD, tokens)]
     lines += [_OVERHEAD, *markdown(HEAD, overhead), _COLD, *markdown(COLD_HEAD, cold)]
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,13 @@
-"""Token by token: `generate()` of a small llama, greedy, after prompts of several lengths.
+"""Token by token: `generate()` of llamas, greedy, after prompts of several lengths.
 
 A call is a whole `generate` of as many new tokens; eager pays for the same Python around its steps.
+Beside it what passes before the first of them.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,8 @@ import pytest
 import quiet
 import torch
 from board import Board
-from interleave import Turns, compare
-from measure import AGAIN, settle
-from replay import clock, play
-from rows import Row, noise
+from replay import clock
+from ways import Ways, measure_ways
 
 import ovshim
 
@@ -27,21 +28,39 @@ _TITLES = {
     "eager": "eager",
     "fp32": "ovshim, fp32",
     "bf16": 'ovshim, precision="bf16"',
+    "int8_weights": 'ovshim, precision="int8_weights"',
 }
 
 
-def _model(small: bool) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a model: layers, width, heads, tokens that there are; what it is called in tables."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    name: str
+
+
+_SMALL = Size(2, 64, 8, 8000, "2 layers, 64 wide")
+_SIZES = (
+    Size(8, 512, 8, 8000, "8 layers, 512 wide"),
+    Size(12, 768, 12, 16000, "100 M parameters"),
+)
+
+
+def _model(size: Size) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    width = 64 if small else 512
     config = LlamaConfig(
-        vocab_size=8000,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=2 if small else 8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.width * 11 // 4,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=2048,
         eos_token_id=None,
         pad_token_id=0,
@@ -50,17 +69,33 @@ def _model(small: bool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def models(board: Board, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The ways of decoding, each of which has made its plan."""
-    cache: Path = tmp_path_factory.mktemp("cache")
-    model = _model(board.small)
+def models(
+    board: Board, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Size], dict[str, Any]]]:
+    """Gives the ways of decoding, each of which has made its plan; of the last size alone."""
+    kept: dict[Size, dict[str, Any]] = {}
+
+    def give(size: Size) -> dict[str, Any]:
+        if size not in kept:
+            kept.clear()
+            quiet.wait(board.effort.patience)
+            kept[size] = _accelerated(_model(size), tmp_path_factory.mktemp("cache"))
+        return kept[size]
+
+    yield give
+    kept.clear()
+
+
+def _accelerated(model: Any, cache: Path) -> dict[str, Any]:
     found = {"eager": model}
-    for precision in ("fp32", "bf16"):
+    for precision in [name for name in _TITLES if name != "eager"]:
         fast = ovshim.accelerate(
             model,
             torch.arange(8)[None],
             precision=precision,
             prefer="openvino",
+            # On random weights its error is beyond the default.
+            tolerance="loose" if precision == "int8_weights" else None,
             cache_dir=cache,
         )
         assert [p["path"] for p in ovshim.explain(fast).to_dict()["plans"]] == ["openvino"]
@@ -68,48 +103,39 @@ def models(board: Board, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return found
 
 
-@pytest.fixture(scope="module", params=_PROMPTS)
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(_SIZES, _PROMPTS, (_NEW, 1)),
+    ids=lambda given: f"{given[0].layers}-layers-prompt-{given[1]}-new-{given[2]}",
+)
 def finding(
-    request: pytest.FixtureRequest, board: Board, models: dict[str, Any]
-) -> tuple[str, dict[str, Row], Turns]:
-    """The group, its rows by way, and how the measurement went."""
-    quiet.wait(board.effort.patience)
-    ids = torch.randint(1, 8000, (1, request.param), generator=torch.Generator().manual_seed(0))
+    request: pytest.FixtureRequest, board: Board, models: Callable[[Size], dict[str, Any]]
+) -> Ways:
+    """One model after one prompt: all of the tokens, or the first of them."""
+    size, prompt, new = request.param
+    if board.small:
+        if size is not _SIZES[0]:
+            pytest.skip("a quick run has one small model")
+        size = _SMALL
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, size.vocabulary, (1, prompt), generator=generator)
     ways: dict[str, Callable[[], Any]] = {
-        name: functools.partial(model.generate, ids, max_new_tokens=_NEW, do_sample=False)
-        for name, model in models.items()
+        name: functools.partial(model.generate, ids, max_new_tokens=new, do_sample=False)
+        for name, model in models(size).items()
     }
+    quiet.wait(board.effort.patience)
     tokens = {name: way() for name, way in ways.items()}
     assert torch.equal(tokens["fp32"], tokens["eager"])
-    turns = settle({**ways, AGAIN: ways["eager"]}, board.effort)
-    size = "2 layers, 64 wide" if board.small else "8 layers, 512 wide"
-    group = f"generate {_NEW} tokens: llama, {size}, prompt {request.param}"
-    made = {name: _row(group, name, turns) for name in turns.samples}
-    board.add(made.values())
-    return group, made, turns
-
-
-def _row(group: str, name: str, turns: Turns) -> Row:
-    mine = turns.samples[name]
-    against_eager = compare(turns.samples["eager"], mine)
-    row = Row(
-        group=group,
-        backend=_TITLES.get(name, name),
-        samples=tuple(mine),
-        eager=None if name == "eager" else against_eager,
-        remark=noise(against_eager, turns) if name == AGAIN else "",
-        ours=name in ("fp32", "bf16"),
+    return measure_ways(
+        f"generate {new} token{'s'[: new - 1]}: llama, {size.name}, prompt {prompt}",
+        ways,
+        _TITLES,
+        board,
+        ours=frozenset(_TITLES) - {"eager"},
+        remark=lambda seconds: f"{new / seconds:.1f} tokens/s",
     )
-    if name == AGAIN or row.seconds is None:
-        return row
-    return Row(**{**vars(row), "remark": f"{_NEW / row.seconds:.1f} tokens/s"})
 
 
 @pytest.mark.parametrize("way", _TITLES)
-def test_generate(
-    way: str, finding: tuple[str, dict[str, Row], Turns], board: Board, benchmark: Any
-) -> None:
-    group, rows, turns = finding
-    benchmark.group = group
-    benchmark.extra_info.update(board.facts(rows[way], None, rows[AGAIN], turns))
-    play(benchmark, rows[way].samples)
+def test_generate(way: str, finding: Ways, board: Board, benchmark: Any) -> None:
+    finding.show(way, board, benchmark)

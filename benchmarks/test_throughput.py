@@ -16,10 +16,8 @@ import quiet
 import torch
 import workloads
 from board import Board
-from interleave import Turns, compare
-from measure import AGAIN, settle
-from replay import clock, play
-from rows import Row, noise
+from replay import clock
+from ways import Ways, measure_ways
 
 import ovshim
 from ovshim.bound import installed
@@ -40,8 +38,8 @@ _TITLES = {
 @pytest.fixture(scope="module", params=_ITEMS)
 def finding(
     request: pytest.FixtureRequest, board: Board, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, Row], Turns]:
-    """The group, its rows by way, and how the measurement went."""
+) -> Ways:
+    """The ways of one workload, timed."""
     quiet.wait(board.effort.patience)
     case = workloads.Case(request.param, 1)
     module, call = workloads.make(case, board.small)
@@ -59,11 +57,14 @@ def finding(
     items = [call[0] if call[0] else call[1]] * _ITEMS[request.param]
     with torch.inference_mode():
         ways = _ways(module, fast, plan, items)
-        turns = settle({**ways, AGAIN: ways["eager"]}, board.effort)
-    group = f"throughput: {case}, {len(items)} items"
-    made = {name: _row(group, name, turns) for name in turns.samples}
-    board.add(made.values())
-    return group, made, turns
+        return measure_ways(
+            f"throughput: {case}, {len(items)} items",
+            ways,
+            _TITLES,
+            board,
+            ours=frozenset({"map", "submit"}),
+            raw="queue",
+        )
 
 
 def _ways(module: Any, fast: Any, plan: Any, items: list[Any]) -> Mapping[str, Callable[[], Any]]:
@@ -114,26 +115,6 @@ def _queue(compiled: Any, plan: Any, items: list[Any]) -> Callable[[], list[Any]
     return run
 
 
-def _row(group: str, name: str, turns: Turns) -> Row:
-    samples = turns.samples
-    mine = samples[name]
-    against_eager = compare(samples["eager"], mine)
-    return Row(
-        group=group,
-        backend=_TITLES.get(name, name),
-        samples=tuple(mine),
-        eager=None if name == "eager" else against_eager,
-        raw=None if name == "queue" else compare(samples["queue"], mine),
-        remark=noise(against_eager, turns) if name == AGAIN else "",
-        ours=name in ("map", "submit"),
-    )
-
-
 @pytest.mark.parametrize("way", _TITLES)
-def test_throughput(
-    way: str, finding: tuple[str, dict[str, Row], Turns], board: Board, benchmark: Any
-) -> None:
-    group, rows, turns = finding
-    benchmark.group = group
-    benchmark.extra_info.update(board.facts(rows[way], None, rows[AGAIN], turns))
-    play(benchmark, rows[way].samples)
+def test_throughput(way: str, finding: Ways, board: Board, benchmark: Any) -> None:
+    finding.show(way, board, benchmark)

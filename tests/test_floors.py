@@ -37,7 +37,7 @@ FLOORS: dict[str, set[str]] = {
         "progress",
     },
     "2a": {"runtime"},
-    "2b": {"preflight", "verify", "race", "generation", "child"},
+    "2b": {"preflight", "verify", "race", "generation", "child", "frozen"},
     "2c": {"infer", "pool", "single", "slots", "capture", "precision"},
     "3": {
         "artifact",
