@@ -53,8 +53,8 @@ AsyncInferQueue here, over the same compiled model, outputs copied.
 _GENERATION = """
 ## generate()
 
-New tokens after a prompt, one call of `generate()` each, greedy, of models with random weights; of one
-token: what passes before the first.
+New tokens after a prompt, one call of `generate()` each, greedy, of models with random weights; of
+one token: what passes before the first.
 """
 
 _OVERHEAD = """
