@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import ovshim
-from ovshim import runtime
+from ovshim import backend, runtime
 
 __all__ = ["TITLES", "Prepared", "Task", "leaves_of", "prepare", "raw_request"]
 
@@ -30,6 +30,7 @@ TITLES = {
     "openvino": "raw OpenVINO",
     "ovshim-openvino": 'ovshim, prefer="openvino"',
     "ovshim": "ovshim",
+    "ovshim-compile": 'torch.compile(backend="ovshim")',
 }
 
 # A trial call below this is worth a second compilation for one thread: waking others costs more.
@@ -97,9 +98,9 @@ def leaves_of(answer: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
 
 
-def prepare(backend: str, task: Task) -> Prepared:
+def prepare(name: str, task: Task) -> Prepared:
     """Make a backend ready. Raises whatever the backend raises on a module it cannot take."""
-    return _BACKENDS[backend](task)
+    return _BACKENDS[name](task)
 
 
 def _eager(task: Task) -> Prepared:
@@ -204,6 +205,21 @@ def _ovshim(task: Task, prefer: Literal["faster", "openvino"]) -> Prepared:
     return Prepared(call, leaves_of, plan["precision_run"] or "f32", note)
 
 
+def _compiled(task: Task) -> Prepared:
+    torch.compiler.reset()
+    options = {"prefer": "openvino", "cache_dir": str(task.directory / "graphs")}
+    compiled = torch.compile(
+        task.module, backend=backend.compile_graph, dynamic=False, options=options
+    )
+    call = functools.partial(compiled, *task.args, **task.kwargs)
+    call()
+    plans = [plan for report in backend.reports() for plan in report.plans]
+    served = sum(plan["path"] == "openvino" for plan in plans)
+    note = f"OpenVINO serves {served} of {len(plans)} graphs"
+    precisions = {plan["precision_run"] for plan in plans if plan["precision_run"]}
+    return Prepared(call, leaves_of, ", ".join(sorted(precisions)) or "f32", note)
+
+
 _BACKENDS: dict[str, Callable[[Task], Prepared]] = {
     "eager": _eager,
     "inductor": _inductor,
@@ -211,4 +227,5 @@ _BACKENDS: dict[str, Callable[[Task], Prepared]] = {
     "openvino": _openvino,
     "ovshim-openvino": functools.partial(_ovshim, prefer="openvino"),
     "ovshim": functools.partial(_ovshim, prefer="faster"),
+    "ovshim-compile": _compiled,
 }

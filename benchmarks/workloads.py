@@ -18,6 +18,7 @@ ALL_BACKENDS = (
     "openvino",
     "ovshim-openvino",
     "ovshim",
+    "ovshim-compile",
 )
 _ZOO_BACKENDS = ("eager", "openvino", "ovshim-openvino", "ovshim")
 

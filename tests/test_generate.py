@@ -415,6 +415,42 @@ def test_long_sound_is_transcribed_piece_by_piece(cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_pipeline_transcribes_long_sound(cache: Path) -> None:
+    model = lm.make_encoder_decoder("whisper")[0]
+    settings = model.generation_config
+    settings.no_timestamps_token_id, settings.is_multilingual = 50, False
+    tokens = ["<|pad|>", "<|bos|>", "<|eos|>", "<|startoftranscript|>", *map(chr, range(64, 110))]
+    tokens += ["<|notimestamps|>", *(f"<|{n * 0.02:.2f}|>" for n in range(48))]
+    tokenizer = hf.WhisperTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        unk_token="<|eos|>",
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        pad_token="<|pad|>",
+    )
+    # The model's table of positions is for a second of sound.
+    extractor = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    fast = accelerated(model, cache_dir=cache)
+    sound = torch.randn(40_000, generator=torch.Generator().manual_seed(0)).numpy()
+    asked = {"return_timestamps": True, "generate_kwargs": {"max_new_tokens": 20}}
+    told = []
+    for one in (model, fast, fast):
+        before = counts(fast)["openvino"]
+        pipe = hf.pipeline(
+            "automatic-speech-recognition",
+            model=one,
+            tokenizer=tokenizer,
+            feature_extractor=extractor,
+            device="cpu",
+        )
+        told.append(pipe(sound.copy(), **asked))
+    assert len(told[0]["text"]) > 40  # three pieces of a second at most
+    assert told[1] == told[2] == told[0]
+    assert counts(fast)["openvino"] >= before + 50
+
+
+@pytest.mark.slow
 def test_a_decoders_cache_may_be_looked_into(cache: Path) -> None:
     model, given = lm.make_encoder_decoder("bart")
     fast = accelerated(model, cache_dir=cache)
@@ -452,6 +488,32 @@ def test_what_is_asked_for_beyond_logits_comes_from_eager(
         found = generate(fast, inputs=PROMPT, do_sample=False, **arguments)
     assert torch.equal(found.sequences, expected.sequences)
     assert set(eager_reasons(fast)) == {reason}
+
+
+class OwnCache(hf.DynamicCache):  # type: ignore[misc]
+    """A cache of the user's making, of which nobody knows what it does."""
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "static": lambda config: hf.StaticCache(config=config, max_cache_len=40),
+    "own": lambda config: OwnCache(config=config),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_cache_of_another_class_is_left_to_eager(
+    kind: str, pair: Callable[[str], tuple[Any, Any]]
+) -> None:
+    model, fast = pair("llama")
+    caches = [OTHERS[kind](model.config) for _ in range(2)]
+    expected = generate(model, inputs=PROMPT, past_key_values=caches[0], do_sample=False)
+    before, told = counts(fast)["openvino"], eager_reasons(fast).get("cache-unknown", 0)
+    with quietly():
+        found = generate(fast, inputs=PROMPT, past_key_values=caches[1], do_sample=False)
+    same_generation(found, expected)
+    assert found.past_key_values is caches[1]
+    assert counts(fast)["openvino"] == before
+    assert eager_reasons(fast)["cache-unknown"] == told + 12
 
 
 def test_embeddings_in_the_place_of_ids_begin_in_eager(
@@ -599,6 +661,26 @@ def test_lower_precisions_come_close(precision: str, cache: Path) -> None:
     found = generate(fast, inputs=PROMPT, do_sample=False, max_new_tokens=1)
     assert (found.logits[0] - expected.logits[0]).norm() <= 0.05 * expected.logits[0].norm()
     assert counts(fast)["openvino"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8_weights"])
+def test_keys_and_values_in_eight_bits_are_had_by_name(precision: str, cache: Path) -> None:
+    model = lm.make("llama")
+    asked: dict[str, Any] = {"precision": precision, "cache_dir": cache, "tolerance": "loose"}
+    exact = accelerated(model, **asked)
+    rounded = accelerated(model, **asked, properties={"KV_CACHE_PRECISION": "u8"})
+    logits = []
+    for fast in (exact, rounded):
+        fast.ovshim.warm(PROMPT)
+        with torch.no_grad():
+            past = fast(PROMPT, use_cache=True).past_key_values
+            logits.append(fast(torch.tensor([[40]]), past_key_values=past).logits)
+        assert counts(fast) == {"openvino": 2, "mixed": 0, "eager": 0}
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error <= 0.05  # it is another precision, and a near one
+    # Looked into, they are of the model's own type.
+    assert past.layers[0].keys.dtype is torch.float32
 
 
 @pytest.mark.slow
