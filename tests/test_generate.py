@@ -729,6 +729,31 @@ def test_the_race_is_asked_who_serves(cache: Path) -> None:
 
 
 @pytest.mark.slow
+def test_eager_serves_long_prompts_where_it_is_faster(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ovshim.decode import finish
+    from ovshim.race import Finish
+
+    won, lost = Finish(2.0, 1.0, 1.9, 2.1), Finish(1.0, 2.0, 0.4, 0.6)
+    finishes = iter([won, lost])
+    monkeypatch.setattr(finish, "race", lambda *ways: next(finishes))
+    monkeypatch.setattr(finish, "_AFTER_LONG", finish.probes.Probe((100, 1)))
+    model = lm.make("llama")
+    for told in ("miss", "hit"):  # the second has both finishes from the entry
+        fast = ovshim.accelerate(model, PROMPT, cache_dir=cache / "long")
+        (plan,) = plans(fast)
+        assert (plan["cache"], plan["path"], plan["speedup"]) == (told, "openvino", 2.0)
+        alike(fast, model, inputs=PROMPT, do_sample=False)
+        before = counts(fast)["openvino"]
+        long = PROMPT.repeat(1, 6)
+        expected = generate(model, inputs=long, do_sample=False)
+        same_generation(generate(fast, inputs=long, do_sample=False), expected)
+        assert counts(fast)["openvino"] == before
+        assert eager_reasons(fast) == {"slower": 12}
+
+
+@pytest.mark.slow
 def test_one_thread_is_enough(cache: Path) -> None:
     model = lm.make("llama")
     fast = accelerated(model, cache_dir=cache, threads=1)

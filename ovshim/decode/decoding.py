@@ -41,11 +41,14 @@ class Decoding(Plan):
         ready: None where eager serves for good; where it is merely faster, `reason` says so.
         entry: where the graph and what was found out about it are kept.
         met: buckets of sizes at which the graph was compared with eager.
+        longest_start: conversations that begin with more tokens are eager's, which is faster
+            there; None: no end.
     """
 
     ready: Ready | None = None
     entry: Entry | None = None
     met: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    longest_start: int | None = None
 
     @property
     def path(self) -> str:

@@ -22,8 +22,11 @@ from ovshim.signature import Pattern, flatten_call, kind_of
 
 __all__ = ["by_eager", "finished", "run_race"]
 
-# What is raced: a short prompt and some tokens after it.
-_RACED = probes.Probe((16, *(1,) * 8))
+# What is raced: some tokens after a short prompt, and after a long one. Of prompts between them
+# those of more tokens than this are taken for long.
+_AFTER_SHORT = probes.Probe((16, *(1,) * 8))
+_AFTER_LONG = probes.Probe((256, *(1,) * 8))
+_LONG = 64
 
 
 def finished(
@@ -48,37 +51,54 @@ def finished(
 
 
 def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> None:
-    """Let eager and OpenVINO go through a short conversation; what was found is kept."""
-    ready, generation = made.ready, made.generation
-    assert ready is not None
-    assert generation is not None
-    where = f"{runtime.processor()} threads={torch.get_num_threads()}"
-    stored = record.race.get(where)
-    if isinstance(stored, list) and len(stored) == 4:
-        finish = Finish(*map(float, stored))
-    else:
+    """Let eager and OpenVINO go through short conversations; what was found is kept.
 
-        def eager() -> None:
-            way = manner.eager(job.call, ready.form, _RACED)
-            for _ in probes.ask(_RACED, [way], manner.vocabulary):
-                pass
-
-        def candidate() -> None:
-            way = manner.candidate(job.call, ready.form, ready.engine, _RACED)
-            for _ in probes.ask(_RACED, [way], manner.vocabulary):
-                generation.holds()  # which a step pays for and eager does not
-
-        with job.stage("race"):
-            finish = race(eager, candidate, job.race_seconds())
-        if made.entry is not None and finish.decided:
-            found = {**record.race, where: list(dataclasses.astuple(finish))}
-            job.store.amend(made.entry, "race", found)
-    steps = len(_RACED.pieces)
+    Where eager is faster after a long prompt alone, it serves conversations that begin with one.
+    """
+    known = dict(record.race)
+    finish = _finish(job, manner, made, known, _AFTER_SHORT)
+    steps = len(_AFTER_SHORT.pieces)
     made.medians = (finish.eager / steps, finish.candidate / steps)
     made.speedup = finish.eager / finish.candidate
     if finish.lost:
         text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
         made.reason = reason("slower", text)
+        return
+    # What an encoder-decoder model goes on from is a token or two.
+    ends = [n for n in (manner.longest, record.most) if n is not None]
+    if not manner.probed_source and all(_AFTER_LONG.length <= n for n in ends):
+        finish = _finish(job, manner, made, known, _AFTER_LONG)
+        made.longest_start = _LONG if finish.lost else None
+
+
+def _finish(
+    job: Job, manner: Causal, made: Decoding, known: dict[str, Any], raced: probes.Probe
+) -> Finish:
+    """How the race over one conversation came out: as `known` has it, or as is added to it now."""
+    ready, generation = made.ready, made.generation
+    assert ready is not None
+    assert generation is not None
+    where = f"{runtime.processor()} threads={torch.get_num_threads()} prompt={raced.pieces[0]}"
+    stored = known.get(where)
+    if isinstance(stored, list) and len(stored) == 4:
+        return Finish(*map(float, stored))
+
+    def eager() -> None:
+        way = manner.eager(job.call, ready.form, raced)
+        for _ in probes.ask(raced, [way], manner.vocabulary):
+            pass
+
+    def candidate() -> None:
+        way = manner.candidate(job.call, ready.form, ready.engine, raced)
+        for _ in probes.ask(raced, [way], manner.vocabulary):
+            generation.holds()  # which a step pays for and eager does not
+
+    with job.stage("race"):
+        finish = race(eager, candidate, job.race_seconds())
+    if made.entry is not None and finish.decided:
+        known[where] = list(dataclasses.astuple(finish))
+        job.store.amend(made.entry, "race", dict(known))
+    return finish
 
 
 def by_eager(job: Job, why: Reason, entry: Entry | None = None) -> Decoding:

@@ -44,6 +44,7 @@ log = logging.getLogger("ovshim")
 
 # A decoding that eager serves is looked at again every so often: what was in the way may be gone.
 _LOOK_AGAIN = 8
+_SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
 _OUT_OF_RANGE = reason("out-of-range")
 _TOKENS = torch.zeros((1, 1), dtype=torch.int64)
@@ -172,6 +173,8 @@ class Room:
             session_of(cache).tidy()
         given = manner.given(ready.form, ready.conventions, call, past)
         columns = (session_of(cache).columns if bound else past) + length
+        if not bound and made.longest_start is not None and columns > made.longest_start:
+            raise LeftToEager(_SLOWER)
         sizes = batch, length, columns, given[2].shape[1] if ready.form.cross else 0
         if not ready.fits(*sizes):
             raise LeftToEager(reason("decode-call", f"sizes {sizes}"))
