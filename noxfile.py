@@ -65,9 +65,11 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session
 def ecosystem(session: nox.Session) -> None:
-    """Libraries built on torch, each given an accelerated model (docs/ecosystem.md)."""
+    """Libraries built on torch, each given an accelerated model (docs/ecosystem.md), and engines
+    that call one in several processes (docs/workers.md), Spark where there is Java."""
     install(session, "ecosystem")
-    session.run("pytest", *PARALLEL, "-m", "slow", "tests/test_ecosystem.py", *session.posargs)
+    tests = ("tests/test_ecosystem.py", "tests/test_workers.py", "tests/test_docs.py")
+    session.run("pytest", *PARALLEL, "-m", "slow", *tests, *session.posargs)
 
 
 @nox.session

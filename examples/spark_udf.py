@@ -109,7 +109,8 @@ def main() -> None:
         expected = embedding(model, given)
     found = torch.tensor([row.found.embedding for row in rows])
     workers = sorted({row.found.worker for row in rows})
-    print(f"{len(rows)} sentences, relative error {(found - expected).norm() / expected.norm():.1e}")
+    error = (found - expected).norm() / expected.norm()
+    print(f"{len(rows)} sentences, relative error against eager: {error:.1e}")
     print(f"workers that converted: {sum('miss' in worker for worker in workers)} of {WORKERS}")
     print(f"workers that OpenVINO served: {sum('openvino' in worker for worker in workers)}")
 

@@ -21,7 +21,7 @@ from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import OutOfRangeError, Plan
-from ovshim.planner import Given, Planner, building_here, known_kind, unfit
+from ovshim.planner import Given, Planner, building_here, known_kind, switched_off, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.rest import Rest
 from ovshim.signature import describe, flatten_call, sizes_of
@@ -38,6 +38,7 @@ _grad_enabled = torch.is_grad_enabled
 # Eager plans look at the module's state only every so often: when what was in the way is gone
 # (a hook, an attribute), the next call makes a plan.
 _LOOK_AGAIN = 8
+_OFF = reason("off")
 _OUT_OF_RANGE = reason("out-of-range")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
@@ -58,6 +59,8 @@ class Dispatcher:
     """
 
     rests = True
+    # Whether there is an eager that `disabled()` can leave calls to.
+    _yields = True
 
     def __init__(
         self,
@@ -89,8 +92,11 @@ class Dispatcher:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""
-        if planner.running and building_here():
-            return self.original(*args, **kwargs)
+        if planner.running:
+            if building_here():
+                return self.original(*args, **kwargs)
+            if self._yields and switched_off():
+                return self.in_eager(_OFF, args, kwargs)
         rest = self._at_rest
         if (  # not asked by a method of its own, which would take as long again
             rest is not None
@@ -151,6 +157,8 @@ class Dispatcher:
                 and where eager is faster.
         """
         if building_here() or self.module.training or in_special_mode():
+            return None
+        if planner.running and self._yields and switched_off():
             return None
         grad = _grad_enabled()
         for plan in self._plans[grad]:
@@ -263,7 +271,7 @@ class Dispatcher:
     ) -> Any:
         """Look whether such a call can have a plan, and make it if so; eager answers this one."""
         if self._off or self.options.prefer == "eager":
-            return self.in_eager(reason("off" if self._off else "prefer-eager"), args, kwargs)
+            return self.in_eager(_OFF if self._off else reason("prefer-eager"), args, kwargs)
         leaves, structure = flatten_call(args, kwargs)
         grad = _grad_enabled()
         why = obstacle(self.module) or unfit(leaves, grad)

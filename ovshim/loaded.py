@@ -113,6 +113,8 @@ class Maker:
 class Artifact(Dispatcher):
     """Serves the calls of a loaded module."""
 
+    _yields = False
+
     def __init__(
         self,
         module: nn.Module,

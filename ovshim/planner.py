@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
+from ovshim import stays
 from ovshim.cache import Store
 from ovshim.job import Job
 from ovshim.options import Options
@@ -31,7 +32,9 @@ __all__ = [
     "Planner",
     "building_here",
     "known_kind",
+    "look_aside",
     "serving",
+    "switched_off",
     "unfit",
 ]
 
@@ -324,7 +327,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 _here = threading.local()
 _count_lock = threading.Lock()
 running = 0
-"""How many builds run in this process. The hot path reads it before it asks for the thread."""
+"""How many builds run in this process, and how many blocks of `disabled()`. The hot path reads it
+before it asks for the thread and its context."""
 
 
 def building_here() -> bool:
@@ -333,31 +337,40 @@ def building_here() -> bool:
     return getattr(_here, "depth", 0) > 0
 
 
+def switched_off() -> bool:
+    """Whether eager is to answer in this context: it is in a block of `disabled()`."""
+    return stays.switched_off() and not getattr(_here, "serving", False)
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
     """Within a build: calls are served here as they will be, for what is measured are plans."""
     depth, _here.depth = getattr(_here, "depth", 0), 0
+    outer, _here.serving = getattr(_here, "serving", False), True
     try:
         yield
     finally:
-        _here.depth = depth
+        _here.depth, _here.serving = depth, outer
+
+
+def look_aside(more: int) -> None:
+    """Have the hot path ask for threads and contexts, so many times more (or less, if negative)."""
+    global running
+    with _count_lock:
+        running += more
 
 
 class Building:
     """Marks this thread as one that builds."""
 
     def __enter__(self) -> Self:
-        global running
         _here.depth = getattr(_here, "depth", 0) + 1
-        with _count_lock:
-            running += 1
+        look_aside(1)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global running
         _here.depth -= 1
-        with _count_lock:
-            running -= 1
+        look_aside(-1)
 
 
 class Backward(Building):

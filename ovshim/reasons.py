@@ -260,7 +260,7 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "off": Sentence(
             "ovshim is switched off.",
-            "Unset the environment variable OVSHIM, or set it to 1.",
+            "Unset the environment variable OVSHIM, or set it to 1; leave the block of disabled().",
         ),
     }
 )

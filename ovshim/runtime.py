@@ -193,6 +193,28 @@ def _usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def leaves_cores(threads: int) -> bool:
+    """Whether so many threads leave cores of this machine to others.
+
+    Pinned threads of a process would then be in the way of those of the next: each process pins to
+    the first cores there are, and two workers of one thread each take turns on one core. Not known
+    of a worker by its parent or its engine: there are too many kinds of both.
+    """
+    return threads < _usable_cores()
+
+
+def _usable_cores() -> int:
+    """The cores that this process may run on; where it is not known which of the processors are
+    threads of one core, those."""
+    if not hasattr(os, "sched_getaffinity"):
+        return _usable_cpus()
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        return len({Path(siblings.format(n)).read_text() for n in os.sched_getaffinity(0)})
+    except OSError:
+        return _usable_cpus()
+
+
 def settings(
     *,
     device: str = "CPU",
@@ -205,8 +227,9 @@ def settings(
     """OpenVINO's properties for `compile_model`, by name.
 
     ``precision``: fp32, bf16, fp16, or dynamic (each operation in its own type); ``hint``: latency
-    or throughput; ``streams``, ``threads``: None leaves them to OpenVINO; ``properties``: the
-    user's own, which win. CACHE_DIR is never set: the key of that cache leaves the precision out,
+    or throughput; ``streams``, ``threads``: None leaves them to OpenVINO, and threads are pinned to
+    cores as it likes unless they leave some free; ``properties``: the user's own, which win.
+    CACHE_DIR is never set: the key of that cache leaves the precision out,
     and its blobs carry no checksum.
     """
     ours: dict[str, Any] = {
@@ -223,6 +246,8 @@ def settings(
         ours["NUM_STREAMS"] = streams
     if threads is not None:
         ours["INFERENCE_NUM_THREADS"] = threads
+        if leaves_cores(threads):
+            ours["ENABLE_CPU_PINNING"] = False
     kind = device.partition(":")[0]
     if kind not in _HANDING_ON:
         return {**_accepted(members(device)[0], ours), **properties}

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ovshim import runtime
 from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
@@ -63,7 +65,8 @@ def fastest(
     options = job.options
     asked = options.streams is not None or options.threads is not None
     plain = options.device == "CPU" and options.hint == "latency" and not options.properties
-    if asked or not plain or not _is_small(source):
+    pinned = not runtime.leaves_cores(torch.get_num_threads())
+    if asked or not plain or not pinned or not _is_small(source):
         return compiled({})
     known = record.ways.get(_where(job), "").removesuffix(_EXACT)
     if known in _WAYS:

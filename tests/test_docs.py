@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,9 +124,13 @@ def test_the_readmes_two_commands() -> None:
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAID = {
     "digits.py": r"otherwise than eager: 0\n.*calls: 501 openvino\n",
+    "ray_data.py": r"served: 0\nworkers that converted: 1 of 2\n",
     "service.py": r"largest relative error: \d\.\de-0[5-9]\n.*calls: 400 openvino\n",
+    "spark_udf.py": r"eager: \d\.\de-0[5-9]\n.*converted: 1 of 2\n.*served: 2\n",
     "text_encoder.py": r"against eager: \d\.\de-0[5-9]\n.*calls: 4 openvino\n",
 }
+# What they need beside the tests' own group.
+NEEDS = {"ray_data.py": "ray", "spark_udf.py": "pyspark"}
 
 
 def test_every_example_is_known() -> None:
@@ -135,9 +140,17 @@ def test_every_example_is_known() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
+    needed = NEEDS.get(example.name)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    if needed == "pyspark" and not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+        pytest.skip("Spark needs Java")
     result = subprocess.run(
         [sys.executable, "-W", "error::ovshim.OvshimWarning", str(example)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # tests share the cores
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1"}  # tests share the cores
+        | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        | {"SPARK_LOCAL_IP": "127.0.0.1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

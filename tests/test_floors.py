@@ -25,6 +25,7 @@ FLOORS: dict[str, set[str]] = {
         "guards",
         "values",
         "watch",
+        "stays",
         "conditions",
         "deferred",
         "dict_versions",

@@ -41,13 +41,14 @@ def test_the_core_is_one() -> None:
     assert runtime.core() is runtime.core()
 
 
-def test_every_setting_that_decides_values_is_explicit() -> None:
+def test_every_setting_that_decides_values_is_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings() == {
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "KV_CACHE_PRECISION": "f32",
     }
+    monkeypatch.setattr(runtime, "_usable_cores", lambda: 4)
     given = settings(precision="bf16", hint="throughput", streams=2, threads=4)
     assert given == {
         "INFERENCE_PRECISION_HINT": "bf16",
@@ -57,6 +58,30 @@ def test_every_setting_that_decides_values_is_explicit() -> None:
         "INFERENCE_NUM_THREADS": 4,
     }
     assert settings(precision="fp16")["INFERENCE_PRECISION_HINT"] == "f16"
+
+
+@pytest.mark.parametrize(("cores", "threads", "free"), [(2, 1, True), (2, 2, False), (2, 4, False)])
+def test_workers_are_not_pinned(
+    cores: int, threads: int, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them would be, to the same cores."""
+    monkeypatch.setattr(runtime, "_usable_cores", lambda: cores)
+    given = settings(threads=threads)
+    assert given.get("ENABLE_CPU_PINNING", True) is not free
+    assert settings(threads=threads, properties={"ENABLE_CPU_PINNING": True})["ENABLE_CPU_PINNING"]
+    assert "ENABLE_CPU_PINNING" not in settings()
+
+
+def test_cores_are_counted_and_not_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= runtime._usable_cores() <= runtime._usable_cpus()
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    read = {
+        f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": n // 2 for n in range(8)
+    }
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", lambda path: f"{read[str(path)]}\n")
+    assert runtime._usable_cores() == 4
 
 
 def test_the_users_properties_win() -> None:
@@ -80,6 +105,8 @@ def test_a_device_that_is_not_there_still_gets_its_precision() -> None:
 @pytest.mark.parametrize("device", ["CPU", "BATCH:CPU", *VIRTUAL])
 def test_each_kind_of_device_obeys_the_settings(path: Path, device: str) -> None:
     given = settings(device=device, threads=1, streams=1)
+    own = given.get("DEVICE_PROPERTIES", {"CPU": given})["CPU"]
+    assert own.get("ENABLE_CPU_PINNING", True) is (runtime._usable_cores() == 1)
     compiled = runtime.compile_model(path, device, given)
     found = runtime.precision_run(compiled)
     assert found == "f32"
@@ -88,13 +115,14 @@ def test_each_kind_of_device_obeys_the_settings(path: Path, device: str) -> None
     else:
         properties = {
             name: compiled.get_property(name)
-            for name in (*given, "INFERENCE_NUM_THREADS", "NUM_STREAMS")
+            for name in (*given, "INFERENCE_NUM_THREADS", "NUM_STREAMS", "ENABLE_CPU_PINNING")
         }
     assert properties["INFERENCE_PRECISION_HINT"] == ov.Type.f32
     assert properties["KV_CACHE_PRECISION"] == ov.Type.f32
     assert int(properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"]) == 0
     assert int(properties["INFERENCE_NUM_THREADS"]) == 1
     assert int(properties["NUM_STREAMS"]) == 1
+    assert bool(properties["ENABLE_CPU_PINNING"]) is own.get("ENABLE_CPU_PINNING", True)
     assert "LATENCY" in str(properties["PERFORMANCE_HINT"])
     x = np.ones((3, 64), np.float32)
     assert compiled(x)[0].shape == (3, 64)

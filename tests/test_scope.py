@@ -1,6 +1,7 @@
 """`enabled`, `disabled`, `enable`, `disable`: programs as they stand, and nothing left behind."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import gc
@@ -22,6 +23,7 @@ from modules import Mlp, Scaled, make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import planner
 from ovshim.scope import Summary, calls, found, patient
 
 CALL = nn.Module.__call__
@@ -60,6 +62,18 @@ def row(summary: Summary, name: str = "Mlp") -> dict[str, Any]:
 def served(scope: ovshim.Scope, name: str = "Mlp") -> int:
     rows = [row for row in scope.report().rows if row.module == name]
     return sum(row.calls["openvino"] for row in rows)
+
+
+class Branching(nn.Module):
+    """Which way it goes is a matter of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y + 1 if y.sum() > 0 else y - 1
 
 
 class Outer(nn.Module):
@@ -277,10 +291,53 @@ def test_what_is_accelerated_by_name_stays_so() -> None:
     fast = ovshim.accelerate(make(Mlp), x(), prefer="openvino")
     with torch.no_grad(), ovshim.enabled() as scope:
         fast(x())
-        with ovshim.disabled():
-            fast(x())
-    assert ovshim.explain(fast).calls["openvino"] == 2
+    assert ovshim.explain(fast).calls["openvino"] == 1
     assert scope.report().rows == ()
+
+
+def test_eager_answers_everything_in_disabled() -> None:
+    fast = ovshim.accelerate(make(Mlp), x(), prefer="openvino", strict=True)
+    told = ovshim.explain
+
+    def calls_of(block: Any) -> tuple[int, int]:
+        before = told(fast)
+        with torch.no_grad(), block:
+            fast(x())
+            fast.ovshim.submit(x()).result(60)
+        after = told(fast)
+        off = dict(after.eager).get("off", 0) - dict(before.eager).get("off", 0)
+        return after.calls["openvino"] - before.calls["openvino"], off
+
+    assert calls_of(contextlib.nullcontext()) == (2, 0)
+    assert calls_of(ovshim.disabled()) == (0, 2)
+    with ovshim.disabled():
+        assert calls_of(ovshim.enabled()) == (2, 0)
+        assert calls_of(contextlib.nullcontext()) == (0, 2)
+        assert in_a_thread(lambda: calls_of(contextlib.nullcontext())) == (2, 0)
+        other = ovshim.accelerate(make(Scaled), x(), prefer="openvino")  # a plan may be made here
+    assert calls_of(contextlib.nullcontext()) == (2, 0)
+    with torch.no_grad():
+        other(x())
+    assert told(other).calls["openvino"] == 1
+    assert planner.running == 0
+
+
+def test_what_has_no_eager_goes_on_in_disabled(tmp_path: Path) -> None:
+    fast: Any = ovshim.accelerate(make(Mlp), x(), prefer="openvino")
+    fast.ovshim.save(tmp_path / "saved")
+    loaded, given = ovshim.load(tmp_path / "saved"), x()
+    with torch.no_grad(), ovshim.disabled():
+        same(loaded(given), fast(given))
+
+
+def test_a_mixed_plan_may_be_made_in_disabled() -> None:
+    net = make(Branching)
+    with ovshim.disabled():
+        fast = ovshim.accelerate(net, x(), prefer="openvino")
+    with torch.no_grad():
+        given = x()
+        same(fast(given), net(given))
+    assert ovshim.explain(fast).calls["mixed"] == 1
 
 
 def test_a_module_that_nobody_holds_goes_with_all_that_was_made_of_it() -> None:

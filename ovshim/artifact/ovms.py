@@ -85,10 +85,12 @@ def _entry(name: str, plan: Plan, options: Options) -> dict[str, Any]:
         precision=graph.hint,
         hint=options.hint,
         streams=options.streams,
-        # Not torch's number here: the server runs elsewhere.
-        threads=options.threads,
+        threads=None,
         properties={**dict(graph.properties), **options.properties},
     )
+    if options.threads is not None:
+        # Not torch's number, and nothing of this machine's cores: the server runs elsewhere.
+        settings["INFERENCE_NUM_THREADS"] = options.threads
     if not all(isinstance(value, str | int | float) for value in settings.values()):
         remedy = "Accelerate the module on a single device, such as CPU or GPU."
         raise OptionError("device", options.device, "a device by its own name", remedy)

@@ -16,9 +16,10 @@ from torch.utils._contextlib import _wrap_generator
 from ovshim import runtime
 from ovshim.errors import OptionError
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
-from ovshim.scope.calls import Entry, end, enter, last_here
+from ovshim.scope.calls import end, enter, last_here
 from ovshim.scope.found import Finder
 from ovshim.scope.summary import Summary
+from ovshim.stays import Entry
 
 __all__ = ["Scope", "Stay", "disable", "disabled", "enable", "enabled"]
 
@@ -40,14 +41,15 @@ class Stay:
 
     _finder: Finder | None = None
     _everywhere = False
+    _off = True
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
 
     def __enter__(self) -> Self:
-        entry = Entry(self._finder)
+        entry = Entry(self._finder, self._off)
         self._entries.append(entry)
-        enter(entry, here=True, everywhere=self._everywhere)
+        enter(entry, in_context=True, everywhere=self._everywhere)
         return self
 
     def __exit__(self, *exc: object) -> Literal[False]:
@@ -83,6 +85,8 @@ class Scope(Stay):
 
     It keeps what it has found while it is left and entered again.
     """
+
+    _off = False
 
     def __init__(
         self,
@@ -177,8 +181,10 @@ def enabled(
 
 
 def disabled() -> Stay:
-    """Inside, no module is served that was not accelerated by name, whatever scope is around it:
-    `enabled`, `enable`, or `ovshim run`. In this context; a decorator as well."""
+    """Inside, eager answers every call, whatever scope is around it (`enabled`, `enable`, `ovshim
+    run`), and for modules accelerated by name as well: their calls are counted with the reason
+    `off`. An `enabled` within it ends that for its inside. Modules of `load` have no eager, and go
+    on. In this context; a decorator as well."""
     return Stay()
 
 
@@ -219,7 +225,7 @@ def enable(
         former, _process = _process, scope
         entry = Entry(scope._own if enabled_in_environment() else None)
         scope._entries.append(entry)
-        enter(entry, here=False, everywhere=True)
+        enter(entry, in_context=False, everywhere=True)
     if former is not None:
         former.__exit__()
     return scope

@@ -17,7 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Entry", "end", "enter", "forward_all", "inside", "is_torchs", "last_here", "unseen"]
+from ovshim import planner
+from ovshim.stays import Entry, current, here
+
+__all__ = ["end", "enter", "forward_all", "inside", "is_torchs", "last_here", "unseen"]
 
 _compiler = torch.compiler
 
@@ -29,19 +32,6 @@ class Finder(Protocol):
         """What `module(*args, **kwargs)` answers."""
 
 
-class Entry:
-    """One stay in a scope; `finder` None: in none at all, `disabled()`."""
-
-    __slots__ = ("finder", "live")
-
-    def __init__(self, finder: Finder | None) -> None:
-        self.finder = finder
-        self.live = True
-
-
-# No tokens: generators and tasks may leave in another order than they entered in, and where they
-# were not entered. An entry that has ended counts for nothing, wherever it still stands.
-_here: ContextVar[tuple[Entry, ...]] = ContextVar("ovshim_scopes", default=())
 _everywhere: tuple[Entry, ...] = ()
 
 inside: ContextVar[bool] = ContextVar("ovshim_inside", default=False)
@@ -72,13 +62,11 @@ def _wrapped(before: Any) -> Any:
 
 
 def _current() -> Finder | None:
-    for entry in reversed(_here.get()):
-        if entry.live:
-            return entry.finder
-    for entry in reversed(_everywhere):
-        if entry.live:
-            return entry.finder
-    return None
+    entry = current()
+    if entry is None:
+        entry = next((known for known in reversed(_everywhere) if known.live), None)
+    finder: Finder | None = None if entry is None else entry.finder
+    return finder
 
 
 def forward_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,7 +85,7 @@ def unseen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def last_here(entries: Sequence[Entry]) -> Entry | None:
     """The last of these stays that was begun in this context."""
-    return next((entry for entry in reversed(_here.get()) if entry in entries), None)
+    return next((entry for entry in reversed(here.get()) if entry in entries), None)
 
 
 def is_torchs() -> bool:
@@ -105,11 +93,11 @@ def is_torchs() -> bool:
     return _before is nn.Module._wrapped_call_impl
 
 
-def enter(entry: Entry, here: bool, everywhere: bool) -> None:
+def enter(entry: Entry, in_context: bool, everywhere: bool) -> None:
     """Begin a stay.
 
     Args:
-        here: in this context (and in those copied from it).
+        in_context: in this context (and in those copied from it).
         everywhere: in every thread of the process that is in no scope of its own.
     """
     global _open, _everywhere
@@ -118,10 +106,12 @@ def enter(entry: Entry, here: bool, everywhere: bool) -> None:
             if _open == 0:
                 _install()
             _open += 1
+        if entry.off:
+            planner.look_aside(1)
         if everywhere:
             _everywhere = (*(known for known in _everywhere if known.live), entry)
-    if here:
-        _here.set((*(known for known in _here.get() if known.live), entry))
+    if in_context:
+        here.set((*(known for known in here.get() if known.live), entry))
 
 
 def end(entry: Entry) -> None:
@@ -136,7 +126,9 @@ def end(entry: Entry) -> None:
             _open -= 1
             if _open == 0:
                 _restore()
-    _here.set(tuple(known for known in _here.get() if known.live))
+        if entry.off:
+            planner.look_aside(-1)
+    here.set(tuple(known for known in here.get() if known.live))
 
 
 def _install() -> None:
