@@ -7,6 +7,7 @@ still what it was.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,11 +41,13 @@ def dispatcher_of(module: nn.Module) -> Dispatcher | None:
 
 
 class Modes:
-    """The modes of a thread that decide what sort of tensors a call answers with."""
+    """The modes of a thread that decide what sort of tensors a call answers with, and its context,
+    which may be a block of `disabled()`."""
 
     def __init__(self) -> None:
         self.inference = torch.is_inference_mode_enabled()
         self.grad = torch.is_grad_enabled()
+        self.context = contextvars.copy_context()
 
     def hold(self) -> bool:
         """Whether this thread is under the same, and no special ones."""
@@ -54,7 +57,7 @@ class Modes:
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function under them. Raises what it raises."""
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
-            return function(*args, **kwargs)
+            return self.context.run(function, *args, **kwargs)
 
 
 class Kept:
