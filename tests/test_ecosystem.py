@@ -71,13 +71,25 @@ def accelerated(module: Any, **options: Any) -> Any:
 
 
 def alike(use: Callable[[Any], Any], module: Any, path: str = "openvino", **options: Any) -> Any:
-    """Assert that what is made of both is the same, and that OpenVINO has served; the twin."""
+    """Assert that what is made of both is the same, and that OpenVINO has served: by `accelerate`,
+    and with the module as it is under `enabled()`. The twin."""
     fast = accelerated(module, **options)
     expected = use(module)
     for _ in range(3):  # the first calls of each kind make plans
         rounded(use(fast), expected)
     assert counts(fast)[path] > 0, ovshim.explain(fast)
+    alike_when_enabled(lambda: use(module), expected, path)
     return fast
+
+
+def alike_when_enabled(use: Callable[[], Any], expected: Any, path: str = "openvino") -> None:
+    """Assert that an untouched program does the same under `enabled()`, and that OpenVINO has
+    served it."""
+    with ovshim.enabled(prefer="openvino") as scope:
+        # Two calls are eager's and one that a plan is made of; one each to look into a module.
+        for _ in range(8):
+            rounded(use(), expected)
+    assert sum(row.calls[path] for row in scope.report().rows) > 0, scope.report()
 
 
 def rounded(actual: Any, expected: Any) -> None:
@@ -225,6 +237,53 @@ def test_image_segmentation(pictures: list[Any]) -> None:
     alike(use, make(transformers.SegformerForSemanticSegmentation, config))
 
 
+def test_captions_of_images(pictures: list[Any], tokenizer: Any) -> None:
+    """By hand: transformers has no pipeline "image-to-text" any more."""
+    import language_models
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    assert not {"image-to-text", "question-answering"} & set(SUPPORTED_TASKS)
+    model, _ = language_models.make_encoder_decoder("vision")
+    prepare = processor("ViT", size={"height": 32, "width": 32})
+
+    def use(model: Any) -> Any:
+        pixels = prepare(pictures, return_tensors="pt").pixel_values
+        return tokenizer.batch_decode(model.generate(pixels, max_new_tokens=6) % 20)
+
+    alike(use, model)
+
+
+def test_image_and_text_to_text(pictures: list[Any], tokenizer: Any) -> None:
+    """The pipeline that has taken the place of captions. This model's steps are not OpenVINO's
+    (they do not prove), and are right."""
+    transformers = pytest.importorskip("transformers")
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    config = transformers.GitConfig(
+        vision_config=vision | sizes, vocab_size=20, pad_token_id=0, eos_token_id=3, **SIZES
+    )
+    square = {"height": 32, "width": 32}
+    prepare = processor("CLIP", size={"shortest_edge": 32}, crop_size=square)
+
+    def use(model: Any) -> Any:
+        both = transformers.GitProcessor(prepare, tokenizer)
+        pipe = transformers.pipeline(
+            "image-text-to-text", model=model, processor=both, device="cpu"
+        )
+        return pipe(images=pictures[0], text="the cat", max_new_tokens=5)
+
+    module = make(transformers.GitForCausalLM, config)
+    expected, fast = use(module), accelerated(module)
+    with quietly():
+        for _ in range(3):
+            rounded(use(fast), expected)
+    with ovshim.enabled(prefer="openvino") as scope:
+        for _ in range(3):
+            rounded(use(module), expected)
+    (row,) = scope.report().rows
+    assert row.why is not None
+
+
 def test_object_detection(pictures: list[Any]) -> None:
     import transformers
 
@@ -277,6 +336,51 @@ def test_speech_recognition(tmp_path: Path) -> None:
         return pipe(copy.deepcopy(sounds))
 
     alike(use, small_wav2vec())
+
+
+def test_whisper() -> None:
+    """The pipeline of sequence to sequence; `test_generate.py` has the long form."""
+    import transformers
+
+    letters = {letter: number for number, letter in enumerate("abcdefghij")}
+    tokenizer = transformers.WhisperTokenizer(vocab=letters, merges=[])
+    names = ("endoftext", "startoftranscript", "transcribe", "startofprev", "notimestamps")
+    tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
+    end, start = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|startoftranscript|>"])
+    config = transformers.WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=32,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    module = make(transformers.WhisperForConditionalGeneration, config)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8)
+    sounds = [np.sin(np.arange(8000, dtype=np.float32) / rate) for rate in (3, 7)]
+
+    def use(model: Any) -> Any:
+        pipe = pipeline(
+            "automatic-speech-recognition",
+            model,
+            tokenizer=tokenizer,
+            feature_extractor=extractor,
+            generate_kwargs={"max_new_tokens": 6},
+        )
+        return pipe(copy.deepcopy(sounds))
+
+    assert any(answer["text"].strip() for answer in use(module))
+    alike(use, module)
 
 
 def test_audio_classification() -> None:
@@ -423,6 +527,7 @@ def test_sentence_transformers(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     model = library.SentenceTransformer(str(tmp_path), device="cpu")
     expected = model.encode(SENTENCES, normalize_embeddings=True)
+    alike_when_enabled(lambda: model.encode(SENTENCES, normalize_embeddings=True), expected)
     # The transformer is where the time goes; what is around it belongs to the library.
     first = model[0]
     name = "auto_model" if "auto_model" in first._modules else "model"
@@ -440,6 +545,7 @@ def test_sentence_transformers_cross_encoder(tokenizer: Any, tmp_path: Path) -> 
     model = library.CrossEncoder(str(tmp_path), device="cpu")
     pairs = [(SENTENCES[0], other) for other in SENTENCES]
     expected = model.predict(pairs)
+    alike_when_enabled(lambda: model.predict(pairs), expected)
     holder, name, inner = next(
         (holder, name, inner)
         for holder in model.modules()
@@ -540,6 +646,38 @@ def test_diffusers_a_denoising_loop() -> None:
     alike(use, model)
 
 
+def test_diffusers_a_transformer_and_what_decodes_it() -> None:
+    library = pytest.importorskip("diffusers")
+    transformer = make(
+        library.DiTTransformer2DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        norm_num_groups=8,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,  # the pipeline knows that there are so many
+    )
+    vae = make(
+        library.AutoencoderKL,
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+
+    def use(transformer: Any) -> Any:
+        pipe = library.DiTPipeline(transformer, vae, library.DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipe([1, 2], generator=generator, num_inference_steps=4, output_type="np").images
+
+    alike(use, transformer)
+
+
 def test_diffusers_a_decoder_of_images() -> None:
     library = pytest.importorskip("diffusers")
     model = make(
@@ -553,6 +691,7 @@ def test_diffusers_a_decoder_of_images() -> None:
     latents = torch.randn(1, 4, 8, 8)
     with torch.inference_mode():
         expected = model.decode(latents).sample
+        alike_when_enabled(lambda: model.decode(latents).sample, expected)
         model.decoder = ovshim.accelerate(model.decoder, prefer="openvino")
         for _ in range(3):
             rounded(model.decode(latents).sample, expected)

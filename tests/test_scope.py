@@ -1,6 +1,7 @@
 """`enabled`, `disabled`, `enable`, `disable`: programs as they stand, and nothing left behind."""
 
 import asyncio
+import collections
 import contextlib
 import contextvars
 import copy
@@ -74,6 +75,16 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         return y + 1 if y.sum() > 0 else y - 1
+
+
+class Features(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make(Mlp)
+
+    def forward(self, features: Any) -> Any:
+        features["answer"] = self.inner(features["x"])
+        return features
 
 
 class Outer(nn.Module):
@@ -500,6 +511,20 @@ def test_excluded_modules_are_left_alone_with_what_is_inside() -> None:
         warm(net, 4)
         warm(other, 4)
     assert [row.module for row in scope.report().rows] == ["Scaled"]
+
+
+def test_what_is_called_with_a_mapping_of_its_own_is_looked_into() -> None:
+    """As sentence-transformers does."""
+
+    net = make(Features)
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        for _ in range(5):
+            given = x()
+            same(net(collections.UserDict(x=given))["answer"], CALL(net.inner, given))
+    assert served(scope) == 1
+    outer = row(scope.report(), "Features")
+    assert outer["calls"]["eager"] == 1
+    assert "UserDict" in outer["why"]
 
 
 def test_modules_without_weights_are_left_alone() -> None:

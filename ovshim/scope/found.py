@@ -189,6 +189,8 @@ class _Served(Found):
             if self.finder.options.prefer == "faster" and self.seconds < _WORTH_A_LOOK:
                 return self._timed(module, args, kwargs)
             dispatcher = self._made_dispatcher(module)
+        if dispatcher.closed:
+            return calls.unseen(module, args, kwargs)
         if dispatcher.resting > 0:
             dispatcher.resting -= 1
             self.rested += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class Patient(Dispatcher):
     Attributes:
         resting: so many calls need not come here, for eager would serve them anyway.
         why: why eager served last.
+        closed: it is given mappings of a class of their own (transformers' BatchEncoding, in
+            sentence-transformers): such a call can have no plan, but those within it can.
     """
 
     rests = False  # it has longer ones
@@ -60,6 +62,8 @@ class Patient(Dispatcher):
         super().__init__(module, "forward", original, options, divide, quiet=True)
         self.resting = 0
         self.why: Reason | None = None
+        self.closed = False
+        self._closed_by: Reason | None = None
         self._rest = 1
         self._built = 0
         self._begin()
@@ -156,6 +160,10 @@ class Patient(Dispatcher):
         kind = known_kind(leaves, structure)
         if not isinstance(kind, Reason):
             self._planner.meet(kind, sizes_of(leaves))
+        elif any(isinstance(leaf, Mapping) for leaf in leaves) and not self._planner.plans:
+            # Not for whatever is unknown: a cache goes through all layers of a language model, and
+            # there would be a plan for each.
+            self.closed, self._closed_by = True, kind
 
     def _is_cached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         leaves, structure = flatten_call(args, kwargs)
@@ -228,7 +236,7 @@ class Patient(Dispatcher):
         return super()._without_graph(plan, tensors, args, kwargs)
 
     def in_eager(self, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.why = why
+        self.why = self._closed_by or why
         return super().in_eager(why, args, kwargs)
 
     def _serves(self) -> bool:

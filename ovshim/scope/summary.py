@@ -30,7 +30,8 @@ class Row:
         saved: seconds that the calls would have taken longer in eager, by the races at the sizes
             of the plans' examples; None where there was no race. Builds are not counted in.
         built: seconds that its plans took.
-        why: why eager served where it did: the last reason as text, or None.
+        why: why eager served where it did: the last reason (of the steps of `generate()`, the one
+            that was met most often) as text, or None.
         plans: each plan, as `explain(...).to_dict()` has it.
     """
 
