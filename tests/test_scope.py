@@ -341,6 +341,7 @@ def test_what_has_no_eager_goes_on_in_disabled(tmp_path: Path) -> None:
         same(loaded(given), fast(given))
 
 
+@pytest.mark.slow
 def test_a_mixed_plan_may_be_made_in_disabled() -> None:
     net = make(Branching)
     with ovshim.disabled(), falls_back("value-dependent"):
