@@ -589,7 +589,7 @@ def test_lightning(tmp_path: Path) -> None:
             enable_progress_bar=False,
             default_root_dir=tmp_path,
         )
-        batches = torch.utils.data.DataLoader(torch.arange(96.0).view(12, 8) / 96, batch_size=4)
+        batches = torch.utils.data.DataLoader(torch.arange(96.0).view(12, 8) / 96, batch_size=2)
         return trainer.predict(Classifier(body), batches)
 
     alike(use, make(Mlp))
