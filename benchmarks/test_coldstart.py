@@ -24,10 +24,13 @@ _SCRIPT = Path(__file__).with_name("coldstart.py")
 def _run(way: str, workload: str, directory: Path, small: bool) -> dict[str, Any]:
     # A checkout on pytest's own path is not on that of a child.
     paths = [str(Path(ovshim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    # Compiled by Python once, as what is installed is, wherever it lies.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(directory / "bytecode")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(_SCRIPT), way, workload, str(directory)]
         + (["--small"] if small else []),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

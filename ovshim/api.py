@@ -88,8 +88,8 @@ def accelerate(
             )
         return _decorator(chosen)
     _check_module(module, chosen)
-    # In the background not even OpenVINO is waited for, and a CPU there is everywhere.
-    if enabled_in_environment() and not (chosen.background and chosen.device == "CPU"):
+    # A CPU there is everywhere; to look for other devices takes time.
+    if enabled_in_environment() and chosen.device != "CPU":
         runtime.check_device(chosen.device)
     call = (
         None
@@ -131,6 +131,7 @@ def explain(
     chosen = dataclasses.replace(
         resolve(None, dict(fields)),
         inplace=False,
+        memory="shared",
         cache_dir=False,
         strict=False,
         background=False,

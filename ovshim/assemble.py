@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ovshim import runtime
+from ovshim import blobs, runtime
 from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
 from ovshim.eager import Eager
+from ovshim.early import settings_of
 from ovshim.generation import Generation
 from ovshim.gradients import recorder_of
 from ovshim.guards import roots_of
@@ -52,13 +53,15 @@ def generation_of(job: Job, record: Record) -> Generation:
 
 def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
     if job.precision == "int8":
-        precision = rest_of(job, record, entry, lambda rest: _compiled(job, source, record, rest))
+        precision = rest_of(
+            job, record, entry, lambda rest: _compiled(job, source, record, rest, entry)
+        )
     else:
         precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
     job.source, job.hint = source, precision
 
     def compiled(further: Mapping[str, Any]) -> Engine:
-        return _compiled(job, source, record, precision, further)
+        return _compiled(job, source, record, precision, entry, further)
 
     try:
         return fastest(job, source, record, entry, compiled)
@@ -71,6 +74,7 @@ def _compiled(
     source: Path,
     record: Record,
     precision: str,
+    entry: Entry | None,
     further: Mapping[str, Any] | None = None,
     sizes: Sequence[Sequence[int]] | None = None,
 ) -> Engine:
@@ -80,13 +84,15 @@ def _compiled(
     Raises:
         BuildStopped: OpenVINO cannot.
     """
-    safe = runtime.safe_precision(precision, **job.placement)
-    properties = {**dict(record.rung.properties), **job.options.properties}
-    settings = runtime.settings(precision=safe, **job.placement, properties=properties)
-    settings |= further or {}
+    settings, device = settings_of(job, record, precision, further), job.options.device
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
     try:
-        compiled = runtime.compile_model(source, job.options.device, settings, sizes)
+        if entry is None or sizes is not None:
+            compiled = runtime.compile_model(source, device, settings, sizes)
+        else:
+            made = None if job.early is None else job.early.take(entry, device, settings)
+            compiled, job.imported = made or blobs.compiled(job.store, entry, device, settings)
+            job.model, job.settings = compiled, settings
         job.precision_run = runtime.precision_run(compiled)
         job.modules_run, job.warnings = warnings_of(job, compiled)
         verdict = (torch.bool,) if record.checked else ()
@@ -151,7 +157,7 @@ def matcher_of(
 
 def _add_exact(job: Job, served: Served, record: Record, entry: Entry | None, source: Path) -> None:
     def compiled(further: Mapping[str, Any], sizes: Sequence[Sequence[int]]) -> Engine:
-        return _compiled(job, source, record, job.hint, further, sizes)
+        return _compiled(job, source, record, job.hint, None, further, sizes)
 
     def prove(exact: Served) -> None:
         draws = 1 if job.lowering is not None and job.lowering.samples is not None else 3

@@ -37,7 +37,7 @@ __all__ = ["compile_graph", "reports"]
 # Instances of a class, and repeated layers, share one graph: so many sets of weights are kept.
 _MOST_SETS = 8
 # What Dynamo says by itself, or what is of modules.
-_NOT_OF_GRAPHS = ("inplace", "methods", "dynamic_shapes", "dynamic_batch")
+_NOT_OF_GRAPHS = ("inplace", "memory", "methods", "dynamic_shapes", "dynamic_batch")
 
 _wants_grad: Callable[[torch.Tensor], bool] = attrgetter("requires_grad")
 _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr

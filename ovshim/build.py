@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ovshim import proof, runtime
+from ovshim import early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
@@ -33,7 +33,7 @@ from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation
-from ovshim.hit import from_cache, head_of, keep_verdict
+from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
@@ -106,11 +106,12 @@ def _build(job: Job) -> Plan:
     _refuse_at_sight(job)
     job.lowering = lowering_of(job)
     with job.stage("fingerprint"):
+        job.early = early.begin(job)
         family, trouble = _family(job)
     if family is None:
         log.info("%s is not cached: %s", type(job.module).__qualname__, trouble)
         return _from_capture(job, None)
-    if job.store.died_building(family):
+    if job.died == family or job.store.died_building(family):
         _try_in_child(job, family)
     with job.store.marked(family):
         return from_cache(job, family) or _alone(job, family)
@@ -280,6 +281,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     if entry is not None:
         found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}
         entry = job.store.amend(entry, "proof", found_out)
+        keep_compiled(job, entry)
     return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
 
 

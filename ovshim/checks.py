@@ -222,6 +222,18 @@ def check_together(precision: Any, tolerance: Any, calibration: Any) -> None:
         )
 
 
+def check_memory(memory: Any, inplace: Any) -> None:
+    """Raise OptionError for memory="lean" without inplace=True."""
+    if memory == "lean" and not inplace:
+        raise OptionError(
+            "memory",
+            memory,
+            "'lean' with inplace=True only",
+            "Give inplace=True as well: a twin shares its weights with the original, which would "
+            "keep them in memory.",
+        )
+
+
 def _seconds(name: str, value: object) -> float:
     number = _real(value)
     if number is None or not number > 0:
@@ -347,6 +359,7 @@ CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
         "streams": _count,
         "threads": _count,
         "properties": _properties,
+        "memory": _choice("shared", "lean"),
         "background": _flag,
         "inplace": _flag,
         "methods": _methods,

@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ovshim import proof, runtime
+from ovshim import blobs, early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
-from ovshim.generation import Generation, GuardFailedError
-from ovshim.infer import Engine, EngineDead
+from ovshim.generation import GuardFailedError
+from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
-from ovshim.plan import Plan, Served
+from ovshim.plan import Plan
+from ovshim.preflight import Look
 from ovshim.proof import ProofFailedError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = ["from_cache", "head_of", "keep_verdict"]
+__all__ = ["from_cache", "head_of", "keep_compiled", "keep_verdict"]
 
 log = logging.getLogger("ovshim")
 
@@ -36,7 +38,7 @@ _OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
 def from_cache(job: Job, family: str) -> Plan | None:
     """A plan out of an entry that fits the job; None where there is none."""
-    for entry in job.store.entries(family):
+    for entry in _candidates(job, family):
         if "proof" not in entry.manifest and "verdict" not in entry.manifest:
             continue  # somebody is about to prove it, or has died of that
         try:
@@ -50,6 +52,16 @@ def from_cache(job: Job, family: str) -> Plan | None:
         if plan is not None:
             return plan
     return None
+
+
+def _candidates(job: Job, family: str) -> Iterator[Entry]:
+    """The family's entries, sound ones; the others are not read if the first serves."""
+    first = None if job.early is None else job.early.entry
+    if first is not None and first.family == family:
+        yield first
+    for entry in job.store.entries(family):
+        if first is None or entry.path != first.path:
+            yield entry
 
 
 def _if_it_fits(job: Job, entry: Entry) -> Plan | None:
@@ -76,10 +88,16 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     if lease is None:
         return None
     try:
+        if job.early is None or job.early.entry is not entry:
+            job.early = early.begin_with(job, entry, record)
+        with job.stage("proof"):
+            small, seen = _looked_small(job, record)
         with job.stage("compile"):
             engine = engine_of(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
-            served, error = _proved_small(job, engine, record, generation)
+            served = served_by(job, engine, record, generation, seen, small)
+            tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
+            error = proof.prove_small(eager_of(job), served, tensors, seen)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
@@ -90,19 +108,19 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.
         log.info("the entry %s does not serve: %s", entry.path, trouble)
+        if job.imported:
+            blobs.discard(job.store, entry, job.options.device, job.settings)
         job.store.discard(entry)
         return None
     weakref.finalize(engine, lease.release)
+    keep_compiled(job, entry)
     record = dataclasses.replace(record, error=max(error, record.error))
     return plan_of(job, served, record, generation, "hit", entry)
 
 
-def _proved_small(
-    job: Job, engine: Engine, record: Record, generation: Generation
-) -> tuple[Served, float]:
-    """The plan's server, after one look at eager and one comparison, both on a small input."""
+def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
+    """A small input, and one look at what eager makes of it."""
     small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
-    tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
     try:
         seen = trial(job, small)
         if seen.reason is not None and seen.reason.code == "mutates-attribute":
@@ -112,8 +130,15 @@ def _proved_small(
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
-    served = served_by(job, engine, record, generation, seen, small)
-    return served, proof.prove_small(eager_of(job), served, tensors, seen)
+    return small, seen
+
+
+def keep_compiled(job: Job, entry: Entry) -> None:
+    """Let the next process find the compiled graph of an entry, and begin with it."""
+    if not job.imported and job.model is not None:
+        blobs.keep(job.store, entry, job.options.device, job.settings, job.model)
+    job.model = None
+    early.remember(job, entry)
 
 
 def head_of(job: Job, record: Record) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class Job:
         lenient: whether a call of the user's began it, who then gets eager and not an error.
         candidate: whether it is one of several between which is decided afterwards.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
+        early: a graph that is compiled meanwhile (`early.Early`), where one is; hint_key, what the
+            next process looks for it by; died, the family of the entry that it would have been,
+            where a process has died of that.
+        imported: whether the compiled graph was in the cache as well (`blobs`); settings, what it
+            was compiled with; model, itself, until it is kept.
         fingerprint: in parts, all that decides the graph; empty where nothing is cached.
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
@@ -89,6 +94,12 @@ class Job:
     lenient: bool = False
     candidate: bool = False
     lowering: Lowering | None = None
+    early: Any = None
+    hint_key: str | None = None
+    died: str | None = None
+    imported: bool = False
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Any = None
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
     source: Path | None = None
     hint: str = ""

@@ -11,11 +11,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from .checks import CHECKS, TOLERANCES, FrozenDict, Scalar, check_together, first_items
+from .checks import (
+    CHECKS,
+    TOLERANCES,
+    FrozenDict,
+    Scalar,
+    check_memory,
+    check_together,
+    first_items,
+)
 from .errors import OptionError
 
 Prefer = Literal["faster", "openvino", "eager"]
 Hint = Literal["latency", "throughput"]
+Memory = Literal["shared", "lean"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,11 @@ class Options:
     """Further properties for OpenVINO's ``compile_model``, name to text, number or bool. Those
     that another option sets are refused."""
 
+    memory: Memory = "shared"
+    """``shared``: torch's weights stay in memory beside OpenVINO's; ``lean``: once a plan serves,
+    they lie in a file of the cache and are read from it when somebody asks for them. Needs
+    ``inplace``: a twin shares its tensors with the original."""
+
     background: bool = False
     """Make plans in another thread; eager answers until they are proved."""
 
@@ -107,6 +121,7 @@ class Options:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         check_together(self.precision, self.tolerance, self.calibration)
+        check_memory(self.memory, self.inplace)
 
     def portable(self) -> "Options":
         """The same with the items of calibration data in the place of what gives them."""
@@ -140,6 +155,7 @@ class OptionFields(TypedDict, total=False):
     streams: int | None
     threads: int | None
     properties: Mapping[str, Scalar]
+    memory: Memory
     background: bool
     inplace: bool
     methods: Sequence[str]

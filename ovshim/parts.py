@@ -220,6 +220,7 @@ def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
         dynamic_shapes=None,
         strict=False,
         inplace=False,
+        memory="shared",
         max_build_seconds=max(job.seconds_left(), 1e-3),
     )
     bound = install(module, "forward", _PartMaker(options))

@@ -187,6 +187,7 @@ class Plan:
         warnings: where that is not what was asked for.
         candidates: what was tried for `precision="auto"`, one row each.
         way: how a tiny graph is run (`tiny`).
+        given_back: bytes of torch's weights that were given back for it (`memory="lean"`).
         family, bytes: of its entry in the cache, the key and the size on disk.
         speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
@@ -219,6 +220,7 @@ class Plan:
     warnings: Sequence[PrecisionWarning] = ()
     candidates: Sequence[Mapping[str, Any]] = ()
     way: str | None = None
+    given_back: int | None = None
     family: str | None = None
     bytes: int | None = None
     size_guards: tuple[str, ...] = ()
@@ -300,6 +302,7 @@ class Plan:
             "calls": self.calls.value + self.eager_calls.value,
             "route": self.route,
             "way": self.way,
+            "given_back": self.given_back,
             "sizes": [
                 {"bucket": bucket, "path": "eager" if lane.eager else "openvino"}
                 for bucket, lane in sorted(self.lanes.items(), key=repr)

@@ -24,6 +24,7 @@ from ovshim.preflight import Look, look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
+from ovshim.waiting import look_at
 
 __all__ = [
     "Building",
@@ -266,6 +267,8 @@ class Planner:
             passing = plan.reason is not None and plan.reason.code in _PASSING
             if plan.path == "eager" and not passing and self._divide is not None:
                 plan = self._divide(job, plan)
+        if job.options.memory == "lean" and plan.path == "openvino":
+            self._let_go(job, plan)
         with self._lock:
             if passing:
                 why = plan.reason if plan.reason and plan.reason.code != "stale" else None
@@ -273,7 +276,14 @@ class Planner:
             elif family in self._families.values():  # not if all was dropped meanwhile
                 self._on_gone(family.add(plan))
                 self._publish()
+        look_at({known.path for known in self.plans})
         return plan
+
+    def _let_go(self, job: Job, plan: Plan) -> None:
+        from ovshim.lean import let_go
+
+        plans = [plan, *self.plans]
+        let_go(job, plan, [p.generation for p in plans if p.generation is not None])
 
     def _publish(self) -> None:
         for grad in (False, True):

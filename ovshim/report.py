@@ -86,6 +86,8 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"    built in s: {seconds}")
     if plan["cache"] != "off":
         lines.append(f"    cache {plan['cache']}: {plan['cache_path']}")
+    if plan["given_back"]:
+        lines.append(f"    {plan['given_back'] / 1e6:.0f} MB of weights given back")
     if plan["guards"]:
         lines.append(f"    {len(plan['guards'])} guards: {'; '.join(plan['guards'][:4])}")
     lines.append(f"    calls: {plan['calls']}")

@@ -24,7 +24,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "dynamic": "dynamic"}
 _CAPABILITIES = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
 
 # These hand properties on to the devices they stand for; BATCH takes them itself.
-_HANDING_ON = ("AUTO", "HETERO", "MULTI")
+HANDING_ON = ("AUTO", "HETERO", "MULTI")
 
 # The kinds of nodes whose precision decides speed and error; the others convert, move or add.
 _COMPUTE = frozenset(
@@ -249,7 +249,7 @@ def settings(
         if leaves_cores(threads):
             ours["ENABLE_CPU_PINNING"] = False
     kind = device.partition(":")[0]
-    if kind not in _HANDING_ON:
+    if kind not in HANDING_ON:
         return {**_accepted(members(device)[0], ours), **properties}
     # AUTO accepts any name, misspelt ones too, and MULTI turns the hint into THROUGHPUT unless it
     # is given per device. So each device gets its own set.
@@ -298,6 +298,18 @@ def compile_model(
     model = core().read_model(str(source))
     model.reshape({i: openvino().PartialShape(list(size)) for i, size in enumerate(sizes)})
     return core().compile_model(model, device, dict(settings))
+
+
+def export_model(compiled: Any) -> bytes:
+    """A compiled model as `import_model` takes it. RuntimeError where the device cannot."""
+    return bytes(compiled.export_model().getvalue())
+
+
+def import_model(blob: bytes, weights: Path, device: str, settings: Mapping[str, Any]) -> Any:
+    """A compiled model again. ``weights``: the ``.bin`` of the IR; ``settings``: those that it was
+    compiled with. RuntimeError when OpenVINO cannot."""
+    told = {"WEIGHTS_PATH": str(weights)} if "CACHE_MODE" in settings else {}
+    return core().import_model(blob, device, {**settings, **told})
 
 
 def hides_failures(compiled: Any, threads: int | None) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ovshim.cache import files
 
 SCHEMA = 1
@@ -73,6 +75,29 @@ def read(path: Path) -> Entry:
 
     `ValueError` or `FileNotFoundError` for a damaged one, `Foreign` for another schema.
     """
+    manifest = _manifest(path)
+    check(path, manifest.get("files"))
+    return Entry(path, path.parent.name, path.name, manifest)
+
+
+def read_one(path: Path, name: str) -> bytes:
+    """One file of the entry in a directory; its others are not looked at.
+
+    `ValueError` or `FileNotFoundError` for a damaged one, `Foreign` for another schema.
+    """
+    expected = _manifest(path).get("files")
+    record = expected.get(name) if isinstance(expected, dict) else None
+    _check_file(name)
+    with os.fdopen(files.open_regular(path / name), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        # What is much too large is not read.
+        data = file.read() if isinstance(record, dict) and record.get("size") == size else b""
+    if record != {"size": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}:
+        raise ValueError(f"{name} does not match its checksum")
+    return data
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise ValueError("it is no directory")
     manifest = files.read_sealed(path / MANIFEST)
@@ -83,8 +108,7 @@ def read(path: Path) -> Entry:
         raise ValueError(f"its manifest belongs to {names}")
     if not isinstance(manifest.get("created"), float):
         raise ValueError("its manifest is incomplete")
-    check(path, manifest.get("files"))
-    return Entry(path, path.parent.name, path.name, manifest)
+    return manifest
 
 
 def listed(directory: Path) -> dict[str, Any]:

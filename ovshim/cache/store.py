@@ -28,6 +28,7 @@ from ovshim.cache.entry import (
     check_key,
     complete,
     read,
+    read_one,
 )
 from ovshim.cache.files import Lease
 
@@ -145,9 +146,51 @@ class Store:
         check_key(family)
         if self.root is None:
             return []
-        found = [self._sound(path) for path in upkeep.children(self._room / family)]
+        found = [self.sound(path) for path in upkeep.children(self._room / family)]
         sound = [entry for entry in found if entry is not None]
         return sorted(sound, key=lambda e: (e.manifest["created"], e.variant), reverse=True)
+
+    def hint(self, key: str, entry: Entry) -> None:
+        """Keeps under a key which entry was used last."""
+        check_key(key)
+        name = f"{entry.family}/{entry.variant}"
+        if self.root is None or not os.access(self._room, os.W_OK):
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if files.read_sealed(self._room / "hints" / key).get("entry") == name:
+                return
+        upkeep.attempt("keep a hint", lambda: self._keep_hint(key, name))
+
+    def _keep_hint(self, key: str, name: str) -> None:
+        (self._room / "hints").mkdir(mode=0o700, exist_ok=True)
+        temporary = upkeep.temporary(self._room)
+        try:
+            # Not synced: what a power cut tears is no hint.
+            (temporary / key).write_bytes(files.seal({"entry": name}))
+            os.replace(temporary / key, self._room / "hints" / key)
+        finally:
+            upkeep.erase(temporary)
+
+    def hinted(self, key: str) -> Path | None:
+        """Where the entry lies that was used last under a key, if it is there still. It is not
+        read: see `sound`."""
+        check_key(key)
+        if self.root is None:
+            return None
+        hint = self._room / "hints" / key
+        try:
+            family, _, variant = files.read_sealed(hint)["entry"].partition("/")
+            check_key(family, variant)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            _log.debug("%s: %s", hint, error)
+            return None
+        path: Path = self._room / family / variant
+        if not path.is_dir():
+            upkeep.erase(hint)
+            return None
+        return path
 
     def hold(self, entry: Entry) -> Lease | None:
         """Marks an entry as used now, and in use by this process until the lease is released.
@@ -215,7 +258,7 @@ class Store:
             except OSError:
                 if not os.path.lexists(entry.path):
                     raise
-                winner = self._sound(entry.path)
+                winner = self.sound(entry.path)
                 if winner is not None:
                     return winner
                 self.set_aside(entry.path)  # another schema under our key
@@ -297,7 +340,9 @@ class Store:
         assert self.root is not None
         return self.root / "v1"
 
-    def _sound(self, path: Path) -> Entry | None:
+    def sound(self, path: Path) -> Entry | None:
+        """The entry in a directory, every byte of it read. A damaged one is moved into quarantine,
+        with a log line."""
         try:
             return read(path)
         except Foreign as error:
@@ -306,6 +351,25 @@ class Store:
             if os.path.lexists(path):  # else it was evicted while we read
                 _log.warning("%s is damaged and set aside: %s", path, error)
                 self.set_aside(path)
+        except OSError as error:
+            self._once(f"read {path}", "%s cannot be read: %s", path, error)
+        return None
+
+    def content(self, family: str, variant: str, name: str) -> bytes | None:
+        """One file of an entry, compared with its checksum; None where there is none that is sound.
+
+        In one piece: chunk by chunk, a thread waits for the interpreter at each.
+        """
+        check_key(family, variant)
+        path = self._room / family / variant if self.root is not None else None
+        try:
+            return None if path is None else read_one(path, name)
+        except (Foreign, FileNotFoundError) as error:
+            _log.debug("%s", error)
+        except ValueError as error:
+            assert path is not None
+            _log.warning("%s is damaged and set aside: %s", path, error)
+            self.set_aside(path)
         except OSError as error:
             self._once(f"read {path}", "%s cannot be read: %s", path, error)
         return None

@@ -29,7 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # They are said of one module, and here are many.
-_NOT_OF_MANY = ("inplace", "methods", "dynamic_shapes")
+_NOT_OF_MANY = ("inplace", "memory", "methods", "dynamic_shapes")
 
 
 class Stay:
@@ -164,7 +164,7 @@ def enabled(
         all_threads: also in threads that are in no scope of their own; otherwise in this context
             alone (threads to which it is copied, and asyncio's tasks, follow).
         report: when it is left: a file to write the report to, as JSON, or a function to give it.
-        options, fields: see `ovshim.Options`; fields win. Not `inplace`, `methods` and
+        options, fields: see `ovshim.Options`; fields win. Not `inplace`, `memory`, `methods` and
             `dynamic_shapes`, which are said of one module.
 
     Raises:

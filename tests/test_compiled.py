@@ -1,0 +1,235 @@
+"""Compiled graphs are kept, and taken up early; neither decides what is served."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import same
+from torch import nn
+
+import ovshim
+from ovshim import blobs, cache, runtime
+
+
+def net(last: float = 0.0) -> nn.Module:
+    """Two of them differ in the last weight alone, if at all."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        module[2].weight[-1, -1] = last
+    return module
+
+
+class Seen:
+    """Which graphs OpenVINO compiles and imports."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiled: list[str] = []
+        self.imported: list[str] = []
+        compile_model, import_model = runtime.compile_model, runtime.import_model
+
+        def compiling(source: Path, *rest: Any) -> Any:
+            self.compiled.append(threading.current_thread().name)
+            return compile_model(source, *rest)
+
+        def importing(*given: Any) -> Any:
+            self.imported.append(threading.current_thread().name)
+            return import_model(*given)
+
+        monkeypatch.setattr(runtime, "compile_model", compiling)
+        monkeypatch.setattr(runtime, "import_model", importing)
+
+    def forget(self) -> None:
+        self.compiled.clear()
+        self.imported.clear()
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    monkeypatch.setattr(blobs, "_LEAST_BYTES", 0)
+    yield Seen(monkeypatch)
+    assert not any(t.name == "ovshim-compile" for t in threading.enumerate())
+
+
+def fast_net(directory: Path, last: float = 0.0, **options: Any) -> Any:
+    options = {"prefer": "openvino", **options}
+    # Threads: nobody finds out then how so small a graph is best run, which compiles it too.
+    return ovshim.accelerate(
+        net(last), torch.ones(3, 64), cache_dir=directory, threads=options.pop("threads", 2),
+        **options,
+    )  # fmt: skip
+
+
+def check(fast: Any, cached: str, last: float = 0.0) -> None:
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        same(fast(x), net(last)(x))
+    report = ovshim.explain(fast).to_dict()
+    assert report["calls"]["openvino"] == 1
+    assert report["plans"][0]["cache"] == cached
+
+
+def kept(directory: Path) -> list[Path]:
+    found = cache.entries(directory)
+    return [entry.path for entry in found if (entry.signature or "").endswith(", compiled")]
+
+
+def test_a_hit_imports_what_was_compiled(seen: Seen, tmp_path: Path) -> None:
+    check(fast_net(tmp_path), "miss")
+    assert (len(seen.compiled), seen.imported) == (1, [])
+    assert len(kept(tmp_path)) == 1
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    # In the thread that the hint has begun, before the fingerprint was known.
+    assert (seen.compiled, seen.imported) == ([], ["ovshim-compile"])
+    assert len(kept(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_what_it_was_compiled_for_is_its_key(seen: Seen, tmp_path: Path) -> None:
+    check(fast_net(tmp_path), "miss")
+    for n, options in enumerate(({"threads": 1}, {"hint": "throughput"}, {"streams": 2})):
+        seen.forget()
+        check(fast_net(tmp_path, **options), "hit")
+        assert (len(seen.compiled), seen.imported) == (1, [])
+        assert len(kept(tmp_path)) == n + 2
+
+
+def test_a_hint_decides_nothing(seen: Seen, tmp_path: Path) -> None:
+    check(fast_net(tmp_path), "miss")
+    # At a glance it is the same module, and the other one's graph is begun with.
+    check(fast_net(tmp_path, last=3.0), "miss", last=3.0)
+    check(fast_net(tmp_path), "hit")
+    check(fast_net(tmp_path, last=3.0), "hit", last=3.0)
+
+
+def test_no_hint_no_haste(seen: Seen, tmp_path: Path) -> None:
+    check(fast_net(tmp_path), "miss")
+    for path in (tmp_path / "v1" / "hints").iterdir():
+        path.write_bytes(b"{}")
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    assert seen.imported == ["ovshim-compile"]  # beside eager's part of the proof
+
+
+@pytest.mark.parametrize(
+    "how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in ("cut", "gone"))]
+)
+def test_a_damaged_one_is_compiled_again(seen: Seen, tmp_path: Path, how: str) -> None:
+    check(fast_net(tmp_path), "miss")
+    file = kept(tmp_path)[0] / "compiled.blob"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if how == "flipped" else data[:-1])
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    assert (len(seen.compiled), seen.imported) == (1, [])
+    assert (tmp_path / "v1" / "quarantine").is_dir() or how == "gone"
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    assert len(seen.imported) == 1
+
+
+@pytest.mark.slow
+def test_one_that_cannot_be_imported_is_compiled_again(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+
+    def refuses(*given: Any) -> Any:
+        raise RuntimeError("another version's")
+
+    seen.forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "import_model", refuses)
+        check(fast_net(tmp_path), "hit")
+    assert len(seen.compiled) == 1
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    assert len(seen.imported) == 1
+
+
+def test_one_that_computes_something_else_never_serves(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    other = net()
+    with torch.no_grad():
+        other[2].bias.add_(1)  # type: ignore[operator, union-attr]
+    ovshim.accelerate(other, torch.ones(3, 64), cache_dir=tmp_path / "other", prefer="openvino")
+    wrong = runtime.core().compile_model(
+        str(next((tmp_path / "other").glob("v1/*/*/model.xml"))),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32"},
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "import_model", lambda *given: wrong)
+        # Nothing of the entry is trusted any more: it is made anew, and proved in full.
+        check(fast_net(tmp_path), "miss")
+    assert len(kept(tmp_path)) == 1  # the build's
+    check(fast_net(tmp_path), "hit")
+
+
+_DIES = """
+import os, sys, torch
+from torch import nn
+import ovshim
+from ovshim import blobs, runtime
+blobs._LEAST_BYTES = 0
+if sys.argv[2] == "dies":
+    runtime.import_model = lambda *given: os.abort()
+torch.manual_seed(0)
+module = nn.Linear(8, 8).eval()
+fast = ovshim.accelerate(
+    module, torch.ones(2, 8), cache_dir=sys.argv[1], prefer="openvino", threads=2
+)
+x = torch.ones(3, 8)
+with torch.inference_mode():
+    assert torch.allclose(fast(x), module(x), atol=1e-5)
+print(ovshim.explain(fast).to_dict()["plans"][0]["path"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked to try it")
+def test_one_that_ends_the_process_does_so_once(tmp_path: Path) -> None:
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-c", _DIES, str(tmp_path), how]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("lives").stdout == "openvino\n"
+    assert run("lives").stdout == "openvino\n"
+    assert run("dies").returncode < 0
+    after = run("dies")
+    assert (after.returncode, after.stdout) == (0, "eager\n"), after.stderr
+
+
+def test_a_read_only_cache_gives_what_it_has(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    monkeypatch.setattr("os.access", lambda *given: False)
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    assert len(seen.imported) == 1
+
+
+@pytest.mark.slow
+def test_bf16_stays_bf16(seen: Seen, tmp_path: Path) -> None:
+    def ran(**options: Any) -> str:
+        plan = ovshim.explain(fast_net(tmp_path, **options)).to_dict()["plans"][0]
+        return str(plan["precision_run"])
+
+    first = [ran(), ran(precision="bf16")]
+    assert [ran(), ran(precision="bf16")] == first
+    assert first[0] == "f32"
+    assert len(seen.imported) == 2
