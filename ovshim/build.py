@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import platform
 import sys
 import tempfile
 import time
@@ -21,7 +20,6 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -35,7 +33,7 @@ from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation
 from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
 from ovshim.infer import EngineDead
-from ovshim.job import BuildStopped, Job, own_dtype
+from ovshim.job import BuildStopped, Job, own_dtype, versions
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
@@ -44,7 +42,6 @@ from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
-from ovshim.version import __version__
 
 __all__ = ["build", "is_cached"]
 
@@ -195,17 +192,11 @@ def _family(job: Job) -> tuple[str | None, str | None]:
             job.method,
             inputs=json.dumps({"kind": str(job.kind), "grad": str(_grad_of(job))}),
             options=json.dumps(decisive, sort_keys=True),
-            environment={
-                "numpy": np.__version__,
-                "openvino": runtime.version(),
-                "ovshim": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
+            environment=versions(),
         )
     except Unkeyable as unkeyable:
         return None, str(unkeyable)
-    job.fingerprint = found.parts
+    job.fingerprint = found
     return found.key, None
 
 
@@ -321,6 +312,7 @@ def _publish(
         # Not compressed: fp16 weights would be off by 2e-3 on a BERT.
         target = str(directory / "model.xml")
         runtime.openvino().save_model(captured.model, target, compress_to_fp16=False)
+        job.keep_details(directory)
 
     if family is not None:
         try:

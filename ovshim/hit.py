@@ -143,12 +143,7 @@ def keep_compiled(job: Job, entry: Entry) -> None:
 
 def head_of(job: Job, record: Record) -> dict[str, Any]:
     """What the manifest of an entry says from the beginning."""
-    return {
-        "module": type(job.module).__qualname__,
-        "method": job.method,
-        "fingerprint": dict(job.fingerprint),
-        "graph": record.graph(job.kind),
-    }
+    return {**job.identity, "graph": record.graph(job.kind)}
 
 
 def keep_verdict(job: Job, family: str, why: Reason) -> None:
@@ -161,6 +156,6 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
     record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor)
     head = {**head_of(job, record), "verdict": why.to_dict()}
     try:
-        job.store.publish(family, record.variant(job.kind), lambda directory: None, head)
+        job.store.publish(family, record.variant(job.kind), job.keep_details, head)
     except StoreError as error:
         log.debug("a verdict is not cached: %s", error)

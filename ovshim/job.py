@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import nn
 
+from ovshim import runtime
 from ovshim.cache import Store
+from ovshim.cache.entry import write_details
 from ovshim.errors import PrecisionWarning
+from ovshim.fingerprint import Fingerprint
 from ovshim.generation import Generation
 from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
@@ -22,8 +27,9 @@ from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, unflatten_call
+from ovshim.version import __version__
 
-__all__ = ["BuildStopped", "Job", "own_dtype"]
+__all__ = ["BuildStopped", "Job", "own_dtype", "versions"]
 
 _RACE_SECONDS = 0.5
 _OWN_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -69,7 +75,7 @@ class Job:
             where a process has died of that.
         imported: whether the compiled graph was in the cache as well (`blobs`); settings, what it
             was compiled with; model, itself, until it is kept.
-        fingerprint: in parts, all that decides the graph; empty where nothing is cached.
+        fingerprint: all that decides the graph; None where nothing is cached.
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
@@ -100,7 +106,7 @@ class Job:
     imported: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Any = None
-    fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
     source: Path | None = None
     hint: str = ""
     precision_run: str | None = None
@@ -128,6 +134,18 @@ class Job:
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
         return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest says of the module from the beginning."""
+        parts = {} if self.fingerprint is None else dict(self.fingerprint.parts)
+        name = type(self.module).__qualname__
+        return {"module": name, "method": self.method, "fingerprint": parts}
+
+    def keep_details(self, directory: Path) -> None:
+        """Write into an entry what `ovshim.cache.why_miss` looks differences up in."""
+        if self.fingerprint is not None:
+            write_details(directory, self.fingerprint.details())
 
     @property
     def hurried(self) -> bool:
@@ -225,6 +243,17 @@ class Job:
                 if other != mine and (t, d) not in pinned:
                     dynamic[t].add(d)
         self.dynamic = tuple(frozenset(dims) for dims in dynamic)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a part in what is built."""
+    return {
+        "numpy": np.__version__,
+        "openvino": runtime.version(),
+        "ovshim": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def own_dtype(module: nn.Module) -> torch.dtype:

@@ -1,5 +1,6 @@
 """What an operator asks of the cache, in Python and on the command line."""
 
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from modules import Scaled, make
 import ovshim
 from ovshim import OptionError, cache
 from ovshim.cache import Store, files
+from ovshim.cache.entry import write_details
 from ovshim.cli import main
 
 PARTS = {
@@ -192,6 +194,26 @@ def test_an_entry_that_recorded_nothing(store: Store, root: Path) -> None:
     assert cache.why_miss("aa", "ab", root).parts["code"] == ("c" * 32, "not recorded")
 
 
+def test_places_that_differ(store: Store, root: Path) -> None:
+    each = {f"layer.{n}": "00000000" for n in range(30)}
+    for family, code, weights in (
+        ("aa", {"Net.forward": "11111111", "eps": "1e-05"}, each),
+        ("ab", {"Net.forward": "22222222", "eps": "1e-05", "helper": "3"}, dict.fromkeys(each, "")),
+    ):
+        said = {"code": code, "weights": weights}
+        digests = {**PARTS, "code": family, "weights": family}
+        write = functools.partial(write_details, details=said)
+        store.publish(family, "01", write, {"fingerprint": digests})
+    found = cache.why_miss("aa", "ab", root)
+    assert found.parts["code.Net.forward"] == ("11111111", "22222222")
+    assert found.parts["code.helper"] == ("not there", "3")
+    assert len(found.parts) == 2 + 30
+    assert "weights: 20 more differences" in str(found)
+    # What has no such file, or none that can be read, is compared by its hashes.
+    (found.a.path / "fingerprint.json").write_bytes(b"")
+    assert cache.why_miss("aa", "ab", root).parts["code"] == ("aa", "ab")
+
+
 @pytest.mark.parametrize("name", ["a", "ac", "aa/03", ""])
 def test_a_name_that_is_not_one_entrys(store: Store, root: Path, name: str) -> None:
     publish(store, "aa")
@@ -216,7 +238,9 @@ def test_real_entries_say_what_differs(filled: Path) -> None:
     assert one.module == other.module == "Scaled"
     assert set(one.seconds) >= {"capture", "compile"}
     found = cache.why_miss(one, other, filled)
-    assert set(found.parts) == {"code", "options.tolerance"}
+    assert found.parts.keys() == {"code.k", "options.tolerance"}
+    assert set(found.parts["code.k"]) == {"2.0", "3.0"}
+    assert "code.k:\n" in str(found)
     assert set(one.fingerprint) == {"code", "weights", "inputs", "options", "environment"}
     versions = json.loads(one.fingerprint["environment"])
     assert versions["ovshim"] == ovshim.__version__

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -255,6 +256,60 @@ def test_a_change_that_changes_no_answer_keeps_the_key(
     changed = (text.replace(old, new, 1) for text in (MODEL, HELPERS))
     after = record(load(*changed)).parts
     assert before == after
+
+
+def differing(one: Fingerprint, other: Fingerprint) -> dict[str, list[str | None]]:
+    """By place what two records say there, where that is not the same."""
+    records = [
+        {(part, place): text for part, places in found.details().items()
+         for place, text in places.items()}
+        for found in (one, other)
+    ]  # fmt: skip
+    both = {
+        f"{part}.{place}": [found.get((part, place)) for found in records]
+        for part, place in records[0].keys() | records[1].keys()
+    }
+    return {place: texts for place, texts in both.items() if texts[0] != texts[1]}
+
+
+HELPER, NET = "code.helpers_under_test", "code.model_under_test"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "places"),
+    [
+        ("x * 1.25", "x * 1.5", {f"{HELPER}.deep"}),
+        ("factor=2.0", "factor=2.5", {f"{HELPER}.scale defaults"}),
+        ("power = 2", "power = 3", {f"{HELPER}.Curve.power"}),
+        ("power + 1", "power + 2", {f"{NET}.closure.<locals>.raised closure exponent"}),
+        ("eps=1e-5", "eps=1e-6", {"code.block.norm.eps", f"{NET}.Block.__init__"}),
+        ("x - 0.125", "x - 0.25", {f"{NET}.Net.__init__", f"{NET}.Net.__init__.<locals>.<lambda>"}),
+        ("x[..., i] * 0.5", "x[..., i] * 0.25", {f"{NET}.Net.summed"}),
+        ("[1.0, 0.0, 1.0, 0.0]", "[1.0, 0.0, 1.0, 1.0]", {"code.mask", f"{NET}.Net.__init__"}),
+        ("manual_seed(0)", "manual_seed(1)",
+         {f"{NET}.Net.__init__", "weights.inner.weight", "weights.inner.bias"}),
+    ],
+)  # fmt: skip
+def test_a_record_says_where_it_differs(
+    load: Callable[..., nn.Module], old: str, new: str, places: set[str]
+) -> None:
+    one = record(load())
+    assert differing(one, record(load())) == {}  # from another directory
+    assert differing(one, record(load("\nAHEAD = object\n" + MODEL))) == {}
+    other = record(load(MODEL.replace(old, new), HELPERS.replace(old, new)))
+    assert differing(one, other).keys() == places
+
+
+def test_a_record_shows_numbers_and_nothing_else() -> None:
+    module, other = small(), small()
+    module.scale, other.scale = 2.0, -3
+    assert differing(record(module), record(other)) == {"code.scale": ["2.0", "-3"]}
+    other.scale = True
+    assert differing(record(module), record(other)) == {"code.scale": ["2.0", "True"]}
+    other.scale = "password"
+    (said,) = differing(record(module), record(other)).values()
+    assert said[0] == "2.0"
+    assert re.fullmatch("[0-9a-f]{8}", said[1] or "")
 
 
 def test_another_directory_gives_the_same_key(load: Callable[..., nn.Module]) -> None:

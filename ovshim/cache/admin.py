@@ -9,29 +9,19 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ovshim.cache import files, upkeep
-from ovshim.cache.entry import MANIFEST, MARKER, Foreign, read
+from ovshim.cache.entry import MANIFEST, MARKER, Foreign, read, read_details
 from ovshim.cache.store import Store
 from ovshim.errors import OptionError
 
-__all__ = [
-    "Difference",
-    "EntryInfo",
-    "Info",
-    "Removed",
-    "Verification",
-    "clear",
-    "entries",
-    "info",
-    "prune",
-    "verify",
-    "why_miss",
-]
+_MOST_LINES = 10  # of one part, in words
+_ABSENT = "not there"
 
 Directory = str | os.PathLike[str] | None
 
@@ -144,8 +134,10 @@ class Difference:
     Attributes:
         a, b: the entries.
         parts: for each part of the fingerprint that differs the two texts. Where a part is a
-            record, what differs in it: `environment.torch`. With equal fingerprints, what differs
-            of the graphs: `graph.pattern`.
+            record, what differs in it: `environment.torch`; of code and weights the places
+            (`code.app.Net.forward`, `weights.fc.bias`) and digests of what stands there, or, where
+            that is a plain number, the number. With equal fingerprints, what differs of the
+            graphs: `graph.pattern`.
     """
 
     a: EntryInfo
@@ -162,7 +154,14 @@ class Difference:
 
     def __str__(self) -> str:
         lines = [f"a: {_titled(self.a)}", f"b: {_titled(self.b)}"]
-        lines += [f"{name}:\n  a: {a}\n  b: {b}" for name, (a, b) in self.parts.items()]
+        told: Counter[str] = Counter()
+        for name, (a, b) in self.parts.items():
+            part = name.partition(".")[0]
+            told[part] += 1
+            if told[part] <= _MOST_LINES:
+                lines.append(f"{name}:\n  a: {a}\n  b: {b}")
+        lines += [f"{part}: {count - _MOST_LINES} more differences" for part, count in told.items()
+                  if count > _MOST_LINES]  # fmt: skip
         return "\n".join(lines if self.parts else [*lines, "they do not differ"])
 
 
@@ -251,7 +250,7 @@ def why_miss(
     """
     known = entries(directory)
     one, other = _found("a", a, known), _found("b", b, known)
-    parts = _differing(one.fingerprint, other.fingerprint)
+    parts = _located(_differing(one.fingerprint, other.fingerprint), one, other)
     if not parts and one.path != other.path:
         graphs = ({f"graph.{k}": json.dumps(v, sort_keys=True) for k, v in e.graph.items()}
                   for e in (one, other))  # fmt: skip
@@ -330,6 +329,21 @@ def _differing(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[st
             found.update({f"{name}.{key}": pair for key, pair in within.items()})
         else:
             found[name] = (mine, other)
+    return found
+
+
+def _located(
+    parts: dict[str, tuple[str, str]], one: EntryInfo, other: EntryInfo
+) -> dict[str, tuple[str, str]]:
+    """The same, with the places where code and weights differ in the place of their hashes."""
+    details = read_details(one.path), read_details(other.path)
+    found: dict[str, tuple[str, str]] = {}
+    for name, pair in parts.items():
+        a, b = (one.get(name, {}) for one in details)
+        places = {f"{name}.{k}": (a.get(k, _ABSENT), b.get(k, _ABSENT)) for k in sorted({*a, *b})}
+        differing = {place: both for place, both in places.items() if both[0] != both[1]}
+        # An entry without details has nothing to compare with.
+        found.update(differing if a and b and differing else {name: pair})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -15,8 +16,10 @@ import xxhash
 from ovshim.cache import files
 
 SCHEMA = 1
-MANIFEST, MARKER = "manifest.json", "in-use"
+MANIFEST, MARKER, DETAILS = "manifest.json", "in-use", "fingerprint.json"
 OURS = frozenset({"schema", "family", "variant", "created", "files"})
+
+_log = logging.getLogger("ovshim")
 
 _HEX = re.compile(r"[0-9a-f]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
@@ -134,6 +137,26 @@ def check(directory: Path, expected: Any) -> None:
         size, digest = files.checksum(directory / name)
         if record != {"size": size, "xxh3": digest}:
             raise ValueError(f"{name} does not match its checksum")
+
+
+def write_details(directory: Path, details: Mapping[str, Mapping[str, str]]) -> None:
+    """Puts into an entry, before it is complete, what two fingerprints are compared by: digests by
+    part and place. A file of its own: manifests are parsed by every hit, this one by nobody."""
+    files.write_new(directory / DETAILS, files.seal(details))
+
+
+def read_details(directory: Path) -> dict[str, dict[str, str]]:
+    """What `write_details` wrote; empty for an entry that has none, or none that can be read."""
+    try:
+        found = files.read_sealed(directory / DETAILS)
+    except (OSError, ValueError) as error:
+        _log.debug("no details of %s: %s", directory, error)
+        return {}
+    return {
+        part: {str(place): str(digest) for place, digest in places.items()}
+        for part, places in found.items()
+        if isinstance(places, dict)
+    }
 
 
 def _check_file(name: str) -> None:

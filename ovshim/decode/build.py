@@ -140,13 +140,12 @@ class _Build:
             return
         head = self._head(StepRecord()) | {"verdict": why.to_dict()}
         try:
-            self.job.store.publish(family, "0", lambda directory: None, head)
+            self.job.store.publish(family, "0", self.job.keep_details, head)
         except StoreError as error:
             log.debug("a verdict is not cached: %s", error)
 
     def _head(self, record: StepRecord) -> dict[str, Any]:
-        name = type(self.job.module).__qualname__
-        return {"module": name, "method": self.job.method, "graph": record.to_json()}
+        return {**self.job.identity, "graph": record.to_json()}
 
     def _from_cache(self, family: str) -> Decoding | None:
         job = self.job
@@ -270,6 +269,7 @@ class _Build:
         def write(directory: Path) -> None:
             target = str(directory / "model.xml")
             runtime.openvino().save_model(model, target, compress_to_fp16=False)
+            self.job.keep_details(directory)
 
         if family is not None:
             head = self._head(record)

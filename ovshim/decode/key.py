@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import torch
 import transformers
 
-from ovshim import runtime
 from ovshim.decode.manner import Causal
 from ovshim.eager import LOW_TOLERANCE
 from ovshim.fingerprint import Unkeyable, fingerprint
-from ovshim.job import Job
+from ovshim.job import Job, versions
 
 __all__ = ["family_of", "is_cached", "tolerance_of"]
 
@@ -29,22 +27,18 @@ def family_of(job: Job, manner: Causal) -> str | None:
         return None
     options = job.options
     decisive = [job.precision, options.device, sorted(options.properties.items())]
-    versions = {
-        "torch": torch.__version__,
-        "openvino": runtime.version(),
-        "transformers": transformers.__version__,
-    }
     try:
         found = fingerprint(
             job.module,
             job.method,
             inputs=f"decoding by {type(manner).__name__}",
             options=repr([*decisive, tolerance_of(job)]),
-            environment=versions,
+            environment={**versions(), "transformers": transformers.__version__},
         )
     except Unkeyable as unkeyable:
         log.info("%s is not cached: %s", type(job.module).__qualname__, unkeyable)
         return None
+    job.fingerprint = found
     return found.key
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 from torch import nn
 
 from ovshim.fingerprint.errors import Unkeyable
+from ovshim.fingerprint.trail import Trail, short
 from ovshim.fingerprint.walk import code
 from ovshim.fingerprint.weights import weights
 
@@ -25,10 +26,13 @@ __all__ = ["Fingerprint", "Unkeyable", "fingerprint"]
 @dataclass(frozen=True)
 class Fingerprint:
     """`parts`: `code` and `weights` (32 hex digits), and the texts that the caller gave for
-    `inputs`, `options` and `environment` (as sorted JSON). Two records can be compared by part.
+    `inputs`, `options` and `environment` (as sorted JSON). Two records can be compared by part,
+    and, by `details`, within the first two.
     """
 
     parts: Mapping[str, str]
+    _code: Trail = field(repr=False, compare=False)
+    _weights: Mapping[str, bytes] = field(repr=False, compare=False)
 
     @property
     def key(self) -> str:
@@ -38,6 +42,12 @@ class Fingerprint:
             for text in (name.encode(), value.encode("utf-8", "surrogatepass")):
                 digest.update(b"%d:" % len(text) + text)
         return digest.hexdigest()
+
+    def details(self) -> dict[str, dict[str, str]]:
+        """Of `code` and of `weights`: by place (a function, a class, an attribute's path, a weight)
+        8 hex digits, or a plain number as it is."""
+        each = {name: short([content]) for name, content in self._weights.items()}
+        return {"code": self._code.digests(), "weights": each}
 
 
 def fingerprint(
@@ -54,12 +64,13 @@ def fingerprint(
     environment: versions of Python, torch and the rest, and what of the processor matters.
     Raises `Unkeyable` for a module with anything in reach of its code that cannot be keyed.
     """
-    return Fingerprint(
-        {
-            "code": code(module, method),
-            "weights": weights(module),
-            "inputs": inputs,
-            "options": options,
-            "environment": json.dumps(dict(environment), sort_keys=True),
-        }
-    )
+    walked, trail = code(module, method)
+    held, each = weights(module)
+    parts = {
+        "code": walked,
+        "weights": held,
+        "inputs": inputs,
+        "options": options,
+        "environment": json.dumps(dict(environment), sort_keys=True),
+    }
+    return Fingerprint(parts, trail, each)

@@ -8,6 +8,7 @@ enter, so neither the process nor the directory of the code does.
 from __future__ import annotations
 
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ovshim.fingerprint import bytecode, weights
 from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.errors import Unkeyable
 from ovshim.fingerprint.reach import Reach
+from ovshim.fingerprint.trail import Trail
 from ovshim.fingerprint.values import rank, text
 
 # What nn.Module keeps for itself. The hooks that run in a forward are written separately; those
@@ -41,8 +43,9 @@ _GRAPH_OWN = frozenset({
 })  # fmt: skip
 
 
-def code(module: nn.Module, method: str) -> str:
-    """32 hex digits for all that `module.method` computes by, but for parameters and buffers.
+def code(module: nn.Module, method: str) -> tuple[str, Trail]:
+    """32 hex digits for all that `module.method` computes by, but for parameters and buffers; and
+    where each piece of it came from.
 
     Raises `Unkeyable`.
     """
@@ -67,23 +70,27 @@ class _Walk(Reach):
         self.method = method
         self.tree = {id(m) for m in root.modules()}
 
-    def digest(self) -> str:
+    def digest(self) -> tuple[str, Trail]:
         versions = (sys.version_info[:3], torch.__version__, np.__version__)
         state = (torch.get_default_dtype(), torch.get_default_device())
+        self.mark(where="torch")
         self.out.append(text(f"{versions} {state} {self.method}"))
         self.learn(("__call__", "forward", self.method))
         self.hooks(torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
         for space in (torch, nn.functional):
             self.module_patches(space)
         self.cls(torch.Tensor, referenced=False)
+        self.mark()
         self.value(self.root)
         self.run()
         iterated = self.iterated({attribute for attribute, _ in self.orders})
         for attribute, order in self.orders:
             if attribute in iterated:
+                self.mark(where=f"the order of {attribute}")
                 self.out += [text(attribute), *(rank(key) or b"?" for key in order)]
-        self.out += weights.digests(self.tensors)
-        return xxhash.xxh3_128_hexdigest(b"".join(self.out))
+        tensors = weights.digests(self.tensors)
+        trail = Trail(tuple(self.out), self.marks, list(map(_name, self.kept)), tensors)
+        return xxhash.xxh3_128_hexdigest(b"".join([*self.out, *tensors])), trail
 
     def iterated(self, attributes: set[str]) -> set[str]:
         """Those that the code which was followed iterates over. Only what mentions one is read
@@ -119,14 +126,24 @@ class _Walk(Reach):
         where = self.where
         for name, child in module._modules.items():  # in order: containers run in it
             self.where = f"{where}.{name}" if where else name
+            self.mark()
             self.out.append(text(name))
             self.value(child)
         self.where = where
+        self.mark()
 
     def hooks(self, *tables: dict[int, Any]) -> None:
         """Hooks in the order in which they run, with their flags; their ids count up for ever."""
         for table in tables[:2]:
+            self.mark("hooks")
             self.out.append(b"hooks%d" % len(table))
             for key, hook in table.items():
                 self.out += [b"+" if key in flags else b"-" for flags in tables[2:]]
                 self.value(hook)
+
+
+def _name(value: object) -> str:
+    """What an object is called in a trail: its own name, or its type's."""
+    kind = type(value)  # not isinstance: it asks the object
+    named: Any = value if kind is types.FunctionType or issubclass(kind, type) else kind
+    return str(named.__qualname__)

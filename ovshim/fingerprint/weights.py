@@ -75,8 +75,9 @@ def _hash(views: list[memoryview]) -> list[bytes]:
     return found
 
 
-def weights(module: torch.nn.Module) -> str:
-    """32 hex digits for the names, types, shapes and values of all parameters and buffers.
+def weights(module: torch.nn.Module) -> tuple[str, dict[str, bytes]]:
+    """32 hex digits for the names, types, shapes and values of all parameters and buffers; and,
+    by name, what they were made of.
 
     Also which names mean one tensor, by identity: a deep copy keeps that, while tensors that
     merely share memory are taken apart by it.
@@ -88,7 +89,9 @@ def weights(module: torch.nn.Module) -> str:
         check(tensor, name)
     first: dict[int, str] = {}
     digest = xxhash.xxh3_128()
+    found: dict[str, bytes] = {}
     for (name, tensor), content in zip(named, digests(t for _, t in named), strict=True):
         same = first.setdefault(id(tensor), name)
-        digest.update(f"{name}\0{describe(tensor)}\0{same}\0".encode() + content)
-    return digest.hexdigest()
+        found[name] = f"{name}\0{describe(tensor)}\0{same}\0".encode() + content
+        digest.update(found[name])
+    return digest.hexdigest(), found

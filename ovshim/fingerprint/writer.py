@@ -55,6 +55,7 @@ class Writer(ABC):
 
     def __init__(self, known: dict[int, str]) -> None:
         self.out: list[bytes] = []
+        self.marks: list[tuple[int, str, str]] = []  # see `trail`
         self.tensors: list[torch.Tensor] = []  # to be hashed together at the end
         self.where = ""
         self.library = False
@@ -90,7 +91,12 @@ class Writer(ABC):
         """Does all jobs, those that they add included."""
         while self.queue:
             self.depth, _, job, subject, self.where, self.library = heapq.heappop(self.queue)
+            self.mark()
             job(subject)
+
+    def mark(self, what: str = "", where: str | None = None) -> None:
+        """What is written next belongs to `what` of a place: the one at which the walk is."""
+        self.marks.append((len(self.out), self.where if where is None else where, what))
 
     def later(self, job: Job, subject: Any) -> None:
         entry = (self.depth, next(self.count), job, subject, self.where, self.library)
@@ -287,9 +293,11 @@ class Writer(ABC):
             if name in skipped or getattr(type(member), "_ovshim_transparent", False):
                 continue
             self.where, self.attribute = f"{where}.{name}" if where else name, name
+            self.mark()
             self.out.append(text(name))
             self.value(member)
         self.where = where
+        self.mark()
 
 
 def _wanted_by(key: object) -> str:
