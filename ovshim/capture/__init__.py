@@ -5,7 +5,8 @@
     onnx       for a module that is an ONNX model: that model
 
 `frontend` turns what the first two traced into an `ov.Model`, whose operations `names` knows by
-their modules.
+their modules; what it refuses, `readers` gives to OpenVINO by way of ONNX (`dynamo-onnx`,
+`traced-onnx`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from ovshim.capture import (
     attention,
     distinct_tensors,
     frontend,
+    readers,
     rewrites,
 )
 from ovshim.capture.domains import check_domains
@@ -178,12 +179,12 @@ def _finish(
     flat = FlatModule(request, run, lambda: checked.in_range)
     traced = frontend.trace(flat, tensors)
     origin = _origins(request, graph) if request.marked else None
-    model = frontend.convert(traced, [pattern[t] for t in places], origin)
+    model, reader = readers.read(traced, tensors, [pattern[t] for t in places], origin)
     traced_code = output.graph_capture_output.traced_code
     code = tuple(sorted({c.co_qualname for c in traced_code} | {_qualname(request.call)}))
     return Captured(
         model,
-        "dynamo",
+        f"dynamo{reader}",
         flat.outputs,
         pattern,
         size_guards,

@@ -23,7 +23,7 @@ from ovshim.reasons import reason
 if TYPE_CHECKING:
     import openvino as ov
 
-__all__ = ["Origin", "convert", "guarded", "trace"]
+__all__ = ["Origin", "convert", "guarded", "refuse_what_kills", "trace"]
 
 log = logging.getLogger("ovshim")
 
@@ -32,7 +32,8 @@ Origin = Callable[[Any], str | None]
 
 _functorch: Any = torch._C._functorch
 
-# Converted without a word, and then a segmentation fault when they run (OpenVINO 2026.4).
+# Converted without a word, and then a segmentation fault when they are compiled or run (OpenVINO
+# 2026.4); `linspace` of tensors by way of ONNX as well.
 _KILLERS = ("aten::det", "aten::linalg_det", "aten::svd")
 _OPERATOR = re.compile(r"\b(?:aten|prim|prims|torchvision|quantized|fb|higher_order)::\w+")
 
@@ -76,7 +77,6 @@ def convert(
         CaptureError: an operator is unknown to OpenVINO, or its frontend fails otherwise.
     """
     ov = runtime.openvino()
-    _refuse_what_kills(traced)
     try:
         model = _by_frontend(traced, origin)
     except _InterfaceMovedError as moved:
@@ -92,7 +92,8 @@ def convert(
     return model
 
 
-def _refuse_what_kills(traced: torch.jit.ScriptModule) -> None:
+def refuse_what_kills(traced: torch.jit.ScriptModule) -> None:
+    """Raises CaptureError for a graph that no reader of OpenVINO's may be given."""
     graph: Any = traced.inlined_graph
     found = [kind for kind in _KILLERS if graph.findAllNodes(kind)]
     for node in graph.findAllNodes("aten::linspace"):

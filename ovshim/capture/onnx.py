@@ -18,7 +18,7 @@ from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import reason
 from ovshim.signature import Pattern, TensorLeaf, unflatten_call
 
-__all__ = ["capture"]
+__all__ = ["capture", "of_values", "refuse_by_values"]
 
 # Inputs of these operations that decide how large their output is.
 _SIZED_BY = {
@@ -61,7 +61,7 @@ def capture(request: Request) -> Captured:
     if guarded(module.digest_now) != module.digest:
         raise CaptureError(reason("capture-failed", "the file has changed since it was opened"))
     pattern, guards = _sizes(request, module)
-    _refuse_by_values(model)
+    refuse_by_values(model)
     parameters = _parameters(request, module, model, pattern)
     results = {name: result for result in model.get_results()
                for name in result.output(0).get_names()}  # fmt: skip
@@ -132,23 +132,23 @@ def _parameters(request: Request, module: OnnxModule, model: Any, pattern: Patte
 # --- what depends on values -----------------------------------------------------------------------
 
 
-def _refuse_by_values(model: Any) -> None:
+def refuse_by_values(model: Any) -> None:
     """Where values decide how large a tensor is there may be none, and kernels of OpenVINO 2026.4
     end the process on those; where they decide what runs, a proof has seen one of the ways."""
     for node in model.get_ops():
         name = node.get_type_name()
         for place in _SIZED_BY.get(name, ()):
-            if place < node.get_input_size() and _of_values(node.input_value(place)):
+            if place < node.get_input_size() and of_values(node.input_value(place)):
                 detail = f"{name} {node.get_friendly_name()}"
                 raise CaptureError(reason("value-dependent", detail))
         if name == "If":
-            _refuse_by_values(node.get_then_body())
-            _refuse_by_values(node.get_else_body())
+            refuse_by_values(node.get_then_body())
+            refuse_by_values(node.get_else_body())
         elif name in ("Loop", "TensorIterator"):
-            _refuse_by_values(node.get_function())
+            refuse_by_values(node.get_function())
 
 
-def _of_values(output: Any) -> bool:
+def of_values(output: Any) -> bool:
     """Whether something is computed of values of the inputs, and not of their sizes alone."""
     seen: set[str] = set()
     waiting = [output.get_node()]
@@ -172,7 +172,7 @@ def _in_range(model: Any) -> Any:
         name = node.get_type_name()
         if name in _UNCHECKED:
             return None
-        if name not in _INDEXED or not _of_values(node.input_value(_INDEXED[name][0])):
+        if name not in _INDEXED or not of_values(node.input_value(_INDEXED[name][0])):
             continue
         checks.append(_within(op, node, _INDEXED[name]))
     if not checks:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 import xxhash
 
-from ovshim.capture import Captured, CaptureError, FlatModule, Request, distinct_tensors, frontend
+from ovshim.capture import (
+    Captured,
+    CaptureError,
+    FlatModule,
+    Request,
+    distinct_tensors,
+    frontend,
+    readers,
+)
 from ovshim.reasons import reason
 from ovshim.signature import Pattern
 from ovshim.verify import redraw, resize
@@ -57,10 +65,10 @@ def capture(request: Request, refused: CaptureError) -> Captured:
         tuple(None if d in dims else n for d, n in enumerate(tensor.shape))
         for tensor, dims in zip(tensors, dynamic, strict=True)
     ]
-    model = frontend.convert(traced, shapes)
+    model, reader = readers.read(traced, tensors, shapes)
     by_leaf = dict(zip(inputs, shapes, strict=True))
     pattern: Pattern = tuple(by_leaf[request.kind.leaves[i].same_as] for i in request.kind.tensors)  # type: ignore[union-attr]
-    return Captured(model, "traced", outputs, pattern)
+    return Captured(model, f"traced{reader}", outputs, pattern)
 
 
 def _redrawn(tensors: list[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
