@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ _CRASHES = frozenset(
     if hasattr(signal, name)
 )
 _POLL_SECONDS = 0.01
+_ORPHAN_SECONDS = 0.2
 
 
 def try_in_child(work: Callable[[], Any], seconds: float) -> Outcome:
@@ -39,9 +41,10 @@ def try_in_child(work: Callable[[], Any], seconds: float) -> Outcome:
     with warnings.catch_warnings():
         # Python 3.12 warns of a fork beside threads: nothing that they hold is used in the child.
         warnings.simplefilter("ignore", DeprecationWarning)
+        parent = os.getpid()
         pid = os.fork()
     if pid == 0:
-        _work_and_exit(work)
+        _work_and_exit(work, parent)
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -56,7 +59,8 @@ def try_in_child(work: Callable[[], Any], seconds: float) -> Outcome:
     return "unknown"
 
 
-def _work_and_exit(work: Callable[[], Any]) -> None:
+def _work_and_exit(work: Callable[[], Any], parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         # libgomp's other threads are not in the child, and a parallel region would wait for them.
         torch.set_num_threads(1)
@@ -65,3 +69,10 @@ def _work_and_exit(work: Callable[[], Any]) -> None:
         log.debug("the work of a child process failed", exc_info=True)
     finally:
         os._exit(0)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended: nobody is left who would stop it in time."""
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_SECONDS)
+    os._exit(1)

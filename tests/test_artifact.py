@@ -31,6 +31,7 @@ from torch import nn
 
 import ovshim
 from ovshim import ArtifactError, FallbackError, OptionError
+from ovshim.artifact import read
 from ovshim.artifact.structure import Fields
 from ovshim.cache import files
 
@@ -415,6 +416,30 @@ def test_answers_that_are_not_the_recorded_ones(copied: Path) -> None:
     resealed(copied, manifest)
     with pytest.raises(ArtifactError, match="does not give the recorded answers"):
         ovshim.load(copied)
+
+
+def test_another_machine_proves_it_anew(
+    copied: Path, mlp: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = files.read_sealed(copied / "artifact.json")
+    (graph,) = manifest["graphs"]
+    resealed(copied, {**manifest, "processor": "another"})
+    compared: list[Any] = []
+    compare = read.compare
+
+    def comparing(*given: Any) -> None:
+        compared.append(given)
+        if len(compared) == 1:  # as where that processor's kernels miscompile the graph
+            raise read.Mismatch("off by much")
+        compare(*given)
+
+    monkeypatch.setattr(read, "compare", comparing)
+    loaded: Any = ovshim.load(copied)
+    # The second way of compiling was right on every recorded call.
+    assert len(compared) == 1 + len(graph["cases"]) > 2
+    x = torch.randn(5, 8)
+    same(loaded(x), mlp(x).detach())
+    assert ovshim.explain(loaded).to_dict()["calls"]["openvino"] == 1
 
 
 @pytest.mark.parametrize("many", [40, pytest.param(1000, marks=pytest.mark.slow)])

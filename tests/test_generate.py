@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import json
 import os
 import pickle
 import sys
@@ -139,6 +140,18 @@ def test_an_assistant_may_be_accelerated_too(
     same_generation(found, expected)
     assert counts(fast)["openvino"] >= before[0] + 5
     assert counts(fast_helper)["openvino"] >= before[1] + 5
+
+
+def test_entries_say_what_they_were_made_of(
+    pair: Callable[[str], tuple[Any, Any]], cache: Path
+) -> None:
+    pair("llama")
+    (entry, *_) = ovshim.cache.entries(cache)
+    assert set(entry.fingerprint) == {"code", "weights", "inputs", "options", "environment"}
+    versions = json.loads(entry.fingerprint["environment"])
+    assert versions["ovshim"] == ovshim.__version__
+    assert versions["transformers"] == hf.__version__
+    assert (entry.path / "fingerprint.json").stat().st_size > 1000
 
 
 def test_a_streamer_gets_the_tokens_as_they_come(pair: Callable[[str], tuple[Any, Any]]) -> None:
