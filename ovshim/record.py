@@ -17,7 +17,7 @@ from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold,
 from ovshim.proof import Proof
 from ovshim.reasons import TABLE, Reason
 from ovshim.shapes import Dims
-from ovshim.signature import Kind, Pattern, TensorLeaf, fits
+from ovshim.signature import Kind, Pattern, TensorLeaf, describe, fits
 
 __all__ = ["LADDER", "Record", "Rung"]
 
@@ -156,7 +156,7 @@ class Record:
     def graph(self, kind: Kind) -> dict[str, Any]:
         """The section "graph" of a manifest: what is known when the graph is captured."""
         return {
-            "signature": str(kind),
+            "signature": describe(kind, self.pattern),
             "pattern": [list(dims) for dims in self.pattern],
             "size_guards": list(self.size_guards),
             "value_guards": to_json(self.value_guards),

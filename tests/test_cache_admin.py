@@ -236,6 +236,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_real_entries_say_what_differs(filled: Path) -> None:
     one, other = cache.entries(filled)
     assert one.module == other.module == "Scaled"
+    assert one.signature == "[0]: float32[?, 8]"
     assert set(one.seconds) >= {"capture", "compile"}
     found = cache.why_miss(one, other, filled)
     assert found.parts.keys() == {"code.k", "options.tolerance"}
