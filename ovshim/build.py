@@ -130,6 +130,7 @@ def _from_cache_or_capture(job: Job, family: str) -> Plan:
     found = from_cache(job, family)
     if found is not None:
         return found
+    job.note_details()
     try:
         return _from_capture(job, family)
     except BuildStopped as stopped:

@@ -18,7 +18,7 @@ from ovshim import runtime
 from ovshim.cache import Store
 from ovshim.cache.entry import write_details
 from ovshim.errors import PrecisionWarning
-from ovshim.fingerprint import Fingerprint
+from ovshim.fingerprint import Fingerprint, Unkeyable
 from ovshim.generation import Generation
 from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
@@ -76,6 +76,7 @@ class Job:
         imported: whether the compiled graph was in the cache as well (`blobs`); settings, what it
             was compiled with; model, itself, until it is kept.
         fingerprint: all that decides the graph; None where nothing is cached.
+        details: of the fingerprint, once it is known to be a miss.
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
@@ -107,6 +108,7 @@ class Job:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Any = None
     fingerprint: Fingerprint | None = None
+    details: Mapping[str, Mapping[str, str]] | None = None
     source: Path | None = None
     hint: str = ""
     precision_run: str | None = None
@@ -142,10 +144,16 @@ class Job:
         name = type(self.module).__qualname__
         return {"module": name, "method": self.method, "fingerprint": parts}
 
+    def note_details(self) -> None:
+        """Note of what the fingerprint was made, before calls of our own change any of it."""
+        if self.fingerprint is not None:
+            with contextlib.suppress(Unkeyable):  # changed meanwhile
+                self.details = self.fingerprint.details(self.module, self.method)
+
     def keep_details(self, directory: Path) -> None:
         """Write into an entry what `ovshim.cache.why_miss` looks differences up in."""
-        if self.fingerprint is not None:
-            write_details(directory, self.fingerprint.details())
+        if self.details is not None:
+            write_details(directory, self.details)
 
     @property
     def hurried(self) -> bool:

@@ -258,13 +258,13 @@ def test_a_change_that_changes_no_answer_keeps_the_key(
     assert before == after
 
 
-def differing(one: Fingerprint, other: Fingerprint) -> dict[str, list[str | None]]:
+def details(module: nn.Module) -> dict[tuple[str, str], str]:
+    found = record(module).details(module, "forward")
+    return {(part, at): text for part, places in found.items() for at, text in places.items()}
+
+
+def differing(*records: dict[tuple[str, str], str]) -> dict[str, list[str | None]]:
     """By place what two records say there, where that is not the same."""
-    records = [
-        {(part, place): text for part, places in found.details().items()
-         for place, text in places.items()}
-        for found in (one, other)
-    ]  # fmt: skip
     both = {
         f"{part}.{place}": [found.get((part, place)) for found in records]
         for part, place in records[0].keys() | records[1].keys()
@@ -293,21 +293,21 @@ HELPER, NET = "code.helpers_under_test", "code.model_under_test"
 def test_a_record_says_where_it_differs(
     load: Callable[..., nn.Module], old: str, new: str, places: set[str]
 ) -> None:
-    one = record(load())
-    assert differing(one, record(load())) == {}  # from another directory
-    assert differing(one, record(load("\nAHEAD = object\n" + MODEL))) == {}
-    other = record(load(MODEL.replace(old, new), HELPERS.replace(old, new)))
+    one = details(load())
+    assert differing(one, details(load())) == {}  # from another directory
+    assert differing(one, details(load("\nAHEAD = object\n" + MODEL))) == {}
+    other = details(load(MODEL.replace(old, new), HELPERS.replace(old, new)))
     assert differing(one, other).keys() == places
 
 
 def test_a_record_shows_numbers_and_nothing_else() -> None:
     module, other = small(), small()
     module.scale, other.scale = 2.0, -3
-    assert differing(record(module), record(other)) == {"code.scale": ["2.0", "-3"]}
+    assert differing(details(module), details(other)) == {"code.scale": ["2.0", "-3"]}
     other.scale = True
-    assert differing(record(module), record(other)) == {"code.scale": ["2.0", "True"]}
+    assert differing(details(module), details(other)) == {"code.scale": ["2.0", "True"]}
     other.scale = "password"
-    (said,) = differing(record(module), record(other)).values()
+    (said,) = differing(details(module), details(other)).values()
     assert said[0] == "2.0"
     assert re.fullmatch("[0-9a-f]{8}", said[1] or "")
 

@@ -115,6 +115,7 @@ class _Build:
         found = self._from_cache(family)
         if found is not None:
             return found
+        self.job.note_details()
         try:
             return self._from_capture(family)
         except BuildStopped as stopped:

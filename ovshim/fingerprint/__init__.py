@@ -16,8 +16,8 @@ import xxhash
 from torch import nn
 
 from ovshim.fingerprint.errors import Unkeyable
-from ovshim.fingerprint.trail import Trail, short
-from ovshim.fingerprint.walk import code
+from ovshim.fingerprint.trail import short
+from ovshim.fingerprint.walk import code, trail
 from ovshim.fingerprint.weights import weights
 
 __all__ = ["Fingerprint", "Unkeyable", "fingerprint"]
@@ -31,7 +31,6 @@ class Fingerprint:
     """
 
     parts: Mapping[str, str]
-    _code: Trail = field(repr=False, compare=False)
     _weights: Mapping[str, bytes] = field(repr=False, compare=False)
 
     @property
@@ -43,11 +42,12 @@ class Fingerprint:
                 digest.update(b"%d:" % len(text) + text)
         return digest.hexdigest()
 
-    def details(self) -> dict[str, dict[str, str]]:
+    def details(self, module: nn.Module, method: str) -> dict[str, dict[str, str]]:
         """Of `code` and of `weights`: by place (a function, a class, an attribute's path, a weight)
-        8 hex digits, or a plain number as it is."""
+        8 hex digits, or a plain number as it is. The code is walked once more, so that who needs no
+        details, as a hit, does not pay for them. Raises `Unkeyable`."""
         each = {name: short([content]) for name, content in self._weights.items()}
-        return {"code": self._code.digests(), "weights": each}
+        return {"code": trail(module, method).digests(), "weights": each}
 
 
 def fingerprint(
@@ -64,13 +64,12 @@ def fingerprint(
     environment: versions of Python, torch and the rest, and what of the processor matters.
     Raises `Unkeyable` for a module with anything in reach of its code that cannot be keyed.
     """
-    walked, trail = code(module, method)
     held, each = weights(module)
     parts = {
-        "code": walked,
+        "code": code(module, method),
         "weights": held,
         "inputs": inputs,
         "options": options,
         "environment": json.dumps(dict(environment), sort_keys=True),
     }
-    return Fingerprint(parts, trail, each)
+    return Fingerprint(parts, each)

@@ -98,16 +98,16 @@ class Reach(Writer):
     def class_members(self, cls: type) -> None:
         self.library = self.is_library(cls)
         self.version(cls.__module__)
-        self.mark(where=f"{cls.__module__}.{cls.__qualname__}")
+        where = f"{cls.__module__}.{cls.__qualname__}"
+        self.mark(where=where)
         self.out += [b"class", text(cls.__qualname__)]
         for base in (*cls.__mro__[1:-1], type(cls)):
             self.cls(base, referenced=False)
-        where = f"{cls.__module__}.{cls.__qualname__}"
         for name, member in sorted(vars(cls).items()):
             code = functions(member)
             if name == "_abc_impl" or (name.startswith("__") and name.endswith("__") and not code):
                 continue
-            self.mark(where=f"{where}.{name}")
+            self.mark(".", name, where)
             if code:
                 self.out += [text(name), *(d for f in code for d in _digests(f))]
             elif plain(member):
@@ -135,7 +135,7 @@ class Reach(Writer):
         cls, name, member = what
         self.library = self.is_library(cls)
         self.attribute = name
-        self.mark(where=f"{cls.__module__}.{cls.__qualname__}.{name}")
+        self.mark(".", name, f"{cls.__module__}.{cls.__qualname__}")
         self.out += [b"member@%d;" % self.number[id(cls)], text(name)]
         self.value(member)
 
@@ -162,12 +162,12 @@ class Reach(Writer):
             if type(member) is types.FunctionType:
                 self.patch(module, name, member)
             elif type(member) is types.BuiltinFunctionType and member.__name__ != name:
-                self.mark(where=f"{module.__name__}.{name}")
+                self.mark(".", name, module.__name__)
                 self.out += [b"alias", text(name), text(member.__name__)]
 
     def patch(self, module: types.ModuleType, name: str, member: types.FunctionType) -> None:
         if not pinned_file(member.__code__.co_filename):
-            self.mark(where=f"{module.__name__}.{name}")
+            self.mark(".", name, module.__name__)
             self.out += [b"patch", text(module.__name__), text(name)]
             self.function(member)
 
@@ -201,11 +201,11 @@ class Reach(Writer):
         if depth > _DEEPEST:
             return
         named = sorted((function.__kwdefaults__ or {}).items())
-        self.mark("defaults")
+        self.mark(" defaults")
         self.parts(b"defaults", function.__defaults__, *named)
         for name, cell in zip(function.__code__.co_freevars, _cells(function), strict=True):
             self.attribute = name
-            self.mark(f"closure {name}")
+            self.mark(" closure ", name)
             if name == "__class__" and isinstance(cell, type):  # what super() goes by
                 self.cls(cell, referenced=False)
             else:
@@ -234,7 +234,7 @@ class Reach(Writer):
             if name in _NOT_GLOBALS or name.startswith("@"):  # @: pytest's, for its assertions
                 continue
             self.attribute = name
-            self.mark(f"global {name}")
+            self.mark(" global ", name)
             self.out.append(text(name))
             value = scope.get(name, vars(builtins).get(name, _MISSING))
             if value is _MISSING:
@@ -247,12 +247,12 @@ class Reach(Writer):
             for name in found.imports:
                 for full in candidates(name, scope.get("__package__")):
                     if full in sys.modules:  # what never was imported has not run either
-                        self.mark(f"import {name}")
+                        self.mark(" import ", name)
                         self.namespace(sys.modules[full], found.names, set())
         if "environ" in found.names or "getenv" in found.names:
             for name in found.strings:
                 if name in os.environ:
-                    self.mark(f"environment {name}")
+                    self.mark(" environment ", name)
                     self.out += [b"environ", text(name), text(os.environ[name])]
 
     def namespace(self, module: types.ModuleType, names: tuple[str, ...], seen: set[int]) -> None:
@@ -271,7 +271,7 @@ class Reach(Writer):
                 self.namespace(member, names, seen)
             elif foreign and member is not _MISSING:
                 self.attribute = name
-                self.mark(f"global {module.__name__}.{name}")
+                self.mark(f" global {module.__name__}.", name)
                 self.out.append(text(name))
                 self.value(member)
             elif type(member) is types.FunctionType:
@@ -287,7 +287,7 @@ class Reach(Writer):
     def module_member(self, what: tuple[types.ModuleType, str]) -> None:
         module, name = what
         self.attribute = name
-        self.mark(where=f"{module.__name__}.{name}")
+        self.mark(".", name, module.__name__)
         self.out += [b"member@%d;" % self.number[id(module)], text(name)]
         if isinstance(vars(module).get(name), types.ModuleType):
             return  # sub-modules of sub-modules are found by who imports them

@@ -1,7 +1,6 @@
 """Where each piece of a fingerprint's text came from: by it two keys can be compared.
 
-The walk marks the places of its text at which something else begins. Digests by place are made
-of them only when an entry is written: a hit needs none.
+A walk that is made for it marks the places of its text at which something else begins.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Trail:
     def __init__(
         self,
         out: Sequence[bytes],
-        marks: Sequence[tuple[int, str, str]],
+        marks: Sequence[tuple[int, str, str, str]],
         names: Sequence[str],
         tensors: Sequence[bytes],
     ) -> None:
@@ -39,10 +38,10 @@ class Trail:
         after a new one would differ.
         """
         sections: dict[str, list[bytes]] = {}
-        ends = [start for start, _, _ in self._marks[1:]] + [len(self._out)]
-        for (start, where, what), end in zip(self._marks, ends, strict=True):
+        ends = [mark[0] for mark in self._marks[1:]] + [len(self._out)]
+        for (start, *place_of), end in zip(self._marks, ends, strict=True):
             if start < end:
-                place = " ".join(filter(None, (where, what))) or "the module"
+                place = "".join(place_of).lstrip(" .") or "the module"
                 sections.setdefault(place, []).extend(map(self._named, self._out[start:end]))
         return {place: _shown(text) for place, text in sections.items()}
 

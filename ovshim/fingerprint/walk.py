@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,16 +43,27 @@ _GRAPH_OWN = frozenset({
     "_graphmodule_cls_name",
 })  # fmt: skip
 
+_NAMED = (type, types.FunctionType)
 
-def code(module: nn.Module, method: str) -> tuple[str, Trail]:
-    """32 hex digits for all that `module.method` computes by, but for parameters and buffers; and
-    where each piece of it came from.
+T = TypeVar("T")
+
+
+def code(module: nn.Module, method: str) -> str:
+    """32 hex digits for all that `module.method` computes by, but for parameters and buffers.
 
     Raises `Unkeyable`.
     """
-    walk = _Walk(module, method)
+    return _walked(_Walk(module, method), _Walk.digest)
+
+
+def trail(module: nn.Module, method: str) -> Trail:
+    """Where each piece of that came from. Raises `Unkeyable`."""
+    return _walked(_Walk(module, method), _Walk.trail)
+
+
+def _walked(walk: _Walk, way: Callable[[_Walk], T]) -> T:
     try:
-        return walk.digest()
+        return way(walk)
     except Unkeyable:
         raise
     except Exception as error:  # of any object's own making, or too deep, or changed meanwhile
@@ -70,7 +82,12 @@ class _Walk(Reach):
         self.method = method
         self.tree = {id(m) for m in root.modules()}
 
-    def digest(self) -> tuple[str, Trail]:
+    def digest(self) -> str:
+        tensors = self.text()
+        return xxhash.xxh3_128_hexdigest(b"".join([*self.out, *tensors]))
+
+    def text(self) -> list[bytes]:
+        """Writes all of it; gives the digests of the tensors in it, which belong behind."""
         versions = (sys.version_info[:3], torch.__version__, np.__version__)
         state = (torch.get_default_dtype(), torch.get_default_device())
         self.mark(where="torch")
@@ -86,11 +103,15 @@ class _Walk(Reach):
         iterated = self.iterated({attribute for attribute, _ in self.orders})
         for attribute, order in self.orders:
             if attribute in iterated:
-                self.mark(where=f"the order of {attribute}")
+                self.mark("the order of ", attribute, "")
                 self.out += [text(attribute), *(rank(key) or b"?" for key in order)]
-        tensors = weights.digests(self.tensors)
-        trail = Trail(tuple(self.out), self.marks, list(map(_name, self.kept)), tensors)
-        return xxhash.xxh3_128_hexdigest(b"".join([*self.out, *tensors])), trail
+        return weights.digests(self.tensors)
+
+    def trail(self) -> Trail:
+        self.marks = []
+        tensors = self.text()
+        named: list[Any] = [v if type(v) in _NAMED else type(v) for v in self.kept]
+        return Trail(self.out, self.marks, [one.__qualname__ for one in named], tensors)
 
     def iterated(self, attributes: set[str]) -> set[str]:
         """Those that the code which was followed iterates over. Only what mentions one is read
@@ -135,15 +156,8 @@ class _Walk(Reach):
     def hooks(self, *tables: dict[int, Any]) -> None:
         """Hooks in the order in which they run, with their flags; their ids count up for ever."""
         for table in tables[:2]:
-            self.mark("hooks")
+            self.mark(" hooks")
             self.out.append(b"hooks%d" % len(table))
             for key, hook in table.items():
                 self.out += [b"+" if key in flags else b"-" for flags in tables[2:]]
                 self.value(hook)
-
-
-def _name(value: object) -> str:
-    """What an object is called in a trail: its own name, or its type's."""
-    kind = type(value)  # not isinstance: it asks the object
-    named: Any = value if kind is types.FunctionType or issubclass(kind, type) else kind
-    return str(named.__qualname__)

@@ -55,7 +55,7 @@ class Writer(ABC):
 
     def __init__(self, known: dict[int, str]) -> None:
         self.out: list[bytes] = []
-        self.marks: list[tuple[int, str, str]] = []  # see `trail`
+        self.marks: list[tuple[int, str, str, str]] | None = None  # a list where it is a `trail`
         self.tensors: list[torch.Tensor] = []  # to be hashed together at the end
         self.where = ""
         self.library = False
@@ -94,9 +94,11 @@ class Writer(ABC):
             self.mark()
             job(subject)
 
-    def mark(self, what: str = "", where: str | None = None) -> None:
-        """What is written next belongs to `what` of a place: the one at which the walk is."""
-        self.marks.append((len(self.out), self.where if where is None else where, what))
+    def mark(self, what: str = "", name: str = "", where: str | None = None) -> None:
+        """What is written next belongs to a place: `where` (None: that at which the walk is) with
+        `what` and `name` behind it."""
+        if self.marks is not None:
+            self.marks.append((len(self.out), self.where if where is None else where, what, name))
 
     def later(self, job: Job, subject: Any) -> None:
         entry = (self.depth, next(self.count), job, subject, self.where, self.library)
