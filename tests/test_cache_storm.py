@@ -183,7 +183,7 @@ def in_child(work: Callable[[], object], seconds: float = 300) -> float:
 
 
 def test_builds_killed_at_random_moments(tmp_path: Path) -> None:
-    process = start_python(KILLED, str(tmp_path), "100")
+    process = start_python(KILLED, str(tmp_path), "200")
     output, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
-    assert int(output.split()[0]) > 50
+    assert int(output.split()[0]) > 60
