@@ -27,7 +27,7 @@ pytestmark = [
 
 SCALES = (1.0, 2.0, 3.0)
 OPERATIONS = 50
-SECONDS = 60
+SECONDS = 120  # for each process, at the most
 
 
 class Scaled(nn.Module):
@@ -58,7 +58,7 @@ def use(root: Path, scale: float) -> str:
 
 def corrupt(root: Path, draw: random.Random) -> None:
     """One byte of one file, or its end, or the file, or the entry, as nobody should."""
-    with suppress(OSError, IndexError):
+    with suppress(OSError, IndexError, ValueError):  # gone, or empty already
         path = draw.choice([p for p in root.glob("v1/*/*/*") if p.is_file()])
         how = draw.choice(["flip", "cut", "remove", "entry"])
         if how == "entry":
