@@ -128,7 +128,8 @@ def _mapped(
 def _key(job: Job, blocks: list[mapped.Block]) -> str | None:
     """What the file is found by: the weights, which of them, and how they lie in it."""
     try:
-        weights = job.fingerprint.get("weights") or weights_of(job.module)
+        known = {} if job.fingerprint is None else job.fingerprint.parts
+        weights = known.get("weights") or weights_of(job.module)
     except Unkeyable:
         return None
     text = json.dumps(["lean", weights, mapped.described(job.module, blocks)])
