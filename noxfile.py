@@ -72,12 +72,35 @@ def ecosystem(session: nox.Session) -> None:
     session.run("pytest", *PARALLEL, "-m", "slow", *tests, *session.posargs)
 
 
+# By page in docs, what is measured for it.
+PAGES = {
+    "benchmarks": (
+        "benchmarks",
+        "--ignore=benchmarks/test_precision.py",
+        "--ignore=benchmarks/test_scaling.py",
+    ),
+    "precision": ("benchmarks/test_precision.py",),
+    "performance": ("benchmarks/test_scaling.py",),
+}
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks, on an otherwise idle machine, in one process."""
+    """The benchmarks, on an otherwise idle machine; names of pages choose among them."""
     install(session, "bench")
-    # Other backends warn as they please; a benchmark of them is no place to object.
-    session.run("pytest", "benchmarks", "-W", "default", *session.posargs)
+    pages = [name for name in PAGES if name in session.posargs] or list(PAGES)
+    rest = [argument for argument in session.posargs if argument not in PAGES]
+    failed = []
+    for name in pages:
+        try:
+            # Other backends warn as they please; a benchmark of them is no place to object.
+            # Nothing of a page may have been chosen by -k: that is no failure.
+            arguments = (*PAGES[name], "-W", "default", *rest)
+            session.run("pytest", *arguments, success_codes=[0, 5])
+        except nox.command.CommandFailed:  # the other pages are measured all the same
+            failed.append(name)
+    if failed:
+        session.error(f"something failed: {', '.join(failed)}")
 
 
 @nox.session

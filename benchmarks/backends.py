@@ -6,11 +6,14 @@ arguments. What it takes to get there (conversion, compilation) is not measured 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
+import importlib
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +24,24 @@ from torch import nn
 import ovshim
 from ovshim import backend, runtime
 
-__all__ = ["TITLES", "Prepared", "Task", "leaves_of", "prepare", "raw_request"]
+__all__ = [
+    "TITLES",
+    "Prepared",
+    "Task",
+    "dynamo_as_it_was",
+    "leaves_of",
+    "lowered_inputs",
+    "module_bytes",
+    "prepare",
+    "raw_request",
+]
 
 TITLES = {
     "eager": "eager",
+    "eager-bf16": "eager .bfloat16()",
+    "autocast": "eager under autocast",
     "inductor": "torch.compile (inductor, freezing)",
+    "dynamo-openvino": 'torch.compile(backend="openvino")',
     "onnxruntime": "ONNX Runtime",
     "openvino": "raw OpenVINO",
     "ovshim-openvino": 'ovshim, prefer="openvino"',
@@ -74,12 +90,14 @@ class Prepared:
         outputs: the tensors that `call` answered with, in eager's order.
         precision: what it computes in.
         note: how it runs, where that is not obvious.
+        bytes: of the files that it is kept in; None where there are none.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], list[torch.Tensor]]
     precision: str
     note: str = ""
+    bytes: int | None = None
 
 
 class _Flat(nn.Module):
@@ -114,6 +132,73 @@ def _inductor(task: Task) -> Prepared:
     call = functools.partial(compiled, *task.args, **task.kwargs)
     call()
     return Prepared(call, leaves_of, "f32", "static shapes")
+
+
+def _eager_bf16(task: Task) -> Prepared:
+    module = copy.deepcopy(task.module).bfloat16()
+    args, kwargs = lowered_inputs((task.args, task.kwargs))
+    call = functools.partial(module, *args, **kwargs)
+    return Prepared(call, leaves_of, "bf16", "bf16", module_bytes(module))
+
+
+def module_bytes(module: nn.Module) -> int:
+    """What the tensors of a module take."""
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+
+
+def lowered_inputs(given: Any) -> Any:
+    """The same with floating tensors in bf16."""
+    return pytree.tree_map(_lowered, given)
+
+
+def _lowered(leaf: Any) -> Any:
+    floats = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return leaf.bfloat16() if floats else leaf
+
+
+def _autocast(task: Task) -> Prepared:
+    def call() -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return task.eager()
+
+    return Prepared(call, leaves_of, "bf16, f32", "bf16")
+
+
+def _dynamo_openvino(task: Task) -> Prepared:
+    """OpenVINO's own backend, which computes in bf16 unless it is told otherwise. Weights are
+    constants for it under AOT only, which takes fewer models."""
+    backend = importlib.import_module("openvino.frontend.pytorch.torchdynamo.backend")
+    # The import switches it off, but `dynamo_as_it_was` may have switched it on again.
+    torch._dynamo.config.inline_inbuilt_nn_modules = False
+    failures = []
+    for aot in (True, False):
+        torch.compiler.reset()
+        backend.openvino_options = {}  # it keeps those of an earlier model
+        config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        options = {"aot_autograd": aot, "config": config}
+        compiled = torch.compile(task.module, backend="openvino", options=options)  # type: ignore[call-overload]
+        call = functools.partial(compiled, *task.args, **task.kwargs)
+        try:
+            call()
+            call()
+        except Exception as error:  # it raises on many models
+            failures.append(error)
+            continue
+        return Prepared(call, leaves_of, "f32", "by AOT" if aot else "weights are inputs")
+    raise failures[0]
+
+
+@contextlib.contextmanager
+def dynamo_as_it_was() -> Iterator[None]:
+    """Undoes what OpenVINO's backend changes for the process: our captures go by it as well."""
+    import torch._dynamo.config as dynamo
+
+    before = dynamo.inline_inbuilt_nn_modules
+    try:
+        yield
+    finally:
+        dynamo.inline_inbuilt_nn_modules = before
+        torch.compiler.reset()
 
 
 def _onnxruntime(task: Task) -> Prepared:
@@ -222,7 +307,10 @@ def _compiled(task: Task) -> Prepared:
 
 _BACKENDS: dict[str, Callable[[Task], Prepared]] = {
     "eager": _eager,
+    "eager-bf16": _eager_bf16,
+    "autocast": _autocast,
     "inductor": _inductor,
+    "dynamo-openvino": _dynamo_openvino,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "ovshim-openvino": functools.partial(_ovshim, prefer="openvino"),

@@ -10,22 +10,37 @@ import machine
 import workloads
 from interleave import Effort, Turns
 from measure import Finding, Group, measure
+from precisions import Accuracy, Lowered
 from rows import Row
+from scaling import Axis
 
 __all__ = ["Board"]
 
 
 @dataclasses.dataclass
 class Board:
-    """What a run measures by, and what it has found so far."""
+    """What a run measures by, and what it has found so far.
+
+    Attributes:
+        axis_effort: for each point of an axis.
+        load: the share of the processors that others took before the run.
+        inductor: whether torch.compile is measured, which compiles for minutes.
+        precision, accuracy: rows of docs/precision.md, by model.
+        axes: curves of docs/performance.md, by axis.
+    """
 
     small: bool
+    inductor: bool
     effort: Effort
+    axis_effort: Effort
     starts: int
     chosen: dict[workloads.Case, list[str]] = dataclasses.field(default_factory=dict)
     rows: list[Row] = dataclasses.field(default_factory=list)
     cold: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-    load: float | None = None
+    precision: dict[str, list[Lowered]] = dataclasses.field(default_factory=dict)
+    accuracy: dict[str, list[Accuracy]] = dataclasses.field(default_factory=dict)
+    axes: dict[str, Axis] = dataclasses.field(default_factory=dict)
+    load: float = 0.0
     _last: tuple[workloads.Case, Group] | None = None
 
     @property

@@ -2,18 +2,26 @@
 
 pytest benchmarks -W default                all but inductor, which compiles for minutes
 pytest benchmarks -W default --quick        small models, few rounds: does it all work?
-pytest benchmarks -W default --write-docs   everything, into docs/benchmarks.md
+pytest benchmarks -W default --write-docs   everything, into the pages in docs
+pytest benchmarks/test_precision.py ...     what is on docs/precision.md alone
+pytest benchmarks/test_scaling.py ...       what is on docs/performance.md alone
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import machine
 import page
+import performance_page
+import precision_page
+import precisions
 import pytest
+import quiet
 import rows
+import scaling
 import workloads
 from board import Board
 from interleave import Effort
@@ -36,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--write-docs",
         action="store_true",
-        help="write docs/benchmarks.md; everything is run, inductor included",
+        help="write those pages in docs of which everything is run; inductor included",
     )
 
 
@@ -50,9 +58,11 @@ def pytest_configure(config: pytest.Config) -> None:
     patience = config.getoption("--patience")
     config.stash[_BOARD] = Board(
         small=quick,
-        effort=Effort(0.5, 3, 7, 1, 0.0) if quick else Effort(8.0, 11, 61, 2, patience),
+        inductor=config.getoption("--inductor") or config.getoption("--write-docs"),
+        axis_effort=Effort(0.2, 3, 5, 1, 0.0) if quick else Effort(2.0, 5, 21, 1, patience),
+        effort=Effort(0.5, 3, 7, 1, 0.0) if quick else Effort(6.0, 9, 61, 2, patience),
         starts=2 if quick else 7,
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        load=quiet.share_of_others() if config.getoption("--write-docs") else 0.0,
     )
 
 
@@ -94,24 +104,46 @@ def pytest_terminal_summary(
 ) -> None:
     found = config.stash[_BOARD]
     say = terminalreporter.write_line
-    if found.rows or found.cold:
+    tables = [
+        (rows.HEAD, [row.cells() for row in found.rows]),
+        (page.COLD_HEAD, found.cold),
+        (precisions.HEAD, [row.cells() for group in found.precision.values() for row in group]),
+        (
+            precisions.ACCURACY_HEAD,
+            [row.cells() for group in found.accuracy.values() for row in group],
+        ),
+        *(
+            (scaling.head_of(axis), [point.cells() for point in axis.points])
+            for axis in found.axes.values()
+        ),
+    ]
+    if any(lines for _, lines in tables):
         terminalreporter.section("how many times as fast")
         for name, value in machine.describe():
             say(f"{name}: {value}")
-    if found.rows:
-        say("")
-        for line in rows.text(rows.HEAD, (row.cells() for row in found.rows)):
-            say(line)
-    if found.cold:
-        say("")
-        for line in rows.text(page.COLD_HEAD, found.cold):
-            say(line)
-    if not config.getoption("--write-docs"):
-        return
+    for head, lines in tables:
+        if lines:
+            say("")
+            for line in rows.text(head, lines):
+                say(line)
+    if config.getoption("--write-docs"):
+        _write(found, config.rootpath / "docs", say)
+
+
+def _write(found: Board, docs: Path, say: Callable[[str], None]) -> None:
+    """Write each page of which the run has measured everything."""
     measured = {(case, backend) for case, chosen in found.chosen.items() for backend in chosen}
-    if set(workloads.cases(small=False)) - measured or len(found.cold) < 2 * len(_COLD):
-        say("docs/benchmarks.md was not written: this run is not whole.")
-        return
-    path = config.rootpath / "docs" / "benchmarks.md"
-    path.write_text(page.page(found.rows, found.cold, found.load), encoding="utf-8")
-    say(f"{path} was written.")
+    calls = not set(workloads.cases(small=False)) - measured and len(found.cold) == 2 * len(_COLD)
+    precision = len(found.precision) == len(precisions.SUBJECTS)
+    if calls:
+        path = docs / "benchmarks.md"
+        path.write_text(page.page(found.rows, found.cold, found.load), encoding="utf-8")
+        say(f"{path} was written.")
+    if precision and len(found.accuracy) == len(precisions.ACCURACY_OF):
+        path = docs / "precision.md"
+        text = precision_page.page(found.precision, found.accuracy, found.load)
+        path.write_text(text, encoding="utf-8")
+        say(f"{path} was written.")
+    if len(found.axes) == len(scaling.AXES):
+        say(f"{performance_page.write(found.axes, found.load, docs)} was written.")
+    say("Pages of which the run is not whole were left as they are.")

@@ -18,7 +18,7 @@ _ISA = (
     *("amx_tile", "amx_bf16", "amx_int8", "amx_fp16"),
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
-_PACKAGES = ("torch", "openvino", "onnxruntime", "transformers", "numpy")
+_PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "transformers", "numpy")
 
 
 def hardware() -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,29 +16,37 @@ import quiet
 import rows
 import torch
 import workloads
-from backends import TITLES, Prepared, Task, leaves_of, prepare
+from backends import TITLES, Prepared, Task, dynamo_as_it_was, leaves_of, prepare
 from interleave import Effort, Turns, compare, interleave
 from rows import Row
+from torch import nn
 
-__all__ = ["AGAIN", "Finding", "Group", "measure", "settle"]
+__all__ = ["AGAIN", "Finding", "Group", "measure", "measure_ways", "settle"]
 
 log = logging.getLogger("benchmarks")
 
 # Relative L2 error from which an answer in fp32 is wrong; what ovshim itself allows for fp32.
 TOLERANCE = 1e-4
+# And of what does not compute in fp32.
+_TOLERANCE_LOW = 0.1
 # Eager a second time: what the machine makes of one and the same program.
 AGAIN = "eager again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is known of one backend before it is timed; `call` is None where it is not timed."""
+    """What is known of one backend before it is timed; `call` is None where it is not timed.
+
+    `seconds`: what it took to make it ready; `bytes`: of its files.
+    """
 
     call: Callable[[], Any] | None
     precision: str = "f32"
     error: float | None = None
     remark: str = ""
     wrong: bool = False
+    seconds: float | None = None
+    bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,43 +61,74 @@ class Group:
 
 def measure(case: workloads.Case, backends: Sequence[str], effort: Effort, small: bool) -> Group:
     """Prepare, compare and time the backends of a case; eager is always among them."""
+    made = {name: functools.partial(prepare, name) for name in ("eager", *backends)}
+    return measure_ways(str(case), lambda: workloads.make(case, small), made, effort)
+
+
+def measure_ways(
+    group: str,
+    make: Callable[[], tuple[nn.Module, workloads.Arguments]],
+    prepares: Mapping[str, Callable[[Task], Prepared]],
+    effort: Effort,
+    tolerance: float = TOLERANCE,
+) -> Group:
+    """Prepare, compare and time several ways of running one module.
+
+    Args:
+        make: makes the module and the arguments of a call.
+        prepares: by name; "eager" has to be among them, and is the measure.
+        tolerance: the relative L2 error from which a way is wrong, and not timed.
+    """
     # Not for the clock alone: ovshim's own race, at build time, should be a fair one too.
     quiet.wait(effort.patience)
-    module, (args, kwargs) = workloads.make(case, small)
-    wanted = dict.fromkeys(("eager", *backends))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+    module, (args, kwargs) = make()
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        dynamo_as_it_was(),
+    ):
+        task = Task(module, args, kwargs, Path(directory))
         with torch.inference_mode():
-            task = Task(module, args, kwargs, Path(directory))
             expected = [t.clone() for t in leaves_of(task.eager())]
-            found = {name: _find(name, task, expected) for name in wanted}
+            found = {
+                name: _find(name, functools.partial(prepared, task), expected, tolerance)
+                for name, prepared in prepares.items()
+            }
             ways = {name: f.call for name, f in found.items() if f.call is not None}
             turns = settle({**ways, AGAIN: ways["eager"]}, effort)
-        group = Group(_rows(str(case), found, turns), _without_calls(found), turns)
+        measured = Group(_rows(group, found, turns), _without_calls(found), turns)
         # Before the files go: Windows does not delete what is mapped.
         del found, ways, task, module
-        torch.compiler.reset()
         gc.collect()
-    return group
+    return measured
 
 
-def _find(name: str, task: Task, expected: Sequence[torch.Tensor]) -> Finding:
+def _find(
+    name: str, prepared: Callable[[], Prepared], expected: Sequence[torch.Tensor], tolerance: float
+) -> Finding:
+    started = time.perf_counter()
     try:
-        prepared = prepare(name, task)
-        outputs = [t.clone() for t in prepared.outputs(prepared.call())]
+        made = prepared()
+        seconds = time.perf_counter() - started
+        outputs = [t.clone() for t in made.outputs(made.call())]
     except Exception as error:  # any backend may fail in any way: that is a result too
         log.warning("%s cannot be measured", name, exc_info=True)
         lines = str(error).strip().splitlines() or [""]
         return Finding(None, remark=f"failed: {type(error).__name__}: {lines[0][:80]}")
-    return _compared(prepared, outputs, expected)
+    found = _compared(made, outputs, expected, tolerance)
+    return dataclasses.replace(found, seconds=seconds, bytes=made.bytes)
 
 
 def _compared(
-    prepared: Prepared, outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+    prepared: Prepared,
+    outputs: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    tolerance: float,
 ) -> Finding:
     if [t.shape for t in outputs] != [t.shape for t in expected]:
         return Finding(None, prepared.precision, remark="wrong: other shapes", wrong=True)
     error = max(map(_relative_error, expected, outputs))
-    if not error <= TOLERANCE:
+    allowed = tolerance if prepared.precision == "f32" else max(tolerance, _TOLERANCE_LOW)
+    if not error <= allowed:
         return Finding(None, prepared.precision, error, "wrong: not timed", wrong=True)
     return Finding(prepared.call, prepared.precision, error, prepared.note)
 

@@ -1,4 +1,4 @@
-"""The page in the documentation, made from one run."""
+"""docs/benchmarks.md, made from one run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import datetime as dt
 from collections.abc import Sequence
 
 import machine
+import quiet
 from interleave import Ratio
 from rows import HEAD, LOSES, QUIET, Row, markdown
 
-__all__ = ["COLD_HEAD", "page"]
+__all__ = ["COLD_HEAD", "busy", "facts_of", "measured_on", "page"]
+
 
 COLD_HEAD = ("cold start", "way", "import", "ready", "first call", "total, s", "over raw, s")
 
 _TOP = f"""# Benchmarks
 
-Made by `nox -s bench -- --write-docs`; nobody edits it. `{LOSES}` marks each figure in which ovshim
-loses.
+Made by `nox -s bench -- benchmarks --write-docs`; nobody edits it. `{LOSES}` marks each figure in
+which ovshim loses. [Precision](precision.md) and [performance](performance.md) have pages of their
+own.
 
 All figures of a group were taken in one process, the backends in turns: each round times every
 backend once, in shuffled order. A ratio says how many times as fast as the reference a backend
@@ -26,8 +29,8 @@ same program. A group in which that is off by more than {QUIET - 1:.0%} was meas
 to three times. Rounds in which our threads waited for a processor that another program had were
 taken anew, as far as patience went.
 Before anything is timed, outputs are compared with eager's (relative L2 error); a backend that is
-wrong is not timed. Everything runs in fp32, in `torch.inference_mode()`, and with torch's number of
-threads.
+wrong is not timed. Everything runs in `torch.inference_mode()`, with torch's number of threads, and
+in fp32 but for the rows that say bf16.
 
 *Raw OpenVINO* is what its best technique gives: the model reshaped to these very sizes, compiled
 from a file for latency (for one thread where that is faster), inputs bound once, outputs left in
@@ -73,28 +76,48 @@ in turns.
 """
 
 
-def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float | None) -> str:
+def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float) -> str:
     """The whole page.
 
     Args:
-        load: the machine's load average when the run began, where there is such a thing.
+        load: the share of the processors that other programs took before the run.
     """
-    facts = [*machine.describe(), ("date", dt.date.today().isoformat())]
-    if load is not None:
-        facts.append(("load average before the run", f"{load:.1f}"))
-    facts.append(("eager against itself, whole run", _noise(found)))
     many = [row.cells() for row in found if row.group.startswith("throughput")]
     tokens = [row.cells() for row in found if row.group.startswith("generate")]
     rest = [row for row in found if not row.group.startswith(("throughput", "generate"))]
     calls = [row.cells() for row in rest if not row.overhead]
     overhead = [row.cells() for row in found if row.overhead]
-    lines = [_TOP, *markdown(("measured on", ""), facts), _CALLS, *markdown(HEAD, calls)]
+    lines = [_TOP, *measured_on(found, load), _CALLS, *markdown(HEAD, calls)]
     lines += [_THROUGHPUT, *markdown(HEAD, many), _GENERATION, *markdown(HEAD, tokens)]
     lines += [_OVERHEAD, *markdown(HEAD, overhead), _COLD, *markdown(COLD_HEAD, cold)]
     return "\n".join(lines) + "\n"
 
 
+def measured_on(found: Sequence[Row], load: float) -> list[str]:
+    """The table of hardware, versions and noise.
+
+    Args:
+        load: see `page`.
+    """
+    facts = [*facts_of(load), ("eager against itself, whole run", _noise(found))]
+    return [*busy(load), *markdown(("measured on", ""), facts)]
+
+
+def facts_of(load: float) -> list[tuple[str, str]]:
+    """What stands on every page: hardware, versions, and the machine's load before the run."""
+    others = ("taken by other programs before the run", f"{load:.0%} of the processors")
+    return [*machine.describe(), ("date", dt.date.today().isoformat()), others]
+
+
+def busy(load: float) -> list[str]:
+    """A warning where the machine had other work."""
+    if load <= quiet.BUSY_SHARE:
+        return []
+    return ["**The machine was busy while this was measured: the figures are worth little.**", ""]
+
+
 def _noise(found: Sequence[Row]) -> str:
+    """The least and the most that eager was as fast as itself."""
     ratios: list[Ratio] = [r.eager for r in found if r.eager and r.remark.startswith("noise")]
     low, high = min(r.median for r in ratios), max(r.median for r in ratios)
     return f"{low:.2f} to {high:.2f}"

@@ -9,10 +9,10 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["Delay", "wait"]
+__all__ = ["BUSY_SHARE", "Delay", "share_of_others", "wait"]
 
 # Others may take this share of all processors.
-_BUSY_SHARE = 0.1
+BUSY_SHARE = 0.1
 _LOOK_SECONDS = 2.0
 
 
@@ -49,14 +49,16 @@ def wait(patience: float) -> bool:
         Whether they did.
     """
     deadline = time.monotonic() + patience
-    while _share_of_others() > _BUSY_SHARE:
+    while share_of_others() > BUSY_SHARE:
         if time.monotonic() >= deadline:
             return False
         time.sleep(_LOOK_SECONDS)
     return True
 
 
-def _share_of_others() -> float:
+def share_of_others() -> float:
+    """The share of all processors that other programs take, watched for two seconds; 0.0 where that
+    cannot be told."""
     before = _busy_seconds()
     own = time.process_time()
     time.sleep(_LOOK_SECONDS if before else 0.0)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from interleave import Ratio, Turns
 
-__all__ = ["Row", "markdown", "noise", "text"]
+__all__ = ["Row", "duration", "markdown", "noise", "text"]
 
 HEAD = ("group", "backend", "per call", "× eager", "× raw OpenVINO", "error", "remark")
 LOSES = "▼"
@@ -46,7 +46,7 @@ class Row:
         return (
             self.group,
             self.backend,
-            _duration(self.seconds),
+            duration(self.seconds),
             self._ratio(self.eager),
             self._ratio(self.raw),
             "" if self.error is None else f"{self.error:.0e}" if self.error else "0",
@@ -59,7 +59,8 @@ class Row:
         return f"{ratio} {LOSES}" if self.ours and round(ratio.median, 2) < 1 else str(ratio)
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them."""
     if seconds is None:
         return "–"
     for unit, factor in (("s", 1.0), ("ms", 1e3)):

@@ -9,17 +9,32 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ALL_BACKENDS", "MODELS", "ZOO", "Case", "Workload", "cases", "make"]
+__all__ = [
+    "ALL_BACKENDS",
+    "MODELS",
+    "ZOO",
+    "Arguments",
+    "Case",
+    "Workload",
+    "arguments",
+    "cases",
+    "make",
+]
 
 ALL_BACKENDS = (
     "eager",
+    "eager-bf16",
+    "autocast",
     "inductor",
     "onnxruntime",
     "openvino",
     "ovshim-openvino",
     "ovshim",
     "ovshim-compile",
+    # Last: while it is measured it has changed Dynamo's configuration.
+    "dynamo-openvino",
 )
+_FIRST_BATCH_ONLY = ("eager-bf16", "autocast", "inductor", "dynamo-openvino")
 _ZOO_BACKENDS = ("eager", "openvino", "ovshim-openvino", "ovshim")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -243,8 +258,8 @@ def cases(small: bool) -> list[tuple[Case, str]]:
         for workload in _BY_NAME.values()
         for batch in workload.batches[: 1 if small else None]
         for backend in workload.backends
-        # It compiles for minutes, for each batch size anew.
-        if backend != "inductor" or batch == workload.batches[0]
+        # Those take long, some to compile for each batch size anew.
+        if backend not in _FIRST_BATCH_ONLY or batch == workload.batches[0]
     ]
 
 
@@ -254,3 +269,8 @@ def make(case: Case, small: bool) -> tuple[nn.Module, Arguments]:
     torch.manual_seed(0)
     module = workload.module(small).eval()
     return module, workload.arguments(case.batch, small)
+
+
+def arguments(case: Case, small: bool) -> Arguments:
+    """The arguments of another call of a case, with values drawn anew."""
+    return _BY_NAME[case.workload].arguments(case.batch, small)

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from ovshim.families import Family
 from ovshim.generation import Generation
 from ovshim.job import BuildStopped, Job
 from ovshim.plan import Plan
-from ovshim.planner import Family, Given, Planner, building_here
+from ovshim.planner import Given, Planner, building_here
 from ovshim.reasons import Reason, reason
 
 __all__ = ["LatePlanner", "Work", "apart", "pause"]
@@ -55,7 +56,7 @@ class LatePlanner(Planner):
         why: Reason | None = reason("building")
         if self._lock.acquire(blocking=False):
             try:
-                family = self._families.setdefault((given.kind, torch.is_grad_enabled()), Family())
+                family = self._families.of(given.kind, torch.is_grad_enabled())
                 if not self._is_building(family):
                     why = self._put_off(family)
                     if why is None:
@@ -77,7 +78,7 @@ class LatePlanner(Planner):
         """The plan for an example. See `Planner.prepare`; None where nobody waits for it."""
         if self._late and building_here():
             with self._lock, torch.no_grad():
-                family = self._families.setdefault((given.kind, False), Family())
+                family = self._families.of(given.kind, False)
                 plan = self.make(family, self._job(family, given))
             if plan is not None:
                 return plan
@@ -96,7 +97,7 @@ class LatePlanner(Planner):
         """Wait until no build is under way; whether that was so in time."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not building_here():
-            builds = [f.build for f in list(self._families.values()) if self._is_building(f)]
+            builds = [f.build for f in self._families if self._is_building(f)]
             if not builds:
                 return True
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -107,7 +108,7 @@ class LatePlanner(Planner):
     def _asked(self, given: Given) -> tuple[Build, bool]:
         """The build for such calls that is under way, or a new one, and whether it is that."""
         with self._lock, torch.no_grad():
-            family = self._families.setdefault((given.kind, False), Family())
+            family = self._families.of(given.kind, False)
             if self._is_building(family):
                 return family.build, False
             job = self._job(family, given)

@@ -217,7 +217,7 @@ def _from_capture(job: Job, family: str | None) -> Plan:
         by_training = trained and seen.reason.code in ("random", "mutates-buffer")
         raise BuildStopped(reason("training", trained[0]) if by_training else seen.reason)
     with job.stage("preflight"):
-        refuse_overflow(job)
+        job.in_range = refuse_overflow(job)
     dtypes = [leaf.dtype for leaf in seen.leaves if isinstance(leaf, torch.Tensor)]
     if job.options.precision is None and torch.float64 in dtypes:
         raise BuildStopped(reason("double-precision"))
@@ -274,6 +274,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}
         entry = job.store.amend(entry, "proof", found_out)
         keep_compiled(job, entry)
+        if job.in_range is not None:
+            entry = job.store.amend(entry, "in_range", [job.in_range])
     return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
 
 

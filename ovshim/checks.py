@@ -260,6 +260,12 @@ def _count(name: str, value: object) -> int | None:
     return int(value)
 
 
+def _some(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise OptionError(name, value, "a whole number above 0", "Leave it out for 16.")
+    return int(value)
+
+
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise OptionError(name, value, "True or False", f"Give {name}=True or {name}=False.")
@@ -365,6 +371,7 @@ CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
         "methods": _methods,
         "strict": _flag,
         "cache_dir": _cache_dir,
+        "max_plans": _some,
         "max_build_seconds": _seconds,
         "progress": _optional_flag,
     }

@@ -13,9 +13,11 @@ import torch
 from ovshim import blobs, early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
+from ovshim.errors import OptionError
 from ovshim.generation import GuardFailedError
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
+from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan
 from ovshim.preflight import Look
 from ovshim.proof import ProofFailedError
@@ -32,6 +34,8 @@ log = logging.getLogger("ovshim")
 # second sort it may depend on the call's sizes too.
 _OF_SIZES = frozenset({"proof-failed", "compile-failed"})
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
+# Sets of data of which it is kept that float16 holds them.
+_MOST_DATA = 32
 # What kernels make of a graph, another processor's may make otherwise: a cache may be an image's.
 _OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
@@ -112,10 +116,31 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             blobs.discard(job.store, entry, job.options.device, job.settings)
         job.store.discard(entry)
         return None
+    try:
+        with job.stage("proof"):
+            _refuse_overflow(job, entry)
+    except BaseException:
+        lease.release()
+        raise
     weakref.finalize(engine, lease.release)
     keep_compiled(job, entry)
     record = dataclasses.replace(record, error=max(error, record.error))
     return plan_of(job, served, record, generation, "hit", entry)
+
+
+def _refuse_overflow(job: Job, entry: Entry) -> None:
+    """Raise BuildStopped where this job's data leaves float16's range, which the data that the
+    entry was proved with may not have done. What does not is kept, to be looked at once."""
+    kept = entry.manifest.get("in_range")
+    known = list(map(str, kept)) if isinstance(kept, list) else []
+    try:
+        data = refuse_overflow(job, known)
+    except (BuildStopped, OptionError):
+        raise
+    except Exception as error:  # whatever the user's module raises
+        raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
+    if data is not None and data not in known:
+        job.store.amend(entry, "in_range", [*known, data][-_MOST_DATA:])
 
 
 def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:

@@ -78,6 +78,7 @@ class Job:
         fingerprint: all that decides the graph; None where nothing is cached.
         details: of the fingerprint, once it is known to be a miss.
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
+        in_range: the data that float16 was seen to hold; None where nothing runs in it.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
         way: how a small graph is run, where other ways than the usual may have been tried.
@@ -111,6 +112,7 @@ class Job:
     details: Mapping[str, Mapping[str, str]] | None = None
     source: Path | None = None
     hint: str = ""
+    in_range: str | None = None
     precision_run: str | None = None
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()

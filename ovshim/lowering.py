@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from ovshim import runtime
@@ -203,18 +203,28 @@ def samples_of(job: Job) -> Samples:
     return found
 
 
-def refuse_overflow(job: Job) -> None:
+def refuse_overflow(job: Job, known: Container[str] = ()) -> str | None:
     """Raise BuildStopped where values leave float16's range in what is to run in it, on the example
-    or on calibration data, with the rules that keep those modules in fp32."""
+    or on calibration data, with the rules that keep those modules in fp32.
+
+    Args:
+        known: data that was looked at before, as this returns it.
+
+    Returns:
+        What stands for the data; None where nothing is to run in float16.
+    """
     asked = job.options.precision
     wishes = asked if isinstance(asked, Mapping) else {rules.DEFAULT: job.precision}
     if "fp16" not in wishes.values() or job.own_precision == "fp16":
-        return
+        return None
     paths = [path for path, _ in job.module.named_modules(remove_duplicate=False)]
     wanted = rules.by_module(wishes, paths, job.own_precision)
     samples = job.lowering.samples if job.lowering else None
     if samples is None and job.options.calibration is not None:
         samples = samples_of(job)
+    data = calibration.digest_of([job.tensors]) + ("" if samples is None else samples.digest)
+    if data in known:
+        return data
     sets = [job.tensors, *([] if samples is None else samples.tensors[:_CHECKED_FOR_OVERFLOW])]
     for tensors in sets:
         job.check_time()
@@ -230,6 +240,7 @@ def refuse_overflow(job: Job) -> None:
             by_rules = "" not in found.paths and len(found.paths) <= _LONGEST_CURE
             where += f"; cured by precision={cure}" if by_rules else ""
             raise BuildStopped(reason("overflow", where))
+    return data
 
 
 # --- what ran in the end ----------------------------------------------------------------------

@@ -111,6 +111,10 @@ class Options:
     """Directory of the cache; None: ``OVSHIM_CACHE_DIR`` or the user's cache directory; False:
     nothing is kept. Stored as an absolute ``Path``."""
 
+    max_plans: int = 16
+    """How many plans each method keeps, above 0: a plan is for one structure, set of dtypes, ranks
+    and constants. One more takes the place of that which was used longest ago."""
+
     max_build_seconds: float = 120.0
     """What one build may take, proof and race included, in seconds, above 0; over it: eager."""
 
@@ -161,6 +165,7 @@ class OptionFields(TypedDict, total=False):
     methods: Sequence[str]
     strict: bool
     cache_dir: str | os.PathLike[str] | Literal[False] | None
+    max_plans: int
     max_build_seconds: float
     progress: bool | None
 

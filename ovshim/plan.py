@@ -193,6 +193,8 @@ class Plan:
         cache: "hit", "miss" or "off".
         trouble: the exception behind the reason, where there was one.
         calls, eager_calls: served by OpenVINO (or with parts in it), and given to eager.
+        used, counted: for `families`: at which look calls were last seen to have come here, and how
+            many there were.
         seconds: what each stage of the build took.
     """
 
@@ -242,6 +244,8 @@ class Plan:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: Counter = dataclasses.field(default_factory=Counter)
     eager_calls: Counter = dataclasses.field(default_factory=Counter)
+    used: int = 0
+    counted: int = 0
 
     @property
     def path(self) -> str:

@@ -1,8 +1,8 @@
 """Which calls get plans, when they are made, and when they go.
 
-Calls are grouped by kind (structure, dtypes, ranks, constants) and grad mode. A kind begins with
-one plan; a call of other sizes opens those sizes in one rebuild; a module that has changed drops
-its plans, and one that changes again and again waits longer and longer for the next.
+Calls are grouped by kind (structure, dtypes, ranks, constants) and grad mode (`families`). A kind
+begins with one plan; a call of other sizes opens those sizes in one rebuild; a module that has
+changed drops its plans, and one that changes again and again waits longer and longer for the next.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from ovshim import stays
 from ovshim.cache import Store
+from ovshim.families import Families, Family
 from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import Plan
@@ -28,7 +29,6 @@ from ovshim.waiting import look_at
 
 __all__ = [
     "Building",
-    "Family",
     "Given",
     "Planner",
     "building_here",
@@ -43,9 +43,6 @@ __all__ = [
 _PLANS_PER_KIND = 8
 # So many kinds of calls that have no plan, and sizes of each, are taken note of.
 _MOST_MET = 32
-# A plan that goes stale before it has served so many calls was not worth its build: the next
-# build waits, twice as many calls each time.
-_WORTH_BUILDING = 16
 # With these there is nothing to keep: it changed under the build, or somebody else builds it.
 _PASSING = frozenset({"stale", "building"})
 
@@ -57,38 +54,6 @@ class Given(NamedTuple):
     kwargs: dict[str, Any]
     kind: Kind
     leaves: Sequence[Any]
-
-
-class Family:
-    """The plans of one kind of call."""
-
-    def __init__(self) -> None:
-        self.plans: list[Plan] = []
-        self.stale = 0
-        self.wait = 0
-        self.why = reason("stale", "it keeps changing")
-        self.build: Any = None  # what another thread is making
-        self.met: set[tuple[tuple[int, ...], ...]] = set()  # sizes of calls that had no plan
-
-    def add(self, plan: Plan) -> list[Plan]:
-        """A plan for more sizes takes the place of those that it covers, which are returned."""
-        covered = [known for known in self.plans if plan.covers(known)]
-        self.plans = [known for known in self.plans if known not in covered] + [plan]
-        return covered
-
-    def drop_stale(self) -> list[Plan]:
-        gone = [p for p in self.plans if p.generation is not None and not p.generation.holds()]
-        self.plans = [p for p in self.plans if p not in gone]
-        served = sum(p.calls.value for p in gone)
-        if gone:
-            self.put_off(served)
-        return gone
-
-    def put_off(self, served: int = 0, why: Reason | None = None) -> None:
-        """Let some calls pass before the next build, if the last was not worth it."""
-        self.why = why or reason("stale", "it keeps changing")
-        self.stale = 0 if served >= _WORTH_BUILDING else self.stale + 1
-        self.wait = 2**self.stale - 1 if self.stale > 1 else 0
 
 
 class Planner:
@@ -119,7 +84,7 @@ class Planner:
         self.original = original
         self.options = options
         self.store = Store(options.cache_dir)
-        self._families: dict[tuple[Kind, bool], Family] = {}
+        self._families = Families(options.max_plans)
         self._lock = threading.RLock()
         self._on_change = on_change
         self._on_gone = on_gone
@@ -129,7 +94,7 @@ class Planner:
     @property
     def plans(self) -> list[Plan]:
         with self._lock:
-            return [plan for family in self._families.values() for plan in family.plans]
+            return self._families.plans
 
     def answer(self, given: Given) -> tuple[Any, Reason]:
         """Eager's answer to a call that has no plan yet, and why eager gave it.
@@ -140,7 +105,7 @@ class Planner:
         if not self._lock.acquire(blocking=False):
             return self.original(*given.args, **given.kwargs), reason("building")
         try:
-            family = self._families.setdefault((given.kind, torch.is_grad_enabled()), Family())
+            family = self._families.of(given.kind, torch.is_grad_enabled())
             why = self._put_off(family)
             if why is not None:
                 return self.original(*given.args, **given.kwargs), why
@@ -163,14 +128,14 @@ class Planner:
             OptionError: `dynamic_shapes` does not fit the example.
         """
         with self._lock, torch.no_grad(), Building():
-            family = self._families.setdefault((given.kind, False), Family())
+            family = self._families.of(given.kind, False)
             return self._make(family, self._job(family, given))
 
     def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
         """Take note of a call that no plan was made of: sizes that differ are left open later."""
         key = kind, torch.is_grad_enabled()
         if key in self._families or len(self._families) < _MOST_MET:
-            met = self._families.setdefault(key, Family()).met
+            met = self._families.of(*key).met
             if len(met) < _MOST_MET:
                 met.add(sizes)
 
@@ -188,7 +153,7 @@ class Planner:
     def drop(self, plan: Plan) -> None:
         """Drop one plan."""
         with self._lock:
-            for family in self._families.values():
+            for family in self._families:
                 family.plans = [known for known in family.plans if known is not plan]
             self._on_gone([plan])
             self._publish()
@@ -196,7 +161,7 @@ class Planner:
     def drop_stale(self) -> None:
         """Drop the plans that the module's present state contradicts."""
         with self._lock:
-            self._on_gone([p for family in self._families.values() for p in family.drop_stale()])
+            self._on_gone([p for family in self._families for p in family.drop_stale()])
             self._publish()
 
     def drop_all(self) -> None:
@@ -213,7 +178,9 @@ class Planner:
         if family.wait > 0:
             family.wait -= 1
             return family.why
-        return reason("too-many-plans") if len(family.plans) >= _PLANS_PER_KIND else None
+        if len(family.plans) >= _PLANS_PER_KIND:
+            return reason("too-many-plans")
+        return self._families.too_seldom(family)
 
     def _watched(self, given: Given) -> tuple[Any, Look]:
         tensors = [leaf for leaf in given.leaves if isinstance(leaf, torch.Tensor)]
@@ -273,8 +240,8 @@ class Planner:
             if passing:
                 why = plan.reason if plan.reason and plan.reason.code != "stale" else None
                 family.put_off(why=why)
-            elif family in self._families.values():  # not if all was dropped meanwhile
-                self._on_gone(family.add(plan))
+            elif any(known is family for known in self._families):  # not if all was dropped
+                self._on_gone([*family.add(plan), *self._families.make_room(plan)])
                 self._publish()
         look_at({known.path for known in self.plans})
         return plan
@@ -287,8 +254,8 @@ class Planner:
 
     def _publish(self) -> None:
         for grad in (False, True):
-            families = [f for (_, mode), f in self._families.items() if mode is grad]
             # Newest first: of two plans that fit, the later one was made for more sizes.
+            families = self._families.in_mode(grad)
             self._on_change(grad, tuple(p for f in families for p in reversed(f.plans)))
 
 

@@ -223,7 +223,7 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         # What was found, or asked for, afterwards.
         "seldom": Sentence(
             "The module was not called often enough for a build to pay.",
-            "Nothing needs doing; ovshim.accelerate builds at once.",
+            "Nothing needs doing: what is called more often gets its plan.",
         ),
         "first-use-mismatch": Sentence(
             "For sizes met for the first time, OpenVINO's outputs did not match those of eager.",
@@ -248,7 +248,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "too-many-plans": Sentence(
             "The module was called in more ways than plans are kept for.",
-            "Pass fewer combinations of structure, dtype, rank and constant arguments.",
+            "Pass fewer combinations of structure, dtype, rank and constant arguments, or raise"
+            " max_plans=.",
         ),
         "not-in-artifact": Sentence(
             "The artifact has no graph for this call.",

@@ -68,6 +68,7 @@ FLOORS: dict[str, set[str]] = {
         "dispatch",
         "plan",
         "planner",
+        "families",
         "gradients",
         "proof",
     },

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import ovshim
 from ovshim import lowering, runtime
 from ovshim.cli import digits
-from ovshim.precision import quantize
+from ovshim.precision import graphs, quantize
+from ovshim.progress import bar
 from ovshim.race import Finish
 
 
@@ -167,6 +169,25 @@ def test_a_transformer() -> None:
     assert plan(fast)["precision_run"] == "i8"
 
 
+@pytest.mark.parametrize("better", ["default", "minmax"])
+def test_the_better_preset_is_kept(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by samples that no range was taken from."""
+    learned, judged = [[torch.zeros(1)]] * 3, [[torch.ones(1)]]
+    seen: list[Any] = []
+
+    def quantized(nncf: Any, model: str, inputs: Any, ignored: Any, preset: str) -> str:
+        seen.append([given.item() for (given,) in inputs])
+        return preset
+
+    monkeypatch.setattr(quantize, "_quantized", quantized)
+    monkeypatch.setattr(graphs, "run", lambda model, inputs: (model, inputs))
+    monkeypatch.setattr(graphs, "error", lambda exact, other: 0.01 if other[0] == better else 0.02)
+    made = quantize.quantize("exact", learned, judged, [], lambda items, title: items)  # type: ignore[arg-type]
+    assert seen == [[0.0] * 3] * 2
+    assert (made.model, made.preset) == (better, better)
+    assert sorted(made.errors.values()) == [0.01, 0.02]
+
+
 # The rest of the graph
 
 
@@ -277,6 +298,11 @@ def test_compressed_weights(precision: str, share: float) -> None:
     assert told["error"] > 1e-4
     # Half a byte each, but for the last layer's, which stay in 8 bits.
     assert weights_in_bytes(fast) < (share + 0.1) * weights_in_bytes(exact)
+    graph = runtime.core().read_model(Path(told["cache_path"]) / "model.xml")
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    of = {"int8_weights": ("u8", [256, 256]), "int4_weights": ("u4", [256, 4, 64])}[precision]
+    packed = [(c.get_element_type().get_type_name(), list(c.shape)) for c in constants]
+    assert packed.count(of) >= 3, "groups are of 64 weights, whatever NNCF's default is"
 
 
 def test_activations_are_not_quantized_behind_ones_back() -> None:
@@ -379,6 +405,24 @@ def test_nncf_neither_prints_nor_leaves_anything_behind(capfd: pytest.CaptureFix
     assert logging.getLogger("nncf").handlers
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    ("asked", "terminal", "shown"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_bars_are_for_terminals(
+    asked: bool | None,
+    terminal: bool,
+    shown: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(bar([1, 2], "auto", ovshim.Options(progress=asked))) == [1, 2]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("ovshim: auto" in err) is shown
 
 
 def test_a_bar_where_one_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from modules import Attention, DigitsCnn, Recurrent, make, small_bert, small_res
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import runtime
+from ovshim import lowering, runtime
 from ovshim.precision.overflow import overflow
 from ovshim.precision.rules import by_module
 
@@ -312,6 +312,40 @@ def test_overflow_that_only_calibration_data_shows() -> None:
     x = torch.randn(4, 16)
     with falls_back("overflow"):
         ovshim.accelerate(module, x, precision="fp16", calibration=[x, x * 1e4], prefer="openvino")
+
+
+def test_overflow_is_asked_about_where_the_cache_has_the_graph() -> None:
+    """An entry was proved with other data than this process brings."""
+    module = make(Tall)
+    with torch.no_grad():
+        module.wide.weight.mul_(1e-3)  # type: ignore[operator, union-attr]
+    x = torch.randn(4, 16)
+    options: Any = {"precision": "fp16", "prefer": "openvino"}
+    with as_it_runs():
+        assert plans(ovshim.accelerate(module, x, **options))[0]["cache"] == "miss"
+    for data in ({"calibration": [x, x * 1e4]}, {}):
+        example = x if data else x * 1e4
+        with falls_back("overflow") as told:
+            fast = ovshim.accelerate(module, example, **options, **data)
+        assert "wide" in told[0].reason.message
+        check(fast, module, example, path="eager", reason="overflow", tolerance=0.0)
+    with as_it_runs():  # the entry is as good as before, for what it is good for
+        fast = ovshim.accelerate(module, x, **options)
+    assert plans(fast)[0]["cache"] == "hit"
+    check(fast, module, x, tolerance=0.03)
+
+
+@pytest.mark.slow
+def test_data_is_looked_at_for_overflow_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, looks = make(Tall), []
+    with torch.no_grad():
+        module.wide.weight.mul_(1e-3)  # type: ignore[operator, union-attr]
+    monkeypatch.setattr(lowering, "overflow", lambda *given: looks.append(given[2]))
+    example, other = torch.randn(4, 16), torch.randn(4, 16)
+    with as_it_runs():
+        for x in (example, other, example, other):
+            ovshim.accelerate(module, x, precision="fp16", prefer="openvino")
+    assert [torch.equal(given[0], x) for given, x in zip(looks, (example, other), strict=True)]
 
 
 def found_in(module: nn.Module, *inputs: Tensor) -> Any:

@@ -27,12 +27,13 @@ from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed, bucket, error_of
 from ovshim.decode.seq2seq import Seq2Seq
 from ovshim.deferred import later
+from ovshim.families import Family
 from ovshim.generation import obstacle
 from ovshim.infer import EngineDead
 from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import OutOfRangeError
-from ovshim.planner import Building, Family, building_here, unfit
+from ovshim.planner import Building, building_here, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 from ovshim.tally import Tally

@@ -7,7 +7,8 @@ it has to become are the leaves of a call of one kind, as the example was.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ovshim.checks import first_items
 from ovshim.errors import CalibrationError
 from ovshim.signature import Kind, TensorLeaf, flatten_call
 
-__all__ = ["Misfit", "Samples", "collect"]
+__all__ = ["Misfit", "Samples", "collect", "digest_of"]
 
 # What calibration data may take of memory, in bytes. Ten samples there are in any case.
 _MOST_BYTES = 256 << 20
@@ -84,7 +85,6 @@ def collect(
     names = _names(call, args)
     tensors: list[tuple[torch.Tensor, ...]] = []
     items = []
-    digest = xxhash.xxh3_128()
     size = 0
     # A shuffling loader draws random numbers, which would not be drawn without us.
     with torch.random.fork_rng(devices=[]):
@@ -96,17 +96,23 @@ def collect(
             sample = _tensors(leaves, kind)
             tensors.append(sample)
             items.append(item)
-            for tensor in sample:
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                size += tensor.numel() * tensor.element_size()
+            size += sum(tensor.numel() * tensor.element_size() for tensor in sample)
             if size > _MOST_BYTES and len(tensors) >= _FEWEST:
                 break
     if not tensors:
         raise CalibrationError(
             "calibration", source, "one example input or more", "The source gave none."
         )
-    return Samples(tuple(tensors), tuple(items), digest.hexdigest())
+    return Samples(tuple(tensors), tuple(items), digest_of(tensors))
+
+
+def digest_of(samples: Iterable[Iterable[torch.Tensor]]) -> str:
+    """A digest of all the tensors' bytes, dtypes and sizes, in order."""
+    digest = xxhash.xxh3_128()
+    for tensor in itertools.chain.from_iterable(samples):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _items(source: Any, transform: Callable[[Any], Any] | None) -> Iterator[tuple[Any, Any]]:
