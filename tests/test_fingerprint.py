@@ -735,6 +735,18 @@ def test_patched_functions_are_seen(
     assert key(module) != before
 
 
+@pytest.mark.parametrize("name", ["compile", "load", "save"])
+def test_patches_that_compute_nothing_are_no_part_of_it(
+    patch: Callable[[Any, str, Any], None], name: str
+) -> None:
+    """Lightning puts another `torch.compile` in place: a process that has imported it would find
+    no entry of one that has not."""
+    module = small()
+    before = key(module)
+    patch(torch, name, _other)
+    assert key(module) == before
+
+
 def test_one_of_torchs_own_functions_in_place_of_another_is_seen(
     patch: Callable[[Any, str, Any], None],
 ) -> None:

@@ -32,6 +32,8 @@ _LIFECYCLE = frozenset({
 # Too seldom called by a forward to follow what a library's do: its configurations build others.
 _COMPARISONS = frozenset({"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__",
                           "__setattr__", "__delattr__"})  # fmt: skip
+# Functions of torch that no layer computes by, and that libraries replace (Lightning compile).
+_NOT_COMPUTING = frozenset({"compile", "load", "save"})
 _NOT_GLOBALS = frozenset({"__name__", "__file__", "__spec__", "__loader__", "__package__",
                           "__path__", "__doc__", "__builtins__", "__debug__"})  # fmt: skip
 # Calls within libraries that are followed. Attention is two below a layer's forward, the repetition
@@ -159,7 +161,7 @@ class Reach(Writer):
         For torch itself: its own layers, which are not followed, compute by these.
         """
         for name, member in list(vars(module).items()):
-            if type(member) is types.FunctionType:
+            if type(member) is types.FunctionType and name not in _NOT_COMPUTING:
                 self.patch(module, name, member)
             elif type(member) is types.BuiltinFunctionType and member.__name__ != name:
                 self.mark(".", name, module.__name__)
