@@ -93,8 +93,11 @@ def _compiled(
             made = None if job.early is None else job.early.take(entry, device, settings)
             compiled, job.imported = made or blobs.compiled(job.store, entry, device, settings)
             job.model, job.settings = compiled, settings
-        job.precision_run = runtime.precision_run(compiled)
-        job.modules_run, job.warnings = warnings_of(job, compiled)
+        if sizes is None:
+            job.precision_run = runtime.precision_run(compiled)
+            job.modules_run, job.warnings = warnings_of(job, compiled)
+        elif runtime.precision_run(compiled) != job.precision_run:
+            raise ValueError("for these sizes it runs in another precision")
         verdict = (torch.bool,) if record.checked else ()
         return engine_for(compiled, job.placement["threads"], inputs, (*record.dtypes, *verdict))
     except (RuntimeError, TypeError, ValueError) as error:

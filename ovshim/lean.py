@@ -129,7 +129,7 @@ def _key(job: Job, blocks: list[mapped.Block]) -> str | None:
     """What the file is found by: the weights, which of them, and how they lie in it."""
     try:
         known = {} if job.fingerprint is None else job.fingerprint.parts
-        weights = known.get("weights") or weights_of(job.module)
+        weights = known.get("weights") or weights_of(job.module)[0]
     except Unkeyable:
         return None
     text = json.dumps(["lean", weights, mapped.described(job.module, blocks)])

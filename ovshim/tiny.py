@@ -106,6 +106,7 @@ def add_exact(
     is_open = any(n is None for dims in record.pattern for n in dims)
     if (
         job.way is None
+        or isinstance(job.options.precision, Mapping)  # of which nobody would read back what runs
         or not is_open
         or not (known or job.tiny)
         or type(served.engine) is not Engine

@@ -283,7 +283,7 @@ def exact_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     compile_model = runtime.compile_model
 
     def noted(*args: Any) -> Any:
-        if args[3] is not None:
+        if args[3:] and args[3] is not None:
             compiled.append(args[3])
         return compile_model(*args)
 
