@@ -36,7 +36,7 @@ from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job, own_dtype, versions
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
-from ovshim.preflight import Look
+from ovshim.preflight import Look, used_up
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
@@ -164,6 +164,9 @@ def _refuse_at_sight(job: Job) -> None:
             raise BuildStopped(reason("untracked-weights", name))
     if _is_sharded(job.module):
         raise BuildStopped(reason("untracked-weights", "FSDP gathers them anew for each call"))
+    why = used_up(job.module)
+    if why is not None:
+        raise BuildStopped(why)
     doubles = [own_dtype(job.module), *(tensor.dtype for tensor in job.tensors)]
     if job.options.precision is None and torch.float64 in doubles:
         raise BuildStopped(reason("double-precision"))

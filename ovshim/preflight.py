@@ -8,9 +8,10 @@ before and after a call, and stays in eager with that reason.
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,31 @@ from ovshim.modes import Drawing, Writes, draws, without_drawing
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
-__all__ = ["Look", "Sources", "look", "sources"]
+__all__ = ["Look", "Sources", "look", "sources", "used_up"]
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
 _RESTORABLE_BYTES = 64 << 20
 # Outputs that share a storage of more elements than this are taken to overlap.
 _LARGEST_MAP = 1 << 26
+
+
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+
+def used_up(module: nn.Module) -> Reason | None:
+    """What a module holds that a look would use up, and nobody could put back: its own iterators
+    and generators of random numbers. Files are left out: what they are for is writing."""
+    for path, inner in module.named_modules():
+        for name, value in vars(inner).items():
+            held = value.values() if isinstance(value, dict) else value
+            for one in held if isinstance(value, (list, tuple, dict)) else (value,):
+                kind = type(one)
+                ends = issubclass(kind, Iterator) and not issubclass(kind, io.IOBase)
+                if ends or issubclass(kind, _GENERATORS):
+                    where = f"{path}.{name}".lstrip(".")
+                    return reason("mutates-attribute", f"each call would use up {where}, {one!r}")
+    return None
 
 
 class Look:

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import random
 import traceback
 import warnings
 from collections.abc import Callable
@@ -1007,3 +1009,36 @@ def test_a_verdict_of_one_processor_binds_no_other(monkeypatch: pytest.MonkeyPat
         patch.setattr(runtime, "processor", lambda: "another")
         assert cached() == ("openvino", "miss")
         assert cached() == ("openvino", "hit")
+
+
+class Draws(nn.Module):
+    """Takes a step of what it holds in each call."""
+
+    def __init__(self, held: Any, step: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.held = held
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) * float(self.step(self.held))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("make_held", "step"),
+    [
+        (lambda: itertools.count(1), next),
+        (lambda: [iter(range(1, 99))], lambda held: next(held[0])),
+        (lambda: random.Random(0), lambda held: held.random()),
+        (lambda: torch.Generator().manual_seed(0), lambda held: torch.rand((), generator=held)),
+    ],
+)
+def test_what_a_look_would_use_up_is_left_alone(
+    make_held: Callable[[], Any], step: Callable[[Any], Any]
+) -> None:
+    module, alone = make(lambda: Draws(make_held(), step)), make(lambda: Draws(make_held(), step))
+    x = torch.randn(2, 4)
+    with falls_back("mutates-attribute"), torch.inference_mode():
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+        same([fast(x) for _ in range(3)], [alone(x) for _ in range(3)])
