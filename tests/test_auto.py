@@ -117,6 +117,7 @@ def test_without_calibration_data_there_is_no_int8(speeds: dict[str, float]) -> 
     assert table(fast)["fp32"]["p99"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_function_judges_with_labels(speeds: dict[str, float]) -> None:
     speeds["i8"] = 0.1
     module = make(DigitsCnn)

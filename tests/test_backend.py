@@ -139,6 +139,7 @@ def test_a_name_tells_torchs_number_and_the_users_line() -> None:
 # Weights
 
 
+@pytest.mark.slow
 def test_weights_that_change_under_it() -> None:
     net, inputs = make(Mlp), x()
     fast = compiled(net)

@@ -283,6 +283,7 @@ print(json.dumps(ovshim.explain(fast).to_dict()))
 """
 
 
+@pytest.mark.slow
 def test_the_next_process_begins_where_this_one_ended() -> None:
     first = json.loads(run_python(_NEXT_PROCESS, "8", "12", "12", "9"))
     assert first["calls"]["openvino"] >= 2
@@ -359,6 +360,7 @@ def test_the_lengths_of_an_lstm() -> None:
     settle(fast, module, torch.randn(1, 9, 8))
 
 
+@pytest.mark.slow
 def test_the_mask_and_the_length_move_together() -> None:
     module = make(Attention)
     fast = ovshim.accelerate(
@@ -440,6 +442,7 @@ def test_shapes_of_several_arguments_by_name() -> None:
     assert len(plans(fast)) == 1
 
 
+@pytest.mark.slow
 def test_shapes_of_keyword_arguments() -> None:
     module = small_bert()
     fast = ovshim.accelerate(

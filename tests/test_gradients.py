@@ -484,6 +484,7 @@ def test_a_head_is_trained_over_a_frozen_body() -> None:
     same(list(heads[1].parameters()), list(heads[0].parameters()))
 
 
+@pytest.mark.slow
 def test_flags_that_change() -> None:
     """Thawed after a frozen start, and the other way round."""
     module, fast = make(Mlp), ovshim.accelerate(make(Mlp), prefer="openvino")
@@ -576,6 +577,7 @@ def test_inference_tensors_are_refused_as_ever() -> None:
             one(x)
 
 
+@pytest.mark.slow
 @ABOUT_HOOKS
 def test_backward_hooks_on_submodules_are_called() -> None:
     module, fast = fast_mlp()
@@ -653,6 +655,7 @@ class Locked(Mlp):
         self.lock = threading.Lock()
 
 
+@pytest.mark.slow
 def test_a_module_that_cannot_be_copied() -> None:
     module = make(Locked)
     fast = ovshim.accelerate(module, prefer="openvino")

@@ -37,6 +37,7 @@ def accelerated(module: nn.Module, *example: Any) -> nn.Module:
 # Calls
 
 
+@pytest.mark.slow
 def test_the_order_of_a_dicts_keys_matters() -> None:
     module = plain(lambda self, d: torch.cat([x.sin() for x in d.values()], -1))
     a, b = torch.randn(2, 3), torch.randn(2, 4)

@@ -176,6 +176,7 @@ def test_gradients_are_of_the_whole() -> None:
     same(torch.autograd.grad(y.sum(), x), (expected,))
 
 
+@pytest.mark.slow
 def test_a_copy_and_a_pickle_have_parts_of_their_own() -> None:
     module, fast = tower(branch)
     again = copy.deepcopy(fast)

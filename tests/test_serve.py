@@ -605,6 +605,7 @@ def test_values_that_are_eagers_keep_no_one_else_from_openvino() -> None:
     assert counts(fast)["eager"] == 1
 
 
+@pytest.mark.slow
 def test_weights_that_change_while_calls_wait() -> None:
     module, fast = fast_mlp()
     xs = [torch.randn(1, 8) for _ in range(2)]

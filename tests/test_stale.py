@@ -223,6 +223,7 @@ def test_weights_moved_to_bfloat16() -> None:
         check(fast, module, x, path=None, tolerance=0.02)
 
 
+@pytest.mark.slow
 def test_tied_weights_untied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -286,6 +287,7 @@ def test_a_lora_merged_into_the_weights() -> None:
     moved(fast, module)
 
 
+@pytest.mark.slow
 def test_weights_that_go_back_are_served_from_the_cache() -> None:
     fast, module = pair()
     state = copy.deepcopy(module.state_dict())
@@ -582,6 +584,7 @@ def test_a_sequential_edited(edit: Callable[[nn.Module], None]) -> None:
     moved(fast, nn.Sequential(*fast).eval())
 
 
+@pytest.mark.slow
 def test_layers_taken_out_of_a_bert() -> None:
     module = small_bert()
     fast = ovshim.accelerate(
@@ -746,6 +749,7 @@ def test_only_one_rebuild_per_change() -> None:
     assert paths(fast).count("openvino") == 1
 
 
+@pytest.mark.slow
 def test_a_stale_plan_of_another_signature_is_noticed_too() -> None:
     fast, module = pair()
     settle(fast, module, torch.randn(2, 3, 8))

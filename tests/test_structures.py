@@ -80,6 +80,7 @@ def test_dict_in_dataclass_out() -> None:
     settle(fast, module, reverse)
 
 
+@pytest.mark.slow
 def test_nested_in_and_out_with_none_and_constants_between() -> None:
     module = make(Nest)
     pairs = ((torch.randn(2, 8), torch.randn(2, 8)), {"c": torch.randn(2, 3)})

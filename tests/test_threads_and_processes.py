@@ -113,6 +113,7 @@ def test_threads_that_accelerate_the_same_module() -> None:
         check(fast, module, torch.randn(3, 8))
 
 
+@pytest.mark.slow
 def test_threads_that_accelerate_different_modules() -> None:
     modules = [make(Mlp, outputs=3 + number) for number in range(4)]
     x = torch.randn(3, 8)
@@ -402,6 +403,7 @@ class Embedded(torch.utils.data.Dataset[Tensor]):
 # Life and death
 
 
+@pytest.mark.slow
 def test_modules_come_and_go() -> None:
     """What a module held is let go with it."""
     import gc
