@@ -22,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import ovshim
-from ovshim import backend, runtime
+from ovshim import backend, executed, runtime
 
 __all__ = [
     "TITLES",
@@ -242,7 +242,7 @@ def _openvino(task: Task) -> Prepared:
     def outputs(answer: Any) -> list[torch.Tensor]:
         return [torch.from_numpy(array.copy()) for array in answer.values()]
 
-    return Prepared(call, outputs, runtime.precision_run(compiled), note)
+    return Prepared(call, outputs, executed.precision_run(compiled), note)
 
 
 def raw_request(compiled: Any, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:

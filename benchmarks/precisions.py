@@ -28,7 +28,7 @@ from torch import nn
 from trained import TRAINED
 
 import ovshim
-from ovshim import runtime
+from ovshim import executed, runtime
 from ovshim.bound import installed
 
 __all__ = [
@@ -186,7 +186,7 @@ def _raw_of(path: Path, task: Task, hint: str) -> Prepared:
         arrays = [array for array in answer.values() if array.dtype != bool]
         return [torch.from_numpy(array.copy()) for array in arrays]
 
-    ran = runtime.precision_run(compiled)
+    ran = executed.precision_run(compiled)
     note = "outputs not owned"
     return Prepared(raw_request(compiled, tensors), outputs, ran, note, _size(path))
 

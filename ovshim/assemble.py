@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ovshim import blobs, runtime
+from ovshim import blobs, executed, runtime
 from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
 from ovshim.eager import Eager
@@ -94,9 +94,9 @@ def _compiled(
             compiled, job.imported = made or blobs.compiled(job.store, entry, device, settings)
             job.model, job.settings = compiled, settings
         if sizes is None:
-            job.precision_run = runtime.precision_run(compiled)
+            job.precision_run = executed.precision_run(compiled)
             job.modules_run, job.warnings = warnings_of(job, compiled)
-        elif runtime.precision_run(compiled) != job.precision_run:
+        elif executed.precision_run(compiled) != job.precision_run:
             raise ValueError("for these sizes it runs in another precision")
         verdict = (torch.bool,) if record.checked else ()
         return engine_for(compiled, job.placement["threads"], inputs, (*record.dtypes, *verdict))

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
-from ovshim import runtime
+from ovshim import executed, runtime
 from ovshim.cache import Entry
 from ovshim.capture import Captured, distinct_tensors, names
 from ovshim.errors import PrecisionWarning
@@ -252,14 +252,14 @@ def warnings_of(job: Job, compiled: Any) -> tuple[dict[str, str], list[Precision
     lowering, wishes = job.lowering, job.options.precision
     if lowering is None or not isinstance(wishes, Mapping):
         # A hint is about products; what only adds and compares runs as the plugin likes.
-        multiplies = any(runtime.computes(kind) for kind, _, _ in runtime.executed(compiled))
+        multiplies = any(executed.computes(kind) for kind, _, _ in executed.operations(compiled))
         return {}, _of_hint(job) if multiplies else []
     ran: dict[str, Counter[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
     asked = rules.by_module(wishes, lowering.modules, job.own_precision)
     for paths, kind, precision in names.ran_in(compiled):
         path = paths[0]
-        if not (runtime.computes(kind) or kind in _REDUCING):
+        if not (executed.computes(kind) or kind in _REDUCING):
             continue
         ran.setdefault(path, Counter())[precision] += 1
         wanted = asked.get(path)

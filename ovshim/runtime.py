@@ -10,8 +10,7 @@ import os
 import platform
 import sys
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,33 +24,6 @@ _CAPABILITIES = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16", "INT8": "int8"}
 
 # These hand properties on to the devices they stand for; BATCH takes them itself.
 HANDING_ON = ("AUTO", "HETERO", "MULTI")
-
-# The kinds of nodes whose precision decides speed and error; the others convert, move or add.
-_COMPUTE = frozenset(
-    {
-        "BrgemmConv",
-        "Convolution",
-        "Deconvolution",
-        "FullyConnected",
-        "FullyConnectedCompressed",
-        "Gemm",
-        "GroupConvolution",
-        "GRUCell",
-        "GRUSequence",
-        "LLMMLP",
-        "LSTMCell",
-        "LSTMSequence",
-        "MatMul",
-        "MHA",
-        "QKVProjection",
-        "RNNCell",
-        "RNNSeq",
-        "RNNSequence",
-        "ScaledDotProductAttention",
-        "ScaledDotProductAttentionWithKVCache",
-    }
-)
-_SCAFFOLDING = frozenset({"Const", "Convert", "Input", "Output", "Parameter", "Reorder", "Result"})
 
 _ISA = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512_vnni", "avx512_bf16"),
@@ -322,57 +294,6 @@ def hides_failures(compiled: Any, threads: int | None) -> bool:
     except RuntimeError as error:
         _log.debug("No number of threads: %s", error)
         return min(threads or _usable_cpus(), _usable_cpus()) <= 1
-
-
-def precision_run(compiled: Any) -> str:
-    """What most of the compute nodes run in: ``f32``, ``bf16``, ``f16``, ``i8``, ...
-
-    Read from the execution graph: the property of the compiled model says what was asked for.
-    Where there is nothing to multiply, the other nodes count; ``unknown`` when the device shows
-    no graph.
-    """
-    compute: Counter[str] = Counter()
-    other: Counter[str] = Counter()
-    for kind, ran, _ in executed(compiled):
-        (compute if kind in _COMPUTE else other)[ran] += 1
-    count = compute or other
-    # Of equals the first by name, so that the answer does not depend on the order of nodes.
-    return min(count, key=lambda ran: (-count[ran], ran)) if count else "unknown"
-
-
-def executed(compiled: Any) -> Iterator[tuple[str, str, str]]:
-    """The operations of the execution graph that do more than convert or move: the kind of each,
-    what it runs in, and the names of the operations that it was made of, separated by commas."""
-    try:
-        nodes = compiled.get_runtime_model().get_ordered_ops()
-    except RuntimeError as error:
-        _log.debug("No execution graph: %s", error)
-        return
-    for node in nodes:
-        info = node.get_rt_info()
-        if "layerType" not in info or "runtimePrecision" not in info:
-            continue
-        kind = info["layerType"].astype(str)
-        ran = info["runtimePrecision"].astype(str)
-        if kind not in _SCAFFOLDING:
-            names = info["originalLayersNames"].astype(str) if "originalLayersNames" in info else ""
-            yield kind, _computed_in(node, ran) if kind in _COMPUTE else ran, names
-
-
-def _computed_in(node: Any, ran: str) -> str:
-    """What a product runs in. With compressed weights the plugin names the weights' type, also
-    where they are multiplied as floats."""
-    if ran not in ("i8", "u8", "i4", "u4"):
-        return ran
-    source = node.input(0).get_source_output()
-    types = source.get_node().get_rt_info()["outputPrecisions"].astype(str).split(",")
-    given = types[source.get_index()] if len(types) > source.get_index() else types[0]
-    return given if given in ("f32", "bf16", "f16") else "i8"
-
-
-def computes(kind: str) -> bool:
-    """Whether operations of this kind of the execution graph multiply: their precision decides."""
-    return kind in _COMPUTE
 
 
 @functools.cache

@@ -39,7 +39,7 @@ FLOORS: dict[str, set[str]] = {
         "pages",
         "waiting",
     },
-    "2a": {"runtime"},
+    "2a": {"runtime", "executed"},
     "2b": {"preflight", "verify", "race", "generation", "child", "frozen", "mapped"},
     "2c": {"infer", "pool", "single", "slots", "capture", "precision"},
     "3": {

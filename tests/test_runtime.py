@@ -11,7 +11,7 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 
-from ovshim import runtime
+from ovshim import executed, runtime
 from ovshim.errors import OptionError
 
 VIRTUAL = ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"]
@@ -108,7 +108,7 @@ def test_each_kind_of_device_obeys_the_settings(path: Path, device: str) -> None
     own = given.get("DEVICE_PROPERTIES", {"CPU": given})["CPU"]
     assert own.get("ENABLE_CPU_PINNING", True) is (runtime._usable_cores() == 1)
     compiled = runtime.compile_model(path, device, given)
-    found = runtime.precision_run(compiled)
+    found = executed.precision_run(compiled)
     assert found == "f32"
     if device in VIRTUAL:
         properties = compiled.get_property("DEVICE_PROPERTIES")["CPU"]
@@ -139,14 +139,14 @@ def test_precision_run_is_read_from_the_graph(path: Path) -> None:
         compiled = runtime.compile_model(path, "CPU", settings(precision=precision))
         # A processor without the instructions for one may run another, but says so.
         expected = {hint} if precision in capabilities else {"f32", "bf16", "f16"}
-        assert runtime.precision_run(compiled) in expected
+        assert executed.precision_run(compiled) in expected
 
 
 def test_precision_run_of_a_model_without_products() -> None:
     x = ops.parameter([2], ov.Type.i32)
     model = ov.Model([ops.add(x, ops.constant(np.int32(1)))], [x], "add")
     compiled = runtime.core().compile_model(model, "CPU", settings(precision="bf16"))
-    assert runtime.precision_run(compiled) == "i32"
+    assert executed.precision_run(compiled) == "i32"
 
 
 def test_precision_run_without_a_graph() -> None:
@@ -154,7 +154,7 @@ def test_precision_run_without_a_graph() -> None:
         def get_runtime_model(self) -> None:
             raise RuntimeError("not implemented")
 
-    assert runtime.precision_run(Compiled()) == "unknown"
+    assert executed.precision_run(Compiled()) == "unknown"
 
 
 def test_devices_name_what_is_there() -> None:

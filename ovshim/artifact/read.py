@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ovshim import runtime
+from ovshim import executed, runtime
 from ovshim.artifact.save import MANIFEST, SCHEMA
 from ovshim.artifact.structure import (
     const_from_json,
@@ -260,7 +260,7 @@ def _compiled(
         graph.structure,
         checked,
     )
-    return served, runtime.precision_run(compiled)
+    return served, executed.precision_run(compiled)
 
 
 def _like(kind: Kind, infinite: Sequence[bool]) -> list[torch.Tensor]:

@@ -6,8 +6,6 @@ import contextlib
 import inspect
 import logging
 import os
-import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import filelock
-import platformdirs
 
-from ovshim.cache import files, marks, upkeep
+from ovshim.cache import files, hints, marks, upkeep
 from ovshim.cache.entry import (
     MANIFEST,
     MARKER,
@@ -31,8 +28,7 @@ from ovshim.cache.entry import (
     read_one,
 )
 from ovshim.cache.files import Lease
-
-MAX_SIZE = 10 * 10**9  # bytes
+from ovshim.cache.place import directory_of, largest, usable
 
 _log = logging.getLogger("ovshim")
 
@@ -70,12 +66,12 @@ class Store:
     ) -> None:
         self.root: Path | None = None
         self.problem: str | None = None
-        self.max_size = _max_size() if max_size is None else max_size
+        self.max_size = largest() if max_size is None else max_size
         self._said: set[str] = set()
         if directory is False:
             return
         try:
-            self.root = _usable(_directory(directory))
+            self.root = usable(directory_of(directory))
         except (OSError, RuntimeError, ValueError) as error:  # ValueError: a NUL in the path
             self.problem = str(error)
             _log.warning("the cache is off: %s", error)
@@ -152,45 +148,13 @@ class Store:
 
     def hint(self, key: str, entry: Entry) -> None:
         """Keeps under a key which entry was used last."""
-        check_key(key)
-        name = f"{entry.family}/{entry.variant}"
-        if self.root is None or not os.access(self._room, os.W_OK):
-            return
-        with contextlib.suppress(OSError, ValueError):
-            if files.read_sealed(self._room / "hints" / key).get("entry") == name:
-                return
-        upkeep.attempt("keep a hint", lambda: self._keep_hint(key, name))
-
-    def _keep_hint(self, key: str, name: str) -> None:
-        (self._room / "hints").mkdir(mode=0o700, exist_ok=True)
-        temporary = upkeep.temporary(self._room)
-        try:
-            # Not synced: what a power cut tears is no hint.
-            (temporary / key).write_bytes(files.seal({"entry": name}))
-            os.replace(temporary / key, self._room / "hints" / key)
-        finally:
-            upkeep.erase(temporary)
+        if self.root is not None and os.access(self._room, os.W_OK):
+            hints.keep(self._room, key, entry)
 
     def hinted(self, key: str) -> Path | None:
         """Where the entry lies that was used last under a key, if it is there still. It is not
         read: see `sound`."""
-        check_key(key)
-        if self.root is None:
-            return None
-        hint = self._room / "hints" / key
-        try:
-            family, _, variant = files.read_sealed(hint)["entry"].partition("/")
-            check_key(family, variant)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            _log.debug("%s: %s", hint, error)
-            return None
-        path: Path = self._room / family / variant
-        if not path.is_dir():
-            upkeep.erase(hint)
-            return None
-        return path
+        return None if self.root is None else hints.find(self._room, key)
 
     def hold(self, entry: Entry) -> Lease | None:
         """Marks an entry as used now, and in use by this process until the lease is released.
@@ -402,44 +366,3 @@ def _acquire(
         except filelock.Timeout:
             meanwhile()
     lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
-
-
-def _max_size() -> int:
-    text = os.environ.get("OVSHIM_CACHE_MAX_SIZE", "").strip()
-    try:
-        return files.parse_size(text) if text else MAX_SIZE
-    except ValueError as error:
-        _log.warning("OVSHIM_CACHE_MAX_SIZE is ignored: %s", error)
-        return MAX_SIZE
-
-
-def _directory(directory: str | os.PathLike[str] | None) -> Path:
-    if directory is None:
-        directory = os.environ.get("OVSHIM_CACHE_DIR") or None
-    path = Path(platformdirs.user_cache_dir("ovshim") if directory is None else directory)
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:
-        raise RuntimeError(f"{error} OVSHIM_CACHE_DIR names another place.") from error
-
-
-def _usable(path: Path) -> Path:
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    root = path.resolve()
-    for directory in (root, root / "v1"):
-        directory.mkdir(mode=0o700, exist_ok=True)
-        os.listdir(directory)
-        _refuse_strangers(directory)
-    return root
-
-
-def _refuse_strangers(directory: Path) -> None:
-    """Raises `PermissionError` where another user could plant an entry, and nobody has said that
-    those who can are trusted."""
-    if sys.platform == "win32" or os.environ.get("OVSHIM_CACHE_SHARED", "").strip() == "1":
-        return
-    found = directory.stat()
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others can write to {directory}; remedy: chmod go-w {directory}")
-    if found.st_uid not in (0, os.geteuid()):
-        raise PermissionError(f"{directory} is another user's; OVSHIM_CACHE_DIR names another")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ovshim import runtime
+from ovshim import executed
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -78,7 +78,7 @@ def paths_in_name(names: str) -> list[str]:
 def ran_in(compiled: Any) -> Iterator[tuple[list[str], str, str]]:
     """Each operation of a compiled model that computes: the paths of its modules, its kind, and
     the precision that it runs in (`f32`, `bf16`, `f16`, `i8`)."""
-    for kind, ran, names in runtime.executed(compiled):
+    for kind, ran, names in executed.operations(compiled):
         paths = paths_in_name(names)
         if paths:
             yield paths, kind, ran

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ovshim import runtime
+from ovshim import executed, runtime
 from ovshim.decode import probes
 from ovshim.decode.decoding import compile_fits
 from ovshim.decode.engine import StatefulEngine, stateful_engine_for
@@ -84,7 +84,7 @@ class Prover:
             settings = runtime.settings(precision=safe, **job.placement, properties=properties)
             try:
                 compiled = runtime.compile_model(source, job.options.device, settings)
-                job.precision_run = runtime.precision_run(compiled)
+                job.precision_run = executed.precision_run(compiled)
                 _, job.warnings = warnings_of(job, compiled)
                 states = len(self.form.sizes)
                 inputs = [torch.int64] * len(self.manner.inputs)
