@@ -102,7 +102,8 @@ IN_PLACE = {
 
 def pooled(pool: Callable[..., Tensor], dims: int) -> Case:
     sizes_ = (1, 2, 10, 9, 8)[: 2 + dims]
-    return case(lambda x: pool(x, 3, 2, 1, ceil_mode=True), torch.randn(sizes_))
+    module = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](3, 2, 1, ceil_mode=True)
+    return case(lambda x: (pool(x, 3, 2, 1, ceil_mode=True), module(x)), torch.randn(sizes_))
 
 
 def second_of_constant(x: Tensor) -> Tensor:

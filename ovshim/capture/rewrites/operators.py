@@ -101,6 +101,7 @@ def _average_pool(dims: int) -> Any:
         padding: Any = 0,
         ceil_mode: bool = True,
         count_include_pad: bool = True,
+        divisor_override: None = None,
     ) -> torch.Tensor:
         """Of the padded input, cut to the size of the other: windows that begin in the padding at
         the far end are left out, and those that reach beyond it count less."""
