@@ -2,7 +2,7 @@
 paid for.
 
 At each new size it chooses and compiles kernels, which can take longer than eager's whole call; a
-program whose sizes never come back would be slower in each of its calls. So a tenth of what eager
+program whose sizes never come back would be slower in each of its calls. So a sixteenth of what eager
 takes at such sizes, and what OpenVINO saves elsewhere, is put aside, and spent on first calls.
 """
 
@@ -13,7 +13,7 @@ from ovshim.buckets import Bucket
 __all__ = ["Unmet"]
 
 # Of eager's time: so much slower may a program become of what OpenVINO tries.
-_SHARE = 0.1
+_SHARE = 1 / 16
 # Sizes that are remembered. OpenVINO itself keeps kernels for some thousands.
 _MOST = 4096
 
