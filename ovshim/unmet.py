@@ -3,7 +3,7 @@ paid for.
 
 At each new size it chooses and compiles kernels, which can take longer than eager's whole call; a
 program whose sizes never come back would be slower in each of its calls. So a sixteenth of what
-eager takes at such sizes, and what OpenVINO saves elsewhere, is put aside, and spent on first calls.
+eager takes at such sizes, and what OpenVINO saves elsewhere, is put aside and spent on first calls.
 """
 
 from __future__ import annotations
