@@ -186,7 +186,8 @@ def test_calls_of_many_threads_while_it_is_built(
         assert all(threads.map(calls, range(4)))
     fast.ovshim.wait()  # type: ignore[operator, union-attr]
     agrees(fast, eager, torch.randn(4, 256))
-    assert plan(fast)["given_back"] == _WEIGHTS
+    # What an operation of another thread held at that moment stays in memory.
+    assert 0 < plan(fast)["given_back"] <= _WEIGHTS
 
 
 def test_the_file_is_kept_and_found(tmp_path: Path) -> None:
