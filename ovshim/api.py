@@ -6,21 +6,20 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from torch import nn
 
-from ovshim import runtime
-from ovshim.bound import install, installed
-from ovshim.dispatch import Dispatcher
+from ovshim import early, runtime
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
-from ovshim.handle import Handle
 from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
-from ovshim.parts import divide
-from ovshim.report import Report
 from ovshim.shapes import check_names
-from ovshim.twin import make_twin
+
+# The rest is imported by who needs it: a compilation may be under way by then.
+if TYPE_CHECKING:
+    from ovshim.dispatch import Dispatcher
+    from ovshim.report import Report
 
 __all__ = ["accelerate", "explain"]
 
@@ -96,13 +95,25 @@ def accelerate(
         if example_input is None and example_kwargs is None
         else as_call(example_input, example_kwargs)
     )
+    ahead = None if call is None else _begun(module, chosen, call)
+    from ovshim.twin import make_twin
+
     fast = module if chosen.inplace else make_twin(module)
     _equip(fast, chosen)
     if call is not None:
-        dispatcher = installed(fast)[chosen.methods[0]].dispatcher
-        assert isinstance(dispatcher, Dispatcher)
-        dispatcher.prepare(*call, wait=not chosen.background)
+        from ovshim.bound import installed
+
+        dispatcher: Any = installed(fast)[chosen.methods[0]].dispatcher
+        dispatcher.prepare(*call, wait=not chosen.background, ahead=ahead)
     return fast
+
+
+def _begun(
+    module: nn.Module, options: Options, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> early.Ahead | None:
+    """What can be begun of a plan, where one is going to be made here and now."""
+    idle = options.background or options.prefer == "eager" or module.training
+    return None if idle or not enabled_in_environment() else early.begin_for(module, options, *call)
 
 
 def explain(
@@ -121,6 +132,8 @@ def explain(
     """
     if not isinstance(module, nn.Module):
         raise _no_module(module)
+    from ovshim.handle import Handle
+
     handle = module.__dict__.get("ovshim")
     if isinstance(handle, Handle):
         return handle.report()
@@ -191,10 +204,16 @@ class Maker:
         return {"method": self.method, "options": self.options.portable()}
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
+        from ovshim.dispatch import Dispatcher
+        from ovshim.parts import divide
+
         return Dispatcher(module, self.method, original, self.options, divide)
 
 
 def _equip(module: nn.Module, options: Options) -> None:
+    from ovshim.bound import install
+    from ovshim.handle import Handle
+
     for name in options.methods:
         install(module, name, Maker(name, options))
     # Not setattr: a module of the user's may have a __setattr__ of its own.

@@ -90,7 +90,8 @@ def _compiled(
         if entry is None or sizes is not None:
             compiled = runtime.compile_model(source, device, settings, sizes)
         else:
-            made = None if job.early is None else job.early.take(entry, device, settings)
+            begun = None if job.ahead is None else job.ahead.early
+            made = None if begun is None else begun.take(entry, device, settings)
             compiled, job.imported = made or blobs.compiled(job.store, entry, device, settings)
             job.model, job.settings = compiled, settings
         if sizes is None:

@@ -20,7 +20,8 @@ from typing import Any
 import xxhash
 
 from ovshim import runtime
-from ovshim.cache import Entry, Store, StoreError
+from ovshim.cache.entry import Entry
+from ovshim.cache.store import Store, StoreError
 
 __all__ = ["compiled", "discard", "keep"]
 

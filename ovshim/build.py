@@ -33,7 +33,7 @@ from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.generation import Generation
 from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
 from ovshim.infer import EngineDead
-from ovshim.job import BuildStopped, Job, own_dtype, versions
+from ovshim.job import BuildStopped, Job, versions
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look, used_up
@@ -42,6 +42,7 @@ from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
+from ovshim.wanted import own_dtype
 
 __all__ = ["build", "is_cached"]
 
@@ -103,12 +104,13 @@ def _build(job: Job) -> Plan:
     _refuse_at_sight(job)
     job.lowering = lowering_of(job)
     with job.stage("fingerprint"):
-        job.early = early.begin(job)
+        if job.ahead is None:
+            job.ahead = early.begin(job) if job.awaited else early.Ahead()
         family, trouble = _family(job)
     if family is None:
         log.info("%s is not cached: %s", type(job.module).__qualname__, trouble)
         return _from_capture(job, None)
-    if job.died == family or job.store.died_building(family):
+    if job.ahead.died == family or job.store.died_building(family):
         _try_in_child(job, family)
     with job.store.marked(family):
         return from_cache(job, family) or _alone(job, family)
@@ -260,6 +262,9 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         with job.stage("lower"):
             captured, told = lowered(job, captured)
             record = dataclasses.replace(record, lowered=told)
+    else:
+        with job.stage("capture"):
+            _fold(captured)
     with job.stage("capture"):
         source, entry, keep = _publish(job, family, captured, record)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
@@ -294,6 +299,14 @@ def _captured(job: Job, rung: Rung, outputs: tuple[int, ...]) -> Captured:
         return capture(request)
     except CaptureError as refused:
         raise BuildStopped(refused.reason) from refused
+
+
+def _fold(captured: Captured) -> None:
+    try:
+        runtime.fold(captured.model)
+    except RuntimeError as error:
+        detail = str(error).strip().splitlines()[-1][:200]
+        raise BuildStopped(reason("compile-failed", detail)) from error
 
 
 def _wanted(seen: Look) -> tuple[int, ...]:

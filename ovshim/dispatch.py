@@ -287,10 +287,13 @@ class Dispatcher:
         self.tally.note(stale if stale is not None and why.code == "building" else why)
         return output
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True) -> None:
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True, ahead: Any = None
+    ) -> None:
         """Make the plan for an example before any call.
 
         Args:
+            ahead: what was begun for it already (`early.Ahead`).
             wait: False: another thread makes it, and what it meets is told by the next call.
 
         Raises:
@@ -312,7 +315,7 @@ class Dispatcher:
         if why is None and isinstance(kind, Reason):
             why = kind
         if why is None and not isinstance(kind, Reason):
-            plan = self._planner.prepare(Given(args, kwargs, kind, leaves), wait)
+            plan = self._planner.prepare(Given(args, kwargs, kind, leaves, ahead), wait)
             if plan is None:
                 return
             self.tally.tell_precision()

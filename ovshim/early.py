@@ -1,44 +1,69 @@
 """A graph out of the cache, compiled in another thread while it is still found out what is wanted.
 
-OpenVINO needs nothing of Python while it compiles; the fingerprint and eager's answer for the proof
-need nothing of OpenVINO. So they go side by side. Which entry it will be, a hint says: the one that
-served last for a module that looks like this one. It decides nothing: what was compiled is used
-where the fingerprint has led to the very same entry, and is dropped otherwise.
+OpenVINO needs nothing of Python while it compiles; the imports of the rest of this package, the
+twin, the fingerprint and eager's answer for the proof need nothing of OpenVINO. So they go side by
+side. Which entry it will be, a hint says: the one that served last for a module that looks like
+this one. It decides nothing: what was compiled is used where the fingerprint has led to the very
+same entry, and is dropped otherwise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
+from torch import nn
 
 from ovshim import blobs, runtime
-from ovshim.cache import Entry
-from ovshim.job import Job
+from ovshim.cache.entry import Entry
+from ovshim.cache.store import Store
+from ovshim.options import Options
 from ovshim.record import Record
-from ovshim.signature import sizes_of
+from ovshim.signature import flatten_call, kind_of, sizes_of
 from ovshim.version import __version__
+from ovshim.wanted import Wanted
 
-__all__ = ["Early", "begin", "begin_with", "remember", "settings_of"]
+if TYPE_CHECKING:
+    from ovshim.job import Job
+
+__all__ = ["Ahead", "Early", "begin", "begin_for", "begin_with", "remember", "settings_of"]
 
 log = logging.getLogger("ovshim")
 
 _SAMPLE_BYTES = 64
+# Compared with its checksum while the graph is compiled: it takes as long as all that comes before.
+_LARGE_FILE = "model.bin"
+
+
+@dataclasses.dataclass
+class Ahead:
+    """What was begun before the fingerprint was known.
+
+    Attributes:
+        hint_key: what the next process looks for the entry by; None where it would not pay.
+        died: the family of the entry that it would have been, where a process has died of that.
+        early: the compilation under way, where one is.
+    """
+
+    hint_key: str | None = None
+    died: str | None = None
+    early: Early | None = None
 
 
 class Early:
-    """A compilation under way, of an entry that is sound."""
+    """A compilation under way, of an entry that is sound, or will not be used."""
 
-    def __init__(self, job: Job, entry: Entry, record: Record) -> None:
+    def __init__(self, wanted: Wanted, entry: Entry, record: Record) -> None:
         self.entry = entry
-        self._store, self._device = job.store, job.options.device
-        self._settings = settings_of(job, record, job.precision)
+        self._store, self._device = wanted.store, wanted.options.device
+        self._settings = settings_of(wanted, record, wanted.precision)
         self._compiled: tuple[Any, bool] | None = None
         self._thread = threading.Thread(target=self._run, name="ovshim-compile")
         try:
@@ -69,66 +94,100 @@ class Early:
             log.debug("nothing was compiled early", exc_info=True)
 
 
-def begin(job: Job) -> Early | None:
-    """Begin with the entry that a hint names; None where there is none, or it would not pay."""
-    job.hint_key = _key(job) if _pays(job) else None
-    path = None if job.hint_key is None else job.store.hinted(job.hint_key)
-    if path is None or not blobs.is_large(path):
-        return None
-    entry = job.store.sound(path)
-    if entry is None or "proof" not in entry.manifest:
-        return None
-    if job.store.died_building(entry.family):
-        job.died = entry.family
-        return None
+def begin_for(
+    module: nn.Module, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Ahead | None:
+    """Begin for an example that nothing was looked at yet of. None where that goes wrong, in
+    whatever way of the module's own: the build will see to it."""
     try:
-        record = Record.of_entry(entry, job.kind)
+        leaves, structure = flatten_call(args, kwargs)
+        store = Store(options.cache_dir, quiet=True)
+        kind = kind_of(leaves, structure)
+        wanted = Wanted(module, options.methods[0], options, store, kind, leaves, grad=False)
+        with torch.inference_mode(False):
+            return begin(wanted)
+    except Exception:
+        log.debug("nothing was begun early", exc_info=True)
+        return None
+
+
+def begin(wanted: Wanted) -> Ahead:
+    """Begin with the entry that a hint names, if there is one and it pays."""
+    if not _pays(wanted):
+        return Ahead()
+    store, ahead = wanted.store, Ahead(_key(wanted))
+    path = None if ahead.hint_key is None else store.hinted(ahead.hint_key)
+    if path is None or not blobs.is_large(path):
+        return ahead
+    entry = store.sound(path, unread=_LARGE_FILE)
+    if entry is None or "proof" not in entry.manifest:
+        return ahead
+    try:
+        record = Record.of_entry(entry, wanted.kind)
+        fits = record.fits(sizes_of(wanted.leaves))
     except Exception:  # of a manifest that is not as we write them
         log.debug("%s is not begun with", path, exc_info=True)
-        return None
-    return Early(job, entry, record) if record.fits(sizes_of(job.leaves)) else None
+        return ahead
+    if store.died_building(entry.family):
+        ahead.died = entry.family
+    elif fits:
+        early = Early(wanted, entry, record)
+        sound = store.sound(path)
+        # Another may have taken its place since: what is compiled is what was read.
+        if sound is not None and sound.manifest["files"] == entry.manifest["files"]:
+            early.entry = sound
+            ahead.early = early
+    return ahead
 
 
-def begin_with(job: Job, entry: Entry, record: Record) -> Early | None:
-    """Begin with an entry that was found; None where it would not pay."""
-    return Early(job, entry, record) if _pays(job) and blobs.is_large(entry.path) else None
+def begin_with(job: Job, entry: Entry, record: Record) -> None:
+    """Begin with an entry that was found, if it pays."""
+    pays = job.awaited and _pays(job) and blobs.is_large(entry.path)
+    job.ahead.early = Early(job, entry, record) if pays else None
 
 
 def remember(job: Job, entry: Entry) -> None:
     """Let the entry be the one that the next process begins with."""
-    if job.hint_key is not None and blobs.is_large(entry.path):
-        job.store.hint(job.hint_key, entry)
+    key = None if job.ahead is None else job.ahead.hint_key
+    if key is not None and blobs.is_large(entry.path):
+        job.store.hint(key, entry)
 
 
 def settings_of(
-    job: Job, record: Record, precision: str, further: Mapping[str, Any] | None = None
+    wanted: Wanted, record: Record, precision: str, further: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What OpenVINO is told of a graph, with a precision as the hint, and further properties."""
-    safe = runtime.safe_precision(precision, **job.placement)
-    properties = {**dict(record.rung.properties), **job.options.properties}
-    settings = runtime.settings(precision=safe, **job.placement, properties=properties)
+    safe = runtime.safe_precision(precision, **wanted.placement)
+    properties = {**dict(record.rung.properties), **wanted.options.properties}
+    settings = runtime.settings(precision=safe, **wanted.placement, properties=properties)
     return {**settings, **(further or {})}
 
 
-def _pays(job: Job) -> bool:
-    # What another thread makes nobody waits for; and elsewhere the precision is not known yet.
-    plain = job.options.precision in (None, "fp32", "bf16", "fp16")
-    return plain and job.apart is None and not job.candidate and job.store.enabled
+def _pays(wanted: Wanted) -> bool:
+    # Elsewhere the precision is not known yet.
+    return wanted.options.precision in (None, "fp32", "bf16", "fp16") and wanted.store.enabled
 
 
-def _key(job: Job) -> str | None:
+def _key(wanted: Wanted) -> str | None:
     """What is seen of a module at a glance, the first bytes of its weights included: others that
     were trained from the same ones differ there. None for tensors that show no bytes."""
-    options = job.options
+    module, options = wanted.module, wanted.options
     facts = [
         *(__version__, runtime.version(), runtime.processor(), torch.__version__),
-        *(platform.python_version(), type(job.module).__module__, type(job.module).__qualname__),
-        *(job.method, str(job.kind), job.grad, options.device, job.precision, job.tolerance),
+        *(platform.python_version(), type(module).__module__, type(module).__qualname__),
+        *(
+            wanted.method,
+            str(wanted.kind),
+            wanted.grad,
+            options.device,
+            wanted.precision,
+            wanted.tolerance,
+        ),
         sorted((name, str(value)) for name, value in options.properties.items()),
     ]
     digest = xxhash.xxh3_128(json.dumps(facts).encode())
     try:
-        for name, tensor in (*job.module.named_parameters(), *job.module.named_buffers()):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             count = min(tensor.numel(), _SAMPLE_BYTES // tensor.element_size())
             first = tensor.detach().as_strided((count,), (1,), tensor.storage_offset())

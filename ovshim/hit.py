@@ -60,7 +60,8 @@ def from_cache(job: Job, family: str) -> Plan | None:
 
 def _candidates(job: Job, family: str) -> Iterator[Entry]:
     """The family's entries, sound ones; the others are not read if the first serves."""
-    first = None if job.early is None else job.early.entry
+    begun = job.ahead.early
+    first = None if begun is None else begun.entry
     if first is not None and first.family == family:
         yield first
     for entry in job.store.entries(family):
@@ -92,8 +93,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     if lease is None:
         return None
     try:
-        if job.early is None or job.early.entry is not entry:
-            job.early = early.begin_with(job, entry, record)
+        if job.ahead.early is None or job.ahead.early.entry is not entry:
+            early.begin_with(job, entry, record)
         with job.stage("proof"):
             small, seen = _looked_small(job, record)
         with job.stage("compile"):

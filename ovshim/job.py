@@ -8,31 +8,27 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ovshim import runtime
-from ovshim.cache import Store
 from ovshim.cache.entry import write_details
 from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
 from ovshim.generation import Generation
-from ovshim.onnx_module import OnnxModule
-from ovshim.options import Options
 from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
-from ovshim.signature import Kind, Pattern, unflatten_call
+from ovshim.signature import Pattern, unflatten_call
 from ovshim.version import __version__
+from ovshim.wanted import Wanted
 
-__all__ = ["BuildStopped", "Job", "own_dtype", "versions"]
+__all__ = ["BuildStopped", "Job", "versions"]
 
 _RACE_SECONDS = 0.5
-_OWN_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class BuildStopped(Exception):
@@ -43,24 +39,13 @@ class BuildStopped(Exception):
         self.reason = why
 
 
-class Placement(TypedDict):
-    """Where and how OpenVINO computes; streams: None leaves them to OpenVINO."""
-
-    device: str
-    hint: str
-    streams: int | None
-    threads: int
-
-
 @dataclasses.dataclass
-class Job:
-    """What is to be built.
+class Job(Wanted):
+    """What is to be built. The tensors in `leaves` are copies that nobody else holds.
 
     Attributes:
-        method: name of the method; `call` is the user's own, bound to `module`.
-        kind, leaves: the example, flattened; its tensors are copies that nobody else holds.
+        call: the user's own method, bound to `module`.
         dynamic: the dimensions of each tensor that should be able to change.
-        grad: whether grad mode is on in the calls that the plan is for.
         backward: told when a backward pass reaches an answer (see `gradients.Backward`).
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module
@@ -70,9 +55,8 @@ class Job:
         lenient: whether a call of the user's began it, who then gets eager and not an error.
         candidate: whether it is one of several between which is decided afterwards.
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
-        early: a graph that is compiled meanwhile (`early.Early`), where one is; hint_key, what the
-            next process looks for it by; died, the family of the entry that it would have been,
-            where a process has died of that.
+        ahead: what was begun before it was known what to build (`early.Ahead`); None: nobody has
+            tried yet.
         imported: whether the compiled graph was in the cache as well (`blobs`); settings, what it
             was compiled with; model, itself, until it is kept.
         fingerprint: all that decides the graph; None where nothing is cached.
@@ -85,15 +69,8 @@ class Job:
         tiny: whether they were now.
     """
 
-    module: nn.Module
-    method: str
     call: Callable[..., Any]
-    options: Options
-    store: Store
-    kind: Kind
-    leaves: Sequence[Any]
     dynamic: Dims
-    grad: bool
     backward: Any
     look: Look | None = None
     apart: Any = None
@@ -102,9 +79,7 @@ class Job:
     lenient: bool = False
     candidate: bool = False
     lowering: Lowering | None = None
-    early: Any = None
-    hint_key: str | None = None
-    died: str | None = None
+    ahead: Any = None
     imported: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Any = None
@@ -160,42 +135,13 @@ class Job:
     @property
     def hurried(self) -> bool:
         """Whether somebody waits for the answer to a call until this is built."""
-        return self.lenient and self.apart is None and not self.candidate
+        return self.lenient and self.awaited
 
     @property
-    def precision(self) -> str:
-        """What was asked for, "rules" for rules; where nothing was, the module's own."""
-        asked = self.options.precision
-        if asked is None:
-            return self.own_precision
-        return asked if isinstance(asked, str) else "rules"
-
-    @property
-    def own_precision(self) -> str:
-        return _OWN_PRECISION.get(own_dtype(self.module), "fp32")
-
-    @property
-    def placement(self) -> Placement:
-        options = self.options
-        return {
-            "device": options.device,
-            "hint": options.hint,
-            "streams": options.streams,
-            "threads": options.threads or torch.get_num_threads(),
-        }
-
-    @property
-    def tolerance(self) -> float | None:
-        """None where the module runs in its own low precision and its upcast is the measure."""
-        own = _OWN_PRECISION.get(own_dtype(self.module))
-        upcast = not isinstance(self.module, OnnxModule)
-        if self.options.tolerance is None and own == self.precision and own != "fp32" and upcast:
-            return None
-        asked = self.options.precision
-        if isinstance(asked, Mapping):
-            used = {asked.get("default", self.own_precision), *asked.values()}
-            return max(self.options.tolerance_for(precision) for precision in used)
-        return self.options.tolerance_for(self.precision)
+    def awaited(self) -> bool:
+        """Whether somebody waits for this very plan: not where another thread makes it, and not
+        for one of several candidates."""
+        return self.apart is None and not self.candidate
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -264,14 +210,3 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def own_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of most of the module's floating parameters; float32 where it has none."""
-    if isinstance(module, OnnxModule):
-        return module.dtype
-    amounts: dict[torch.dtype, int] = {}
-    for parameter in module.parameters():
-        if parameter.dtype.is_floating_point:
-            amounts[parameter.dtype] = amounts.get(parameter.dtype, 0) + parameter.numel()
-    return max(amounts, key=lambda dtype: amounts[dtype]) if amounts else torch.float32

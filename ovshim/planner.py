@@ -48,12 +48,14 @@ _PASSING = frozenset({"stale", "building"})
 
 
 class Given(NamedTuple):
-    """A call that plans are asked for: its arguments, as they came and flattened, and its kind."""
+    """A call that plans are asked for: its arguments, as they came and flattened, its kind, and
+    what was begun for it already (`early.Ahead`)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     kind: Kind
     leaves: Sequence[Any]
+    ahead: Any = None
 
 
 class Planner:
@@ -217,6 +219,7 @@ class Planner:
             grad=torch.is_grad_enabled(),
             backward=self.backward,
             lenient=lenient,
+            ahead=given.ahead,
         )
         for plan in family.plans:
             job.open_sizes(plan.pattern, plan.pinned)

@@ -7,17 +7,19 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ovshim.cache import Entry
-from ovshim.capture import Captured
+from ovshim.cache.entry import Entry
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold, to_json
-from ovshim.proof import Proof
 from ovshim.reasons import TABLE, Reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, TensorLeaf, describe, fits
+
+if TYPE_CHECKING:
+    from ovshim.capture import Captured
+    from ovshim.proof import Proof
 
 __all__ = ["LADDER", "Record", "Rung"]
 

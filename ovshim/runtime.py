@@ -253,6 +253,18 @@ def _accepted(device: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def fold(model: Any) -> None:
+    """Do to a graph once what every compilation does first: BatchNorm goes into convolutions.
+
+    What is compiled then takes its weights as they lie in the file. A compiled graph that has to
+    bring its own is 94 MB of ResNet-50 to write and to read, and 0.1 MB of one that was folded.
+    """
+    openvino()
+    from openvino._offline_transformations import apply_moc_transformations
+
+    apply_moc_transformations(model, cf=False, smart_reshape=False)
+
+
 def compile_model(
     source: Path,
     device: str,

@@ -71,6 +71,7 @@ FLOORS: dict[str, set[str]] = {
         "families",
         "gradients",
         "proof",
+        "wanted",
     },
     "4": {
         "__init__",

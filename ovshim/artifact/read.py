@@ -26,7 +26,6 @@ from ovshim.errors import ArtifactError, PrecisionWarning
 from ovshim.generation import Generation
 from ovshim.guards import checked_size_guard
 from ovshim.infer import EngineDead
-from ovshim.job import Placement
 from ovshim.lanes import Lane
 from ovshim.matcher import Output, compile_builder
 from ovshim.options import Options
@@ -36,6 +35,7 @@ from ovshim.signature import Kind, Pattern, TensorLeaf, sizes_of
 from ovshim.single import engine_for
 from ovshim.values import compile_value_check, usual
 from ovshim.verify import Mismatch, compare
+from ovshim.wanted import Placement
 
 __all__ = ["read"]
 

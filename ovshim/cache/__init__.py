@@ -17,19 +17,23 @@ pickle from a shared directory would run what others wrote.
       StoreError    the entry could not be written; nothing of it is left behind
 """
 
-from ovshim.cache.admin import (
-    Difference,
-    EntryInfo,
-    Info,
-    Removed,
-    Verification,
-    clear,
-    entries,
-    info,
-    prune,
-    verify,
-    why_miss,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ovshim.cache.admin import (
+        Difference,
+        EntryInfo,
+        Info,
+        Removed,
+        Verification,
+        clear,
+        entries,
+        info,
+        prune,
+        verify,
+        why_miss,
+    )
 from ovshim.cache.entry import Entry
 from ovshim.cache.files import Lease
 from ovshim.cache.store import Store, StoreError
@@ -51,3 +55,16 @@ __all__ = [
     "verify",
     "why_miss",
 ]
+
+if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        # What is for operators: a program that only runs a module does without.
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.admin"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

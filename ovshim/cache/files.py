@@ -53,6 +53,14 @@ def open_regular(path: Path) -> int:
     return os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
 
 
+def size(path: Path) -> int:
+    """Size in bytes of a regular file."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    return found.st_size
+
+
 def checksum(path: Path) -> tuple[int, str]:
     """Size in bytes and xxh3_128 (32 hex digits) of a regular file.
 

@@ -53,6 +53,7 @@ class Store:
 
     directory: None for `OVSHIM_CACHE_DIR` or the user's cache directory, False for no store.
     max_size: bytes; None for `OVSHIM_CACHE_MAX_SIZE` (`500MB`, `10GB`) or 10 GB.
+    quiet: another object says what is wrong with the directory.
 
     Where the directory cannot be used the store is off: `enabled` is False, `root` None, and
     `problem` says why. A directory that can only be read serves what is in it.
@@ -63,6 +64,7 @@ class Store:
         directory: str | os.PathLike[str] | Literal[False] | None = None,
         *,
         max_size: int | None = None,
+        quiet: bool = False,
     ) -> None:
         self.root: Path | None = None
         self.problem: str | None = None
@@ -74,7 +76,7 @@ class Store:
             self.root = usable(directory_of(directory))
         except (OSError, RuntimeError, ValueError) as error:  # ValueError: a NUL in the path
             self.problem = str(error)
-            _log.warning("the cache is off: %s", error)
+            _log.log(logging.DEBUG if quiet else logging.WARNING, "the cache is off: %s", error)
 
     @property
     def enabled(self) -> bool:
@@ -304,11 +306,12 @@ class Store:
         assert self.root is not None
         return self.root / "v1"
 
-    def sound(self, path: Path) -> Entry | None:
-        """The entry in a directory, every byte of it read. A damaged one is moved into quarantine,
-        with a log line."""
+    def sound(self, path: Path, unread: str | None = None) -> Entry | None:
+        """The entry in a directory, every byte of it read, but for one file, if its name is given:
+        of that only the size is looked at. A damaged one is moved into quarantine, with a log
+        line."""
         try:
-            return read(path)
+            return read(path, unread)
         except Foreign as error:
             _log.debug("%s", error)
         except (ValueError, FileNotFoundError) as error:

@@ -10,6 +10,22 @@ overflow      where values leave float16's range
 sensitive     which modules suffer, and rules that spare them: `sensitivity`, for users
 """
 
-from ovshim.precision.sensitive import Sensitivity, sensitivity
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ovshim.precision.sensitive import Sensitivity, sensitivity
 
 __all__ = ["Sensitivity", "sensitivity"]
+
+if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.sensitive"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

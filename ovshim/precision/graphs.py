@@ -20,10 +20,7 @@ __all__ = ["array", "error", "prepare", "run"]
 def prepare(model: ov.Model) -> None:
     """Fold BatchNorm into convolutions and the like, as OpenVINO's own conversion does, and name
     operations for the modules that they are marked with."""
-    runtime.openvino()
-    from openvino._offline_transformations import apply_moc_transformations
-
-    apply_moc_transformations(model, cf=False, smart_reshape=False)
+    runtime.fold(model)
     for node in model.get_ordered_ops():
         # A convolution that folding has left without marks is known by what is added to its result,
         # which was its bias and is BatchNorm's now.

@@ -1,0 +1,93 @@
+"""What a plan is wanted for: a module, calls and options, and what follows from these alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+
+from ovshim.cache.store import Store
+from ovshim.onnx_module import OnnxModule
+from ovshim.options import Options
+from ovshim.signature import Kind
+
+__all__ = ["Placement", "Wanted", "own_dtype"]
+
+_OWN_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Placement(TypedDict):
+    """Where and how OpenVINO computes; streams: None leaves them to OpenVINO."""
+
+    device: str
+    hint: str
+    streams: int | None
+    threads: int
+
+
+@dataclasses.dataclass
+class Wanted:
+    """What a plan is wanted for.
+
+    Attributes:
+        method: name of the method.
+        kind, leaves: the example, flattened.
+        grad: whether grad mode is on in the calls that the plan is for.
+    """
+
+    module: nn.Module
+    method: str
+    options: Options
+    store: Store
+    kind: Kind
+    leaves: Sequence[Any]
+    grad: bool
+
+    @property
+    def precision(self) -> str:
+        """What was asked for, "rules" for rules; where nothing was, the module's own."""
+        asked = self.options.precision
+        if asked is None:
+            return self.own_precision
+        return asked if isinstance(asked, str) else "rules"
+
+    @property
+    def own_precision(self) -> str:
+        return _OWN_PRECISION.get(own_dtype(self.module), "fp32")
+
+    @property
+    def placement(self) -> Placement:
+        options = self.options
+        return {
+            "device": options.device,
+            "hint": options.hint,
+            "streams": options.streams,
+            "threads": options.threads or torch.get_num_threads(),
+        }
+
+    @property
+    def tolerance(self) -> float | None:
+        """None where the module runs in its own low precision and its upcast is the measure."""
+        own = _OWN_PRECISION.get(own_dtype(self.module))
+        upcast = not isinstance(self.module, OnnxModule)
+        if self.options.tolerance is None and own == self.precision and own != "fp32" and upcast:
+            return None
+        asked = self.options.precision
+        if isinstance(asked, Mapping):
+            used = {asked.get("default", self.own_precision), *asked.values()}
+            return max(self.options.tolerance_for(precision) for precision in used)
+        return self.options.tolerance_for(self.precision)
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of most of the module's floating parameters; float32 where it has none."""
+    if isinstance(module, OnnxModule):
+        return module.dtype
+    amounts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.dtype.is_floating_point:
+            amounts[parameter.dtype] = amounts.get(parameter.dtype, 0) + parameter.numel()
+    return max(amounts, key=lambda dtype: amounts[dtype]) if amounts else torch.float32
