@@ -21,12 +21,10 @@ _LIBRARIES = frozenset({"torch", "numpy", "transformers", "ovshim", "openvino"})
 def classes_of(modules: Iterable[nn.Module], objects: Iterable[Any]) -> list[type]:
     """The user's classes among those of the modules, of what their attributes hold, and `objects`
     (classes themselves, or objects of them), each once, with the user's classes above them."""
-    found: dict[type, None] = {}
     held = [value for module in modules for value in module.__dict__.values()]
-    for thing in (*modules, *held, *objects):
-        cls = thing if isinstance(thing, type) else type(thing)
-        found.update((base, None) for base in cls.__mro__ if _is_users(base))
-    return list(found)
+    things = (*modules, *held, *objects)
+    each = dict.fromkeys(x if isinstance(x, type) else type(x) for x in things)
+    return list(dict.fromkeys(b for cls in each for b in cls.__mro__ if _is_users(b)))
 
 
 def snapshot(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:

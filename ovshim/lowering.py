@@ -252,8 +252,9 @@ def warnings_of(job: Job, compiled: Any) -> tuple[dict[str, str], list[Precision
     lowering, wishes = job.lowering, job.options.precision
     if lowering is None or not isinstance(wishes, Mapping):
         # A hint is about products; what only adds and compares runs as the plugin likes.
-        multiplies = any(executed.computes(kind) for kind, _, _ in executed.operations(compiled))
-        return {}, _of_hint(job) if multiplies else []
+        told = _of_hint(job)
+        kinds = (kind for kind, _, _ in executed.operations(compiled)) if told else ()
+        return {}, told if any(map(executed.computes, kinds)) else []
     ran: dict[str, Counter[str]] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
     asked = rules.by_module(wishes, lowering.modules, job.own_precision)

@@ -30,6 +30,7 @@ __all__ = ["Look", "Sources", "look", "sources", "used_up"]
 _RESTORABLE_BYTES = 64 << 20
 # Outputs that share a storage of more elements than this are taken to overlap.
 _LARGEST_MAP = 1 << 26
+_MISSING: Any = object()
 
 
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
@@ -204,7 +205,7 @@ class _World:
             if _version(tensor) != version:
                 return reason("mutates-buffer", name)
         for name, module, before in self.attributes:
-            changed = _changed(before, _snapshot(module))
+            changed = _changed(before, module.__dict__)
             if changed:
                 where = f"{name}.{changed}" if name else changed
                 return reason("mutates-attribute", where)
@@ -231,7 +232,7 @@ class _World:
 
     def put_back_attributes(self) -> None:
         for _, module, before in self.attributes:
-            if _changed(before, _snapshot(module)):
+            if _changed(before, module.__dict__):
                 _put_back_attributes(module, before)
 
     def _drawn(self, call: Callable[[], Any] | None) -> bool:
@@ -258,18 +259,21 @@ def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     return {k: (v, v.copy() if isinstance(v, copies) else None) for k, v in held}
 
 
-def _changed(before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]) -> str | None:
-    for key in before.keys() | after.keys():
-        if key not in before or key not in after or before[key][0] is not after[key][0]:
+def _changed(before: dict[str, tuple[Any, Any]], after: dict[str, Any]) -> str | None:
+    """The name of an attribute that is not what it was."""
+    for key, (value, items) in before.items():
+        now = after.get(key, _MISSING)
+        if now is not value or (items is not None and not _same_items(items, now)):
             return key
-        if not _same_items(before[key][1], after[key][1]):
-            return key
-    return None
+    return next((key for key in list(after) if key not in before), None)
 
 
 def _same_items(before: Any, after: Any) -> bool:
-    if before is None or isinstance(before, set):
+    if isinstance(before, set):
         return bool(before == after)
+    if not before and not after:
+        return True
+    after = after.copy()  # another thread may be at it
     if len(before) != len(after):
         return False
     if isinstance(before, dict):

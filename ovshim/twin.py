@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections import OrderedDict
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -132,8 +133,11 @@ class _Tree:
             if key in _SHARED:
                 entries[key] = value
             elif key in _OWN_DICTS:
-                entries[key] = self.hooks[id(value)] = copy.copy(value)
-                entries[key].update({k: self.hook(v) for k, v in value.items()})
+                # The classes' own method: `copy.copy` takes ten times as long, and most are empty.
+                own = value.copy() if type(value) in (dict, OrderedDict) else copy.copy(value)
+                entries[key] = self.hooks[id(value)] = own
+                if value:
+                    own.update({k: self.hook(v) for k, v in value.items()})
             elif isinstance(value, weakref.ref) and isinstance(target := value(), nn.Module):
                 entries[key] = value
                 self.weak.append((entries, key, target))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -54,9 +55,14 @@ class Wanted:
             return self.own_precision
         return asked if isinstance(asked, str) else "rules"
 
-    @property
+    @functools.cached_property
     def own_precision(self) -> str:
-        return _OWN_PRECISION.get(own_dtype(self.module), "fp32")
+        """The module's, fp32 where it is in none that can be asked for."""
+        return _OWN_PRECISION.get(self._own_dtype, "fp32")
+
+    @functools.cached_property
+    def _own_dtype(self) -> torch.dtype:
+        return own_dtype(self.module)
 
     @property
     def placement(self) -> Placement:
@@ -71,7 +77,7 @@ class Wanted:
     @property
     def tolerance(self) -> float | None:
         """None where the module runs in its own low precision and its upcast is the measure."""
-        own = _OWN_PRECISION.get(own_dtype(self.module))
+        own = _OWN_PRECISION.get(self._own_dtype)
         upcast = not isinstance(self.module, OnnxModule)
         if self.options.tolerance is None and own == self.precision and own != "fp32" and upcast:
             return None

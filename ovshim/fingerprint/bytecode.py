@@ -15,7 +15,7 @@ import struct
 import sysconfig
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from opcode import opmap
 from typing import TypeVar
@@ -33,6 +33,7 @@ _GLOBAL = opmap["LOAD_GLOBAL"]
 _BY_NAME = frozenset(opmap[name] for name in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
                      if name in opmap)  # fmt: skip
 _IMPORT = opmap["IMPORT_NAME"]
+_NAMING = _BY_NAME | {_GLOBAL, _IMPORT}
 # Where the order of a container may come to matter.
 _ITERATE = frozenset({"GET_ITER", "DICT_MERGE", "DICT_UPDATE", "LIST_EXTEND", "CALL_FUNCTION_EX"})
 _ITERATORS = frozenset({"items", "values", "keys", "popitem", "list", "tuple", "iter", "next",
@@ -79,12 +80,13 @@ def _once_for_each(read: Callable[[types.CodeType], T]) -> Callable[[types.CodeT
 @_once_for_each
 def facts(code: types.CodeType) -> Facts:
     """What `code` says. `ValueError` for a constant that no compiler makes."""
+    said = digest(code)
     nested = [facts(const) for const in code.co_consts if isinstance(const, types.CodeType)]
     strings = {text for const in code.co_consts for text in _strings(const)}
     names = set(code.co_names) | {text for text in strings if len(text) <= LONGEST_NAME}
     globals_, imports = _scan(code)
     return Facts(
-        digest=_digest(code, nested),
+        digest=said,
         globals=_union(globals_, *(n.globals for n in nested)),
         imports=_union(imports, *(n.imports for n in nested)),
         names=_union(names, *(n.names for n in nested)),
@@ -103,15 +105,19 @@ def _scan(code: types.CodeType) -> tuple[set[str], set[str]]:
     """
     globals_, imports = set(), set()
     raw, names, extended = code.co_code, code.co_names, 0
-    for position in range(0, len(raw), 2):
-        operation, argument = raw[position], raw[position + 1] | extended
-        extended = argument << 8 if operation == _EXTENDED else 0
-        if operation == _GLOBAL:
-            globals_.add(names[argument >> 1])  # the lowest bit is a flag
-        elif operation in _BY_NAME:
-            globals_.add(names[argument])
-        elif operation == _IMPORT:
-            imports.add(names[argument])
+    pairs: Iterable[tuple[int, int]] = zip(raw[::2], raw[1::2], strict=True)
+    if _EXTENDED not in raw[::2]:
+        pairs = set(pairs)  # then their order is of no matter, and half of them are alike
+    for operation, argument in pairs:
+        if operation in _NAMING:
+            argument |= extended
+            if operation == _GLOBAL:
+                globals_.add(names[argument >> 1])  # the lowest bit is a flag
+            elif operation in _BY_NAME:
+                globals_.add(names[argument])
+            elif operation == _IMPORT:
+                imports.add(names[argument])
+        extended = (argument | extended) << 8 if operation == _EXTENDED else 0
     return globals_, imports
 
 
@@ -164,8 +170,9 @@ def _strings(const: object) -> list[str]:
     return []
 
 
-def _digest(code: types.CodeType, nested: list[Facts]) -> bytes:
-    digests = iter(nested)
+@_once_for_each
+def digest(code: types.CodeType) -> bytes:
+    """16 bytes for all that `code` says. `ValueError` for a constant that no compiler makes."""
     parts = [
         code.co_qualname.encode(),
         struct.pack("<4q", code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount,
@@ -174,9 +181,9 @@ def _digest(code: types.CodeType, nested: list[Facts]) -> bytes:
         code.co_exceptiontable,
         repr((code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)).encode(),
     ]  # fmt: skip
-    parts += [next(digests).digest if isinstance(const, types.CodeType) else _const(const)
+    parts += [digest(const) if isinstance(const, types.CodeType) else _const(const)
               for const in code.co_consts]  # fmt: skip
-    return xxhash.xxh3_128_digest(b"".join(b"%d:%b" % (len(part), part) for part in parts))
+    return xxhash.xxh3_128_digest(b"".join([b"%d:%b" % (len(part), part) for part in parts]))
 
 
 def _const(const: object) -> bytes:

@@ -14,6 +14,7 @@ from torch import nn
 from ovshim.fingerprint.bytecode import (
     Facts,
     candidates,
+    digest,
     facts,
     is_library_file,
     pinned_file,
@@ -311,6 +312,6 @@ def _digests(function: Any) -> list[bytes]:
     """Of a function and those that it wraps."""
     found = []
     while isinstance(function, types.FunctionType):
-        found.append(facts(function.__code__).digest)
+        found.append(digest(function.__code__))
         function = function.__dict__.get("__wrapped__")
     return found

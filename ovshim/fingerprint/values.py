@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch.utils.hooks import RemovableHandle
 
-from ovshim.fingerprint.bytecode import facts
+from ovshim.fingerprint.bytecode import digest
 
 
 def text(value: str) -> bytes:
@@ -99,7 +99,7 @@ def rank(value: object) -> bytes | None:
     if isinstance(value, type):
         return b"class" + text(f"{value.__module__}.{value.__qualname__}")
     if isinstance(value, types.FunctionType) and not value.__closure__:
-        return b"function" + facts(value.__code__).digest
+        return b"function" + digest(value.__code__)
     if isinstance(value, tuple | frozenset):
         ranks = [rank(item) for item in value]
         if isinstance(value, frozenset):
