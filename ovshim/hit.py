@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ import torch
 from ovshim import blobs, early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
+from ovshim.early import Early
 from ovshim.errors import OptionError
 from ovshim.generation import GuardFailedError
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import refuse_overflow
-from ovshim.plan import Plan
+from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import ProofFailedError
 from ovshim.reasons import Reason, reason
@@ -95,6 +96,9 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     try:
         if job.ahead.early is None or job.ahead.early.entry is not entry:
             early.begin_with(job, entry, record)
+        with job.stage("compile"):
+            if job.ahead.early is not None:
+                job.ahead.early.wait()
         with job.stage("proof"):
             small, seen = _looked_small(job, record)
         with job.stage("compile"):
@@ -102,7 +106,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         with job.stage("proof"):
             served = served_by(job, engine, record, generation, seen, small)
             tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
-            error = proof.prove_small(eager_of(job), served, tensors, seen)
+            answer = _answer_of(served, job.ahead.early, small)
+            error = proof.prove_small(eager_of(job), answer, tensors, seen)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
@@ -157,6 +162,16 @@ def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
     return small, seen
+
+
+def _answer_of(
+    served: Served, begun: Early | None, small: Sequence[Any]
+) -> Callable[[Sequence[torch.Tensor]], Any]:
+    """What answers as OpenVINO does; it has been asked about the small input already, perhaps."""
+    computed = None if begun is None else begun.answer(small)
+    if computed is None:
+        return served.answer
+    return lambda given: served.builder(served.in_range(computed), given)
 
 
 def keep_compiled(job: Job, entry: Entry) -> None:

@@ -97,7 +97,10 @@ class Served:
         """
         inputs = self.inputs
         taken = given if inputs is None else [given[i] for i in inputs]
-        computed = self.engine.run(taken)
+        return self.in_range(self.engine.run(taken))
+
+    def in_range(self, computed: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the engine has computed. Raises OutOfRangeError where an index was not in range."""
         if self.checked and not computed[-1]:
             raise OutOfRangeError
         return computed

@@ -245,16 +245,23 @@ def _agrees(
 
 
 def prove_small(
-    eager: Eager, served: Candidate, tensors: Sequence[torch.Tensor], seen: Look
+    eager: Eager,
+    answer: Callable[[Sequence[torch.Tensor]], Any],
+    tensors: Sequence[torch.Tensor],
+    seen: Look,
 ) -> float:
-    """One small run, for a plan out of the cache: `seen` is what eager answered to `tensors`.
+    """One small run, for a plan out of the cache.
+
+    Args:
+        answer: the candidate's.
+        seen: what eager answered to `tensors`.
 
     Raises:
         ProofFailedError: the candidate is wrong there.
     """
-    answer = Answer(seen.leaves, seen.structure, eager.exact(tensors))
+    eagers = Answer(seen.leaves, seen.structure, eager.exact(tensors))
     try:
-        return eager.judge(answer, served.answer(tensors))
+        return eager.judge(eagers, answer(tensors))
     except (Mismatch, OutOfRangeError) as mismatch:
         raise ProofFailedError(f"on a small input: {mismatch}") from mismatch
 
