@@ -37,6 +37,7 @@ class Board:
     chosen: dict[workloads.Case, list[str]] = dataclasses.field(default_factory=dict)
     rows: list[Row] = dataclasses.field(default_factory=list)
     cold: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    built: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     precision: dict[str, list[Lowered]] = dataclasses.field(default_factory=dict)
     accuracy: dict[str, list[Accuracy]] = dataclasses.field(default_factory=dict)
     axes: dict[str, Axis] = dataclasses.field(default_factory=dict)
@@ -60,6 +61,9 @@ class Board:
 
     def add_start(self, *cells: str) -> None:
         self.cold.append(cells)
+
+    def add_build(self, *cells: str) -> None:
+        self.built.append(cells)
 
     def facts(self, row: Row, finding: Finding | None, again: Row, turns: Turns) -> dict[str, Any]:
         """Everything that a figure needs beside it, for `extra_info`."""

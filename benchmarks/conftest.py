@@ -28,6 +28,7 @@ from interleave import Effort
 
 _COLD = ("ResNet-50", "BERT-base/128")
 _COLD_SMALL = ("MLP 256-256-10",)
+_BUILT = (*_COLD_SMALL, *_COLD)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,6 +76,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("case", "backend"), pairs, ids=[_id(*pair) for pair in pairs])
     if "cold" in metafunc.fixturenames:
         metafunc.parametrize("cold", _COLD_SMALL if small else _COLD)
+    if "built" in metafunc.fixturenames:
+        metafunc.parametrize("built", _COLD_SMALL if small else _BUILT)
 
 
 def _id(case: workloads.Case, backend: str) -> str:
@@ -107,6 +110,7 @@ def pytest_terminal_summary(
     tables = [
         (rows.HEAD, [row.cells() for row in found.rows]),
         (page.COLD_HEAD, found.cold),
+        (page.BUILD_HEAD, found.built),
         (precisions.HEAD, [row.cells() for group in found.precision.values() for row in group]),
         (
             precisions.ACCURACY_HEAD,
@@ -133,11 +137,14 @@ def pytest_terminal_summary(
 def _write(found: Board, docs: Path, say: Callable[[str], None]) -> None:
     """Write each page of which the run has measured everything."""
     measured = {(case, backend) for case, chosen in found.chosen.items() for backend in chosen}
-    calls = not set(workloads.cases(small=False)) - measured and len(found.cold) == 2 * len(_COLD)
+    cold = len(found.cold) == 2 * len(_COLD) and len(found.built) == 2 * len(_BUILT)
+    calls = not set(workloads.cases(small=False)) - measured and cold
     precision = len(found.precision) == len(precisions.SUBJECTS)
     if calls:
         path = docs / "benchmarks.md"
-        path.write_text(page.page(found.rows, found.cold, found.load), encoding="utf-8")
+        path.write_text(
+            page.page(found.rows, found.cold, found.built, found.load), encoding="utf-8"
+        )
         say(f"{path} was written.")
     if precision and len(found.accuracy) == len(precisions.ACCURACY_OF):
         path = docs / "precision.md"

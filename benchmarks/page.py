@@ -10,10 +10,17 @@ import quiet
 from interleave import Ratio
 from rows import HEAD, LOSES, QUIET, Row, markdown
 
-__all__ = ["COLD_HEAD", "busy", "facts_of", "measured_on", "page"]
+__all__ = ["BUILD_HEAD", "COLD_HEAD", "busy", "facts_of", "measured_on", "page"]
 
 
-COLD_HEAD = ("cold start", "way", "import", "ready", "first call", "total, s", "over raw, s")
+COLD_HEAD = (
+    *("cold start", "way", "import", "ready", "first call", "total, s"),
+    *("over raw, s", "over raw without its import, s"),
+)
+BUILD_HEAD = (
+    *("cold build", "way", "capture", "compile", "further", "proof", "race"),
+    *("all but proof and race, s", "× by hand"),
+)
 
 _TOP = f"""# Benchmarks
 
@@ -71,15 +78,34 @@ _COLD = """
 
 Seconds in a new process that has loaded torch and the model, with everything cached: importing,
 getting ready (raw OpenVINO: `compile_model(path)`; ovshim: `accelerate`, which reads and checks the
-cache, hashes the weights, compiles and proves), and the first call. Medians; processes of both ways
-in turns.
+cache, hashes the weights, compiles and proves), and the first call. Some of ovshim's own import is
+done while OpenVINO compiles, and counts as getting ready; so does its import of OpenVINO. The last
+column compares with `compile_model(path)` and the first call alone, as if whoever calls OpenVINO
+had imported it before. Medians; processes of both ways in turns.
+"""
+
+_BUILD = """
+## Cold build
+
+Seconds in a new process that has loaded torch and the model, with nothing cached. *By hand* are the
+steps that no build can leave out, each called directly: torch's capture by Dynamo and a trace of
+its graph, OpenVINO's PyTorch frontend, `compile_model` of what that gave; the imports of all three
+are in. ovshim's further work: imports, the fingerprint, two calls of eager that are watched.
+Writing the graph to the cache is in its capture. Proof and race are shown apart; they end at
+`max_build_seconds`. Medians; processes of both ways in turns.
 """
 
 
-def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float) -> str:
+def page(
+    found: Sequence[Row],
+    cold: Sequence[Sequence[str]],
+    built: Sequence[Sequence[str]],
+    load: float,
+) -> str:
     """The whole page.
 
     Args:
+        cold, built: rows of cold starts and of builds.
         load: the share of the processors that other programs took before the run.
     """
     many = [row.cells() for row in found if row.group.startswith("throughput")]
@@ -90,6 +116,7 @@ def page(found: Sequence[Row], cold: Sequence[Sequence[str]], load: float) -> st
     lines = [_TOP, *measured_on(found, load), _CALLS, *markdown(HEAD, calls)]
     lines += [_THROUGHPUT, *markdown(HEAD, many), _GENERATION, *markdown(HEAD, tokens)]
     lines += [_OVERHEAD, *markdown(HEAD, overhead), _COLD, *markdown(COLD_HEAD, cold)]
+    lines += [_BUILD, *markdown(BUILD_HEAD, built)]
     return "\n".join(lines) + "\n"
 
 
