@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -368,18 +368,24 @@ def _forgetting_tensors() -> Iterator[None]:
     """Clear the tables of weak references to the user's tensors that Dynamo fills meanwhile.
 
     They belong to fake modes that live on in cycles through C++, one for every restart of its
-    analysis; only the garbage collector's list leads to them. With them alive
+    analysis. Nothing of ours leads to them, and to look through all objects that there are takes a
+    tenth of a second: so they are noted when they are made. With them alive
     `torch.utils.swap_tensors`, and so some ways of `.to()`, refuses the user's own parameters."""
     from torch._subclasses.meta_utils import MetaTensorDescriber
 
-    def describers() -> dict[int, Any]:
-        return {id(o): o for o in gc.get_objects() if type(o) is MetaTensorDescriber}
+    made: list[weakref.ref[Any]] = []
+    initial = MetaTensorDescriber.__init__
 
-    before = describers()
+    @functools.wraps(initial)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        initial(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    MetaTensorDescriber.__init__ = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for identity, describer in describers().items():
-            if identity not in before:
-                describer.lookup_tensor.clear()
-                describer.lookup_storage.clear()
+        MetaTensorDescriber.__init__ = initial  # type: ignore[method-assign]
+        for describer in filter(None, (one() for one in made)):
+            describer.lookup_tensor.clear()
+            describer.lookup_storage.clear()
