@@ -11,9 +11,11 @@ their modules; what it refuses, `readers` gives to OpenVINO by way of ONNX (`dyn
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,8 @@ __all__ = ["TRACE_LOCK", "CaptureError", "Captured", "FlatModule", "Request", "c
 
 # torch's tracer and Dynamo keep process-wide state: of four concurrent conversions three failed.
 TRACE_LOCK = threading.RLock()
+# As the garbage collector's last threshold: no collection of everything.
+_NEVER = 1 << 30
 
 
 class CaptureError(Exception):
@@ -117,13 +121,28 @@ def capture(request: Request) -> Captured:
         return onnx.capture(request)
     from ovshim.capture import dynamo, traced
 
-    with TRACE_LOCK, torch.autocast("cpu", enabled=False):
+    with TRACE_LOCK, _without_full_collections(), torch.autocast("cpu", enabled=False):
         try:
             return dynamo.capture(request)
         except CaptureError as refused:
             if not refused.harmless:
                 raise
             return traced.capture(request, refused)
+
+
+@contextlib.contextmanager
+def _without_full_collections() -> Iterator[None]:
+    """What a capture allocates sets off the garbage collector's look at everything, which beside
+    transformers takes a quarter of a second, twice: a fifth of a capture. Young garbage goes as
+    ever. (`gc.disable` would have to be undone though the program may have said the same.)"""
+    before = gc.get_threshold()
+    ours = (*before[:2], _NEVER)
+    gc.set_threshold(*ours)
+    try:
+        yield
+    finally:
+        if gc.get_threshold() == ours:  # else the program has set its own meanwhile
+            gc.set_threshold(*before)
 
 
 class FlatModule(nn.Module):
