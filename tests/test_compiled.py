@@ -14,7 +14,8 @@ from checks import same
 from torch import nn
 
 import ovshim
-from ovshim import blobs, cache, runtime
+from ovshim import blobs, cache, early, runtime
+from ovshim.infer import Engine, EngineDead
 
 
 def net(last: float = 0.0) -> nn.Module:
@@ -178,6 +179,111 @@ def test_one_that_computes_something_else_never_serves(
     # The build's; so small a graph may by now be run in another way, which has one of its own.
     assert len(kept(tmp_path)) in (1, 2)
     check(fast_net(tmp_path), "hit")
+
+
+class Ran:
+    """Which threads have called a compiled graph."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.threads: list[str] = []
+        run = Engine.run
+
+        def running(engine: Engine, tensors: Any) -> list[torch.Tensor]:
+            self.threads.append(threading.current_thread().name)
+            return run(engine, tensors)
+
+        monkeypatch.setattr(Engine, "run", running)
+
+
+def test_the_proof_takes_the_call_that_was_made_early(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    ran = Ran(monkeypatch)
+    fast = fast_net(tmp_path)
+    assert ran.threads == ["ovshim-compile"]
+    check(fast, "hit")
+
+
+def test_a_call_of_something_else_proves_nothing(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    ran = Ran(monkeypatch)
+    small_call = early._small_call
+
+    def other(*given: Any) -> Any:
+        leaves, call = small_call(*given)
+        leaves[0].add_(1)  # they are what the call reads
+        return leaves, call
+
+    monkeypatch.setattr(early, "_small_call", other)
+    fast = fast_net(tmp_path)
+    assert ran.threads == ["ovshim-compile", threading.current_thread().name]
+    check(fast, "hit")
+
+
+def test_a_wrong_answer_to_the_early_call_never_serves(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    small_call = early._small_call
+
+    def wrong(*given: Any) -> Any:
+        leaves, call = small_call(*given)
+        return leaves, lambda compiled: [tensor + 1 for tensor in call(compiled)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(early, "_small_call", wrong)
+        check(fast_net(tmp_path), "miss")
+    check(fast_net(tmp_path), "hit")
+
+
+def test_an_early_call_that_fails_costs_the_graph(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    small_call = early._small_call
+
+    def failing(*given: Any) -> Any:
+        leaves, _ = small_call(*given)
+
+        def call(compiled: Any) -> list[torch.Tensor]:
+            raise EngineDead("it failed")
+
+        return leaves, call
+
+    monkeypatch.setattr(early, "_small_call", failing)
+    seen.forget()
+    check(fast_net(tmp_path), "hit")
+    # The one that has failed is not used any more.
+    assert seen.imported == ["ovshim-compile", threading.current_thread().name]
+
+
+def test_weights_damaged_on_the_disk_are_found_meanwhile(seen: Seen, tmp_path: Path) -> None:
+    check(fast_net(tmp_path), "miss")
+    (weights,) = tmp_path.glob("v1/*/*/model.bin")
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    weights.write_bytes(data)
+    check(fast_net(tmp_path), "miss")
+    assert (tmp_path / "v1" / "quarantine").is_dir()
+    check(fast_net(tmp_path), "hit")
+
+
+def test_a_compiled_graph_brings_no_weights(seen: Seen, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 256, 3), nn.BatchNorm2d(256), nn.Conv2d(256, 64, 3)).eval()
+    with torch.no_grad():
+        module[1].running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
+    x = torch.randn(2, 3, 12, 12)
+    fast = ovshim.accelerate(module, x, cache_dir=tmp_path, prefer="openvino", threads=2)
+    with torch.inference_mode():
+        same(fast(x), module(x))
+    (blob,) = kept(tmp_path)
+    (weights,) = tmp_path.glob("v1/*/*/model.bin")
+    # BatchNorm is in the convolution's weights, which lie in the graph's own file.
+    assert (blob / "compiled.blob").stat().st_size < weights.stat().st_size / 4
 
 
 _DIES = """

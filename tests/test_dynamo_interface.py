@@ -5,6 +5,7 @@ Names, parameters and attributes only; what they do is tested by what ovshim doe
 """
 
 import dataclasses
+import gc
 import inspect
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch._dynamo import convert_frame, decorators
 from torch._dynamo.utils import get_metrics_context
 from torch._subclasses.meta_utils import MetaTensorDescriber
 
-from ovshim.capture import dynamo
+from ovshim.capture import _without_full_collections, dynamo
 
 
 class Captured(nn.Module):
@@ -285,3 +286,17 @@ def test_symbolic_numbers_answer_without_a_guard(capture: Capture) -> None:
 )
 def test_a_function_of_sizes_has_its_name(name: str) -> None:
     assert callable(getattr(torch, name))
+
+
+def test_the_collector_is_as_the_program_has_set_it() -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(600, 9, 8)
+        with _without_full_collections():
+            assert gc.get_threshold()[2] > 1 << 20
+        assert gc.get_threshold() == (600, 9, 8)
+        with _without_full_collections():
+            gc.set_threshold(500, 7, 6)
+        assert gc.get_threshold() == (500, 7, 6)
+    finally:
+        gc.set_threshold(*before)
