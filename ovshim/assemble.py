@@ -25,6 +25,7 @@ from ovshim.preflight import Look
 from ovshim.proof import prove_values
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
+from ovshim.rival import add_rival
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Kind, Pattern, sizes_of
 from ovshim.single import engine_for
@@ -227,6 +228,7 @@ def plan_of(
     )
     served.engine.check(by_engine.values())
     decide(job, plan, record, entry)
+    add_rival(job, plan, record, entry)
     return plan
 
 

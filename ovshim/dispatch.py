@@ -328,12 +328,17 @@ class Dispatcher:
             self.tally.tell(why)
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until no plan is being made in another thread; whether that was so in time."""
-        begun = time.monotonic()
-        if not self._planner.wait(timeout):
-            return False
-        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
-        return self._room is None or self._room.wait(left)
+        """Wait until nothing is being made in another thread; whether that was so in time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        engines = [plan.served.engine for plan in self._planner.plans if plan.served]
+        rivals = [engine.rival for engine in engines if engine.rival is not None]
+        waits = [self._planner.wait, *(rival.wait for rival in rivals)]
+        if self._room is not None:
+            waits.append(self._room.wait)
+        return all(
+            wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            for wait in waits
+        )
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""

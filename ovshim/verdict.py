@@ -50,6 +50,15 @@ class EntryNotes:
             self._race[_where(bucket)] = list(dataclasses.astuple(finish))
             self._write("race", dict(self._race))
 
+    def known_alone(self, sizes: Sequence[Sequence[int]]) -> Finish | None:
+        """How the graph for these sizes alone has done against the open one."""
+        return _known_finish(self._race.get(_alone(sizes)))
+
+    def raced_alone(self, sizes: Sequence[Sequence[int]], finish: Finish) -> None:
+        """It has done so; the open one is the "eager" of the finish."""
+        self._race[_alone(sizes)] = list(dataclasses.astuple(finish))
+        self._write("race", dict(self._race))
+
     def condemn(self, why: Reason) -> None:
         """The graph is wrong: eager serves from now on, in every process."""
         self._write("verdict", why.to_dict())
@@ -110,6 +119,12 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
 def _where(bucket: Bucket) -> str:
     """A race is valid on one sort of processor, for one number of threads, for like sizes."""
     return f"{runtime.processor()} threads={torch.get_num_threads()} bucket={bucket}"
+
+
+def _alone(sizes: Sequence[Sequence[int]]) -> str:
+    """The same, for these very sizes."""
+    exactly = list(map(list, sizes))
+    return f"{runtime.processor()} threads={torch.get_num_threads()} alone={exactly}"
 
 
 def _known_finish(stored: Any) -> Finish | None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ovshim.background import Work, pause
+from ovshim.builder import Work, pause
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
 from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
