@@ -227,7 +227,8 @@ class Job:
         self, leaves: Sequence[Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the call that these leaves, or the example's, are."""
-        return unflatten_call(self.leaves if leaves is None else leaves, self.kind.structure)
+        given = self.kind.requiring(self.leaves if leaves is None else leaves)
+        return unflatten_call(given, self.kind.structure)
 
     def call_with(self, leaves: Sequence[Any]) -> Any:
         """Eager's answer to these leaves."""
@@ -242,7 +243,8 @@ class Job:
     def copies(self) -> list[Any]:
         """The example's leaves with copies of their tensors; what is one object stays one."""
         made = {id(t): t.detach().clone() for t in self.tensors}
-        return [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        copies = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        return self.kind.requiring(copies)
 
     def open_sizes(self, pattern: Pattern, pinned: frozenset[tuple[int, int]]) -> None:
         """Open the sizes in which this job differs from an entry: somebody has built for the same

@@ -80,6 +80,7 @@ class Request:
         """The same with other dimensions open, and tensors without marks of earlier tries."""
         made = {id(tensor): tensor.detach().clone() for tensor in self.tensors}
         leaves = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        leaves = self.kind.requiring(leaves)
         return dataclasses.replace(self, dynamic=dynamic, leaves=leaves)
 
 
