@@ -128,7 +128,7 @@ def test_gradients_of_what_lies_between() -> None:
 def test_a_frozen_module_hands_gradients_on() -> None:
     module, fast = second(make(Second).requires_grad_(False))
     (plan,) = plans(fast)
-    assert plan["signature"] == "[0]: float32[3, 4] requiring grad"
+    assert plan["signature"] == "[0]: float32[?, 4] requiring grad"
     h = computed()
     with served(fast, "openvino"):
         y = fast(h)
@@ -148,7 +148,7 @@ def test_plans_are_kept_apart_by_what_requires_grad() -> None:
             for given in (x, h):
                 same(fast(given, None, PADDED), module(given, None, PADDED))
     y, z = fast(h, None, PADDED), module(h, None, PADDED)
-    same(torch.autograd.grad(loss(y), h), torch.autograd.grad(loss(z), h))
+    same(torch.autograd.grad(y.exp().sum(), h), torch.autograd.grad(z.exp().sum(), h), 1e-3)
 
 
 class Twice(nn.Module):
