@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, unflatten_call
 from ovshim.version import __version__
+
+if TYPE_CHECKING:
+    from ovshim.plan import Plan
 
 __all__ = ["BuildStopped", "Job", "own_dtype", "versions"]
 
@@ -62,6 +65,7 @@ class Job:
         dynamic: the dimensions of each tensor that should be able to change.
         grad: whether grad mode is on in the calls that the plan is for.
         backward: told when a backward pass reaches an answer (see `gradients.Backward`).
+        siblings: plans of the module for the other grad mode, whose graphs may do for this one.
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module
             itself is in use by other threads meanwhile.
@@ -95,6 +99,7 @@ class Job:
     dynamic: Dims
     grad: bool
     backward: Any
+    siblings: Sequence[Plan] = ()
     look: Look | None = None
     apart: Any = None
     began: Generation | None = None

@@ -222,6 +222,7 @@ class Planner:
             dynamic=dims,
             grad=given.grad,
             backward=self.backward,
+            siblings=[p for p in self.plans if p.grad is not given.grad],
             lenient=lenient,
         )
         for plan in family.plans:

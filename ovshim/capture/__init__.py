@@ -94,6 +94,7 @@ class Captured:
         size_guards, value_guards: see `ovshim.guards`.
         code: qualified names of the functions that were captured; None: not known.
         checked: whether the model has one more output: whether all indices were in range.
+        any_mode: whether it would be the same with grad mode switched over.
     """
 
     model: ov.Model
@@ -104,6 +105,7 @@ class Captured:
     value_guards: tuple[ValueGuard, ...] = ()
     code: tuple[str, ...] | None = None
     checked: bool = False
+    any_mode: bool = False
 
 
 def capture(request: Request) -> Captured:
