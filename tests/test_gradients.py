@@ -704,6 +704,79 @@ def test_a_forward_without_gradients() -> None:
         assert not fast(X).requires_grad
 
 
+# One graph for both modes
+
+
+def engines(fast: nn.Module) -> list[Any]:
+    (bound,) = installed(fast).values()
+    return [plan.served.engine for plan in bound.dispatcher.plans if plan.served]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", [torch.no_grad, torch.enable_grad])
+def test_a_plan_of_one_mode_takes_the_graph_of_the_other(first: Any) -> None:
+    module, fast = make(Mlp), ovshim.accelerate(make(Mlp), prefer="openvino")
+    other = torch.enable_grad if first is torch.no_grad else torch.no_grad
+    for under in (first, other):
+        settle(fast, module, X, under=under)
+    made, taken = sorted(plans(fast), key=lambda plan: str(plan["cache"]), reverse=True)
+    assert (made["cache"], taken["cache"]) == ("miss", "hit")
+    assert made["cache_path"] == taken["cache_path"]
+    assert "capture" not in taken["seconds"]
+    one, two = engines(fast)
+    assert one is two
+    with served(fast, "openvino"):
+        loss(fast(X)).backward()
+    loss(module(X)).backward()
+    same(grads(fast), grads(module))
+
+
+class AsksForTheMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + 1 if torch.is_grad_enabled() else y
+
+
+def test_what_asks_for_the_mode_has_a_graph_for_each() -> None:
+    module, fast = make(AsksForTheMode), ovshim.accelerate(make(AsksForTheMode), prefer="openvino")
+    for under in (torch.no_grad, torch.enable_grad, torch.no_grad):
+        settle(fast, module, X, under=under)
+    assert [plan["cache"] for plan in plans(fast)] == ["miss", "miss"]
+
+
+class AsksElsewhere(AsksForTheMode):
+    """Asks where nobody sees it."""
+
+    asks = staticmethod(eval("lambda: torch.is_grad_enabled()", {"torch": torch}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + self.asks()
+
+
+@pytest.mark.slow
+def test_however_it_asks() -> None:
+    module, fast = make(AsksElsewhere), ovshim.accelerate(make(AsksElsewhere), prefer="openvino")
+    with quietly():
+        for under in (torch.no_grad, torch.enable_grad, torch.no_grad, torch.enable_grad):
+            check(fast, module, X, path=None, under=under)
+
+
+@pytest.mark.slow
+def test_a_race_is_of_one_mode() -> None:
+    """The graph is one; which way is faster is found out for each."""
+    module = make(Mlp)
+    fast = ovshim.accelerate(make(Mlp), X)
+    with quietly():
+        for _ in range(3):
+            check(fast, module, X, path=None, under=torch.enable_grad)
+    assert [plan["speedup"] is not None for plan in plans(fast)] == [True, True]
+    assert all("race" in plan["seconds"] for plan in plans(fast))
+
+
 # Beside other things
 
 
