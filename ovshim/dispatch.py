@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from ovshim.buckets import Bucket
 from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
-from ovshim.gradients import look_out, unrecordable
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
@@ -31,6 +30,7 @@ from ovshim.planner import (
     unfit,
 )
 from ovshim.reasons import Reason, reason
+from ovshim.recordable import look_out, unrecordable
 from ovshim.rest import Rest
 from ovshim.signature import describe, flatten_call, sizes_of
 from ovshim.special_mode import autocast_on, function_modes, in_special_mode
@@ -294,12 +294,18 @@ class Dispatcher:
         kind = known_kind(leaves, structure, grad)
         if isinstance(kind, Reason):
             return self.in_eager(kind, args, kwargs)
-        if kind.requires_grad and self._looks_out:
+        if self._is_to_look_out(leaves):
             return self._looking_out(args, kwargs)
         output, why = self._planner.answer(Given(args, kwargs, kind, leaves, grad))
         self.tally.tell_precision()
         self.tally.note(stale if stale is not None and why.code == "building" else why)
         return output
+
+    def _is_to_look_out(self, leaves: Sequence[Any]) -> bool:
+        if not self._looks_out or self._planner.backward.seen or not _grad_enabled():
+            return False
+        tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
 
     def _looking_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Eager's answer to the first call with an input that was computed of what requires grad:

@@ -99,14 +99,13 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
     if lease is None:
         return None
     try:
-        if job.early is None or job.early.entry is not entry:
+        shared = _engine_of_sibling(job, entry)
+        if shared is None and (job.early is None or job.early.entry is not entry):
             job.early = early.begin_with(job, entry, record)
         with job.stage("proof"):
             small, seen = _looked_small(job, record)
         with job.stage("compile"):
-            engine = _engine_of_sibling(job, entry) or engine_of(
-                job, entry.file("model.xml"), record, entry
-            )
+            engine = shared or engine_of(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
             served = served_by(job, engine, record, generation, seen, small)
             tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]

@@ -64,7 +64,7 @@ class Job:
         kind, leaves: the example, flattened; its tensors are copies that nobody else holds.
         dynamic: the dimensions of each tensor that should be able to change.
         grad: whether grad mode is on in the calls that the plan is for.
-        backward: told when a backward pass reaches an answer (see `gradients.Backward`).
+        backward: told when a backward pass reaches an answer (see `recordable.Backward`).
         siblings: plans of the module for the other grad mode, whose graphs may do for this one.
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module

@@ -25,7 +25,6 @@ from ovshim.bound import install, installed, uninstall
 from ovshim.dispatch import Dispatcher
 from ovshim.eager import Eager
 from ovshim.errors import OptionError
-from ovshim.gradients import backward_hooks, hindrance
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import compile_matcher
@@ -35,6 +34,7 @@ from ovshim.planner import Backward, serving
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
 from ovshim.reasons import Reason
+from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
 from ovshim.twin import make_twin
 
@@ -163,10 +163,12 @@ def _divided(job: Job, whole: Plan) -> Plan:
 
 @dataclasses.dataclass
 class _Met:
-    """How one call of the whole calls a submodule: the first arguments, and all the seconds."""
+    """How one call of the whole calls a submodule: the first arguments, whether grad mode is on in
+    it, and all the seconds."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad: bool
     seconds: float = 0.0
     started: float = 0.0
 
@@ -206,7 +208,7 @@ def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Me
         if id(module) not in met:
             leaves, structure = flatten_call(args, kwargs)
             copies = [_copy(leaf) for leaf in leaves]
-            met[id(module)] = _Met(*unflatten_call(copies, structure))
+            met[id(module)] = _Met(*unflatten_call(copies, structure), torch.is_grad_enabled())
         met[id(module)].started = time.perf_counter()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -249,7 +251,7 @@ def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
     dispatcher = bound.dispatcher
     assert isinstance(dispatcher, Dispatcher)
     with contextlib.suppress(OptionError):  # it refuses its own arguments when asked again
-        dispatcher.prepare(call.args, call.kwargs, grad=job.grad)
+        dispatcher.prepare(call.args, call.kwargs, grad=call.grad)
     if any(plan.served is not None for plan in dispatcher.plans):
         return True
     uninstall(module, "forward")

@@ -103,6 +103,8 @@ class Patient(Dispatcher):
             return self.in_eager(reason("too-many-plans"), args, kwargs)
         if not self._finds_due(lambda: self._is_due(args, kwargs)):
             return self._waited(stale or _SELDOM, args, kwargs)
+        if self._is_to_look_out(flatten_call(args, kwargs)[0]):
+            return self._looking_out(args, kwargs)
         # The next kind of call has to earn its plan as well, and more than this one had to; and in
         # other threads, meanwhile, no call is due.
         self._changed()
