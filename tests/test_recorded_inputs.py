@@ -29,6 +29,7 @@ from test_parts import Tower, branch, noise, unsupported
 from torch import Tensor, nn
 
 import ovshim
+from ovshim.scope import found, patient
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 SEVERAL: list[Any] = [autograd_grad, double_backward, hooks_on_weights, hooks_on_outputs]
@@ -345,3 +346,52 @@ def test_parts_made_in_another_thread_record_gradients() -> None:
     loss(y).backward()
     loss(module(X)).backward()
     same(grads(fast), grads(module))
+
+
+class WithoutGrad(nn.Module):
+    """A frozen body by `no_grad`, a branch, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Mlp(8, 16, 8), Mlp(8, 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = branch(self.body(x))
+        y: Tensor = self.head(h)
+        return y
+
+
+@pytest.mark.slow
+def test_a_part_that_is_called_without_gradients() -> None:
+    module = make(WithoutGrad)
+    fast = ovshim.accelerate(copy.deepcopy(module), prefer="openvino")
+    with quietly():
+        fast(X)
+    (plan,) = plans(fast)
+    assert [p["module"] for p in plan["parts"]] == ["body", "head"]
+    with served(fast, "mixed"):
+        loss(fast(X)).backward()
+    loss(module(X)).backward()
+    same(grads(fast), grads(module))
+
+
+@pytest.mark.slow
+def test_programs_that_call_one_module_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, name in (
+        (patient, "_WORTH_BUILDING"),
+        (patient, "_WORTH_LOOKING_UP"),
+        (found, "_WORTH_A_LOOK"),
+    ):
+        monkeypatch.setattr(room, name, 0.0)  # every build pays
+    module = nn.Sequential(make(Mlp), make(Second))
+    first, last = copy.deepcopy(module)
+    with ovshim.enabled(prefer="openvino") as scope:
+        for _ in range(8):
+            same(last(first(X)), module(X))
+        loss(last(first(X))).backward()
+    rows = {row.module: row.calls for row in scope.report().rows}
+    assert rows["Mlp"]["openvino"] > 0
+    assert rows["Second"]["openvino"] > 0
+    loss(module(X)).backward()
+    same([*grads(first), *grads(last)], grads(module))
