@@ -18,8 +18,6 @@ from test_gradients import (
     double_backward,
     encoder,
     grads,
-    hooks_on_outputs,
-    hooks_on_weights,
     loss,
     outputs_written_to,
     three_times,
@@ -32,7 +30,7 @@ import ovshim
 from ovshim.scope import found, patient
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
-SEVERAL: list[Any] = [autograd_grad, double_backward, hooks_on_weights, hooks_on_outputs]
+SEVERAL: list[Any] = [autograd_grad, double_backward]
 SLOW = [
     pytest.param(s, marks=pytest.mark.slow) for s in [*SCENARIOS, three_times] if s not in SEVERAL
 ]
@@ -251,7 +249,7 @@ def divided(way: str) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("scenario", [*SEVERAL, *SLOW])
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow if way == "operator" else ()) for way in WAYS]
+    "way", [pytest.param(way, marks=() if way == "branch" else pytest.mark.slow) for way in WAYS]
 )
 def test_gradients_of_a_module_in_parts_are_eagers(way: str, scenario: Any) -> None:
     module, fast = divided(way)
