@@ -40,7 +40,7 @@ from ovshim.preflight import Look, used_up
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
-from ovshim.signature import sizes_of
+from ovshim.signature import Kind, sizes_of
 from ovshim.trial import seen_twice
 
 __all__ = ["build", "is_cached"]
@@ -142,10 +142,9 @@ def _from_cache_or_capture(job: Job, family: str) -> Plan:
 
 def _from_other_mode(job: Job) -> Plan | None:
     """A plan over the graph that was captured in the other grad mode, where it is the same."""
-    # int8 is proved by data of its own, and inputs that require grad are in one mode only.
-    if job.fingerprint is None or job.lowering is not None or job.kind.requires_grad:
+    if job.fingerprint is None or job.lowering is not None:  # int8 is proved by data of its own
         return None
-    parts = {**job.fingerprint.parts, "inputs": _inputs(job, not job.grad)}
+    parts = {**job.fingerprint.parts, "inputs": _inputs(job, job.kind.without_grad(), not job.grad)}
     return from_cache(job, dataclasses.replace(job.fingerprint, parts=parts).key, other_mode=True)
 
 
@@ -205,7 +204,7 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=_inputs(job, job.grad),
+            inputs=_inputs(job, job.kind, job.grad),
             options=json.dumps(decisive, sort_keys=True),
             environment=versions(),
         )
@@ -215,11 +214,11 @@ def _family(job: Job) -> tuple[str | None, str | None]:
     return found.key, None
 
 
-def _inputs(job: Job, grad: bool) -> str:
+def _inputs(job: Job, kind: Kind, grad: bool) -> str:
     """The kind of the calls, and which weights gradients are recorded for: torch takes other ways
     where there are none."""
     recorded = "".join("01"[p.requires_grad] for p in job.module.parameters()) if grad else "off"
-    return json.dumps({"kind": str(job.kind), "grad": recorded})
+    return json.dumps({"kind": str(kind), "grad": recorded})
 
 
 # --- a miss -----------------------------------------------------------------------------------

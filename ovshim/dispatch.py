@@ -362,6 +362,10 @@ class Dispatcher:
         if why is not None and wait:
             self.tally.tell(why)
 
+    def share(self, plans: Sequence[Plan]) -> None:
+        """Let these plans' graphs, of the same module elsewhere, do for the other grad mode."""
+        self._planner.others = plans
+
     def wait(self, timeout: float | None) -> bool:
         """Wait until no plan is being made in another thread; whether that was so in time."""
         begun = time.monotonic()

@@ -175,6 +175,7 @@ class _Met:
 
 def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
     """Put plans on the largest submodules that can have one."""
+    elsewhere = _plans_elsewhere(job, tree)
     frontier = _children(tree)
     while frontier:
         met = _meet(job, parts, frontier)
@@ -184,7 +185,7 @@ def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
             if call is None or not _is_worth_it(job, module, call):
                 continue
             job.check_time()
-            if not _is_served(job, module, call):
+            if not _is_served(job, module, call, elsewhere.get(module, ())):
                 below.update((id(child), child) for child in _children(module))
         frontier = list(below.values())
 
@@ -236,7 +237,7 @@ def _is_worth_it(job: Job, module: nn.Module, call: _Met) -> bool:
     return wanted or call.seconds >= _WORTH_SERVING_SECONDS
 
 
-def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
+def _is_served(job: Job, module: nn.Module, call: _Met, elsewhere: Sequence[Plan]) -> bool:
     """Whether a submodule has got a plan in OpenVINO; if not, it is as it was."""
     options = dataclasses.replace(
         job.options,
@@ -250,12 +251,26 @@ def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
     bound = install(module, "forward", _PartMaker(options, job.backward))
     dispatcher = bound.dispatcher
     assert isinstance(dispatcher, Dispatcher)
+    dispatcher.share(elsewhere)
     with contextlib.suppress(OptionError):  # it refuses its own arguments when asked again
         dispatcher.prepare(call.args, call.kwargs, grad=call.grad)
     if any(plan.served is not None for plan in dispatcher.plans):
         return True
     uninstall(module, "forward")
     return False
+
+
+def _plans_elsewhere(job: Job, tree: nn.Module) -> dict[nn.Module, list[Plan]]:
+    """For each submodule, the plans that it has as a part in the other grad mode."""
+    found: dict[nn.Module, list[Plan]] = {}
+    inner = dict(tree.named_modules())
+    for plan in job.siblings:
+        if isinstance(plan.parts, Parts):
+            for name, part in plan.parts.tree.named_modules():
+                plans = [known for one in _parts_of(part) for known in one.plans]
+                if plans and name in inner:
+                    found.setdefault(inner[name], []).extend(plans)
+    return found
 
 
 class _PartMaker:

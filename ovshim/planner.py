@@ -72,6 +72,7 @@ class Planner:
 
     Attributes:
         backward: whether a backward pass has reached an answer of this method's.
+        others: plans of the same module elsewhere, whose graphs may do for the other grad mode.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Planner:
         self._on_gone = on_gone
         self._divide = divide
         self.backward = backward or Backward()
+        self.others: Sequence[Plan] = ()
 
     @property
     def plans(self) -> list[Plan]:
@@ -222,7 +224,7 @@ class Planner:
             dynamic=dims,
             grad=given.grad,
             backward=self.backward,
-            siblings=[p for p in self.plans if p.grad is not given.grad],
+            siblings=[p for p in (*self.plans, *self.others) if p.grad is not given.grad],
             lenient=lenient,
         )
         for plan in family.plans:

@@ -27,6 +27,7 @@ from test_parts import Tower, branch, noise, unsupported
 from torch import Tensor, nn
 
 import ovshim
+from ovshim.bound import installed
 from ovshim.scope import found, patient
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -393,3 +394,23 @@ def test_programs_that_call_one_module_after_another(monkeypatch: pytest.MonkeyP
     assert rows["Second"]["openvino"] > 0
     loss(module(X)).backward()
     same([*grads(first), *grads(last)], grads(module))
+
+
+def test_parts_of_both_modes_share_their_graphs() -> None:
+    module = make(Tower, branch)
+    fast = ovshim.accelerate(copy.deepcopy(module), prefer="openvino")
+    with quietly():
+        for under in (torch.no_grad, torch.enable_grad):
+            for _ in range(2):
+                check(fast, module, X, path=None, under=under)
+    (bound,) = installed(fast).values()
+    plain, recording = bound.dispatcher.plans  # type: ignore[attr-defined]
+    for name in plain.parts.served():
+        engines = [
+            part.dispatcher._planner.plans[0].served.engine  # type: ignore[attr-defined]
+            for plan in (plain, recording)
+            for part in installed(plan.parts.tree.get_submodule(name)).values()
+        ]
+        assert engines[0] is engines[1]
+    assert {part["plans"][0]["cache"] for part in plans(fast)[1]["parts"]} == {"hit"}
+    assert counts(fast)["mixed"] == 2
