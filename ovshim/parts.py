@@ -254,6 +254,7 @@ def _is_served(job: Job, module: nn.Module, call: _Met, elsewhere: Sequence[Plan
     dispatcher.share(elsewhere)
     with contextlib.suppress(OptionError):  # it refuses its own arguments when asked again
         dispatcher.prepare(call.args, call.kwargs, grad=call.grad)
+    dispatcher.share(())  # it would keep them
     if any(plan.served is not None for plan in dispatcher.plans):
         return True
     uninstall(module, "forward")
