@@ -759,12 +759,30 @@ class AsksElsewhere(AsksForTheMode):
         return y + self.asks()
 
 
+class Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + 1 if ctx.needs_input_grad[0] else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class AsksItsContext(AsksForTheMode):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Shifted.apply(self.linear(x))
+        return y
+
+
 @pytest.mark.slow
-def test_however_it_asks() -> None:
-    module, fast = make(AsksElsewhere), ovshim.accelerate(make(AsksElsewhere), prefer="openvino")
+@pytest.mark.parametrize("cls", [AsksElsewhere, AsksItsContext])
+def test_however_it_asks(cls: type[nn.Module]) -> None:
+    module, fast = make(cls), ovshim.accelerate(make(cls), prefer="openvino")
     with quietly():
         for under in (torch.no_grad, torch.enable_grad, torch.no_grad, torch.enable_grad):
             check(fast, module, X, path=None, under=under)
+    assert len({plan["cache_path"] for plan in plans(fast)}) == 2
 
 
 @pytest.mark.slow

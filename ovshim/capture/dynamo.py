@@ -64,7 +64,7 @@ _VALUE_DEPENDENT = (
 )
 # Names by which code asks whether gradients are recorded. They need not be exact: what has one of
 # them is captured for each mode.
-_OF_MODES = re.compile("grad_enabled|requires_grad|grad_fn|is_leaf|inference")
+_OF_MODES = re.compile("grad_enabled|requires_grad|input_grad|grad_fn|is_leaf|inference")
 # What it merely cannot follow: code that a trace runs through without harm to the graph.
 _HARMLESS = (
     "torch.jit.script/freeze modules unsupported",
