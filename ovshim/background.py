@@ -46,7 +46,7 @@ class LatePlanner(Planner):
         why: Reason | None = reason("building")
         if self._lock.acquire(blocking=False):
             try:
-                family = self._families.of(given.kind, torch.is_grad_enabled())
+                family = self._families.of(given.kind, given.grad)
                 if not self._is_building(family):
                     why = self._put_off(family)
                     if why is None:
@@ -67,8 +67,8 @@ class LatePlanner(Planner):
     def prepare(self, given: Given, wait: bool = True) -> Plan | None:
         """The plan for an example. See `Planner.prepare`; None where nobody waits for it."""
         if self._late and building_here():
-            with self._lock, torch.no_grad():
-                family = self._families.of(given.kind, False)
+            with self._lock, torch.set_grad_enabled(given.grad):
+                family = self._families.of(given.kind, given.grad)
                 plan = self.make(family, self._job(family, given))
             if plan is not None:
                 return plan
@@ -97,8 +97,8 @@ class LatePlanner(Planner):
 
     def _asked(self, given: Given) -> tuple[Build, bool]:
         """The build for such calls that is under way, or a new one, and whether it is that."""
-        with self._lock, torch.no_grad():
-            family = self._families.of(given.kind, False)
+        with self._lock, torch.set_grad_enabled(given.grad):
+            family = self._families.of(given.kind, given.grad)
             if self._is_building(family):
                 return family.build, False
             job = self._job(family, given)

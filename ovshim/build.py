@@ -40,7 +40,7 @@ from ovshim.preflight import Look, used_up
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
-from ovshim.signature import sizes_of
+from ovshim.signature import Kind, sizes_of
 from ovshim.trial import seen_twice
 
 __all__ = ["build", "is_cached"]
@@ -128,6 +128,8 @@ def _alone(job: Job, family: str) -> Plan:
 
 def _from_cache_or_capture(job: Job, family: str) -> Plan:
     found = from_cache(job, family)
+    if found is None:
+        found = _from_other_mode(job)
     if found is not None:
         return found
     job.note_details()
@@ -136,6 +138,14 @@ def _from_cache_or_capture(job: Job, family: str) -> Plan:
     except BuildStopped as stopped:
         keep_verdict(job, family, stopped.reason)
         raise
+
+
+def _from_other_mode(job: Job) -> Plan | None:
+    """A plan over the graph that was captured in the other grad mode, where it is the same."""
+    if job.fingerprint is None or job.lowering is not None:  # int8 is proved by data of its own
+        return None
+    parts = {**job.fingerprint.parts, "inputs": _inputs(job, job.kind.without_grad(), not job.grad)}
+    return from_cache(job, dataclasses.replace(job.fingerprint, parts=parts).key, other_mode=True)
 
 
 def _try_in_child(job: Job, family: str) -> None:
@@ -194,7 +204,7 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=json.dumps({"kind": str(job.kind), "grad": str(_grad_of(job))}),
+            inputs=_inputs(job, job.kind, job.grad),
             options=json.dumps(decisive, sort_keys=True),
             environment=versions(),
         )
@@ -204,9 +214,11 @@ def _family(job: Job) -> tuple[str | None, str | None]:
     return found.key, None
 
 
-def _grad_of(job: Job) -> str:
-    """Which weights gradients are recorded for: torch takes other ways where there are none."""
-    return "".join("01"[p.requires_grad] for p in job.module.parameters()) if job.grad else "off"
+def _inputs(job: Job, kind: Kind, grad: bool) -> str:
+    """The kind of the calls, and which weights gradients are recorded for: torch takes other ways
+    where there are none."""
+    recorded = "".join("01"[p.requires_grad] for p in job.module.parameters()) if grad else "off"
+    return json.dumps({"kind": str(kind), "grad": recorded})
 
 
 # --- a miss -----------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ class Early:
 def begin(job: Job) -> Early | None:
     """Begin with the entry that a hint names; None where there is none, or it would not pay."""
     job.hint_key = _key(job) if _pays(job) else None
+    if any(plan.served is not None for plan in job.siblings):
+        return None  # it will most likely be the graph of one of them
     path = None if job.hint_key is None else job.store.hinted(job.hint_key)
     if path is None or not blobs.is_large(path):
         return None

@@ -15,7 +15,7 @@ from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan
 from ovshim.cache import Entry, StoreError
 from ovshim.errors import OptionError
 from ovshim.generation import GuardFailedError
-from ovshim.infer import EngineDead
+from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan
@@ -40,18 +40,23 @@ _MOST_DATA = 32
 _OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
 
-def from_cache(job: Job, family: str) -> Plan | None:
-    """A plan out of an entry that fits the job; None where there is none."""
+def from_cache(job: Job, family: str, other_mode: bool = False) -> Plan | None:
+    """A plan out of an entry that fits the job; None where there is none.
+
+    Args:
+        other_mode: whether the family is of calls with grad mode switched over.
+    """
     for entry in _candidates(job, family):
         if "proof" not in entry.manifest and "verdict" not in entry.manifest:
             continue  # somebody is about to prove it, or has died of that
         try:
-            plan = _if_it_fits(job, entry)
+            plan = _if_it_fits(job, entry, other_mode)
         except BuildStopped:
             raise
         except Exception:  # of a manifest or a graph that is not as we write them: a miss
             log.info("the entry %s does not serve", entry.path, exc_info=True)
-            job.store.discard(entry)
+            if not other_mode:
+                job.store.discard(entry)
             continue
         if plan is not None:
             return plan
@@ -68,17 +73,19 @@ def _candidates(job: Job, family: str) -> Iterator[Entry]:
             yield entry
 
 
-def _if_it_fits(job: Job, entry: Entry) -> Plan | None:
+def _if_it_fits(job: Job, entry: Entry, other_mode: bool) -> Plan | None:
     record = Record.of_entry(entry, job.kind)
+    if other_mode and (record.verdict is not None or not record.any_mode):
+        return None
     if not record.fits(sizes_of(job.leaves)):
         job.open_sizes(record.pattern, record.pinned)
         return None
     if record.verdict is None and not record.opens(job.dynamic):
         return None  # it was built for fewer sizes than this job is told to keep open
-    return _from_entry(job, entry, record)
+    return _from_entry(job, entry, record, other_mode)
 
 
-def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
+def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Plan | None:
     try:
         generation = generation_of(job, record)
     except GuardFailedError as failed:
@@ -92,16 +99,20 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     if lease is None:
         return None
     try:
-        if job.early is None or job.early.entry is not entry:
+        shared = _engine_of_sibling(job, entry)
+        if shared is None and (job.early is None or job.early.entry is not entry):
             job.early = early.begin_with(job, entry, record)
         with job.stage("proof"):
             small, seen = _looked_small(job, record)
         with job.stage("compile"):
-            engine = engine_of(job, entry.file("model.xml"), record, entry)
+            engine = shared or engine_of(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
             served = served_by(job, engine, record, generation, seen, small)
             tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
-            error = proof.prove_small(eager_of(job), served, tensors, seen)
+            eager = eager_of(job)
+            error = proof.prove_small(eager, served, tensors, seen)
+            if other_mode:
+                error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
     except (BuildStopped, ProofFailedError, EngineDead) as trouble:
@@ -112,6 +123,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.
         log.info("the entry %s does not serve: %s", entry.path, trouble)
+        if other_mode:
+            return None
         if job.imported:
             blobs.discard(job.store, entry, job.options.device, job.settings)
         job.store.discard(entry)
@@ -126,6 +139,20 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     keep_compiled(job, entry)
     record = dataclasses.replace(record, error=max(error, record.error))
     return plan_of(job, served, record, generation, "hit", entry)
+
+
+def _engine_of_sibling(job: Job, entry: Entry) -> Engine | None:
+    """The engine that runs the entry's graph in the other grad mode; None where there is none."""
+    for plan in job.siblings:
+        served, graph = plan.served, plan.graph
+        if plan.cache_path != str(entry.path) or served is None or graph is None:
+            continue
+        if served.engine.dead is None:
+            job.source, job.hint, job.way = graph.source, graph.hint, plan.way
+            job.precision_run, job.modules_run = plan.precision_run, plan.modules
+            job.warnings = plan.warnings
+            return served.engine
+    return None
 
 
 def _refuse_overflow(job: Job, entry: Entry) -> None:

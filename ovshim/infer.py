@@ -146,8 +146,10 @@ class Engine:
     def check(self, inputs: Collection[int]) -> None:
         """Look at the values of these inputs in each call to come: float32, by index. The buffer
         that an input was copied into is looked at in half of the time that the tensor takes."""
-        self._checked = frozenset(i for i in inputs if self._dtypes[i] == torch.float32)
-        self._forget_slots()
+        checked = self._checked.union(i for i in inputs if self._dtypes[i] == torch.float32)
+        if checked != self._checked:  # two plans may share it
+            self._checked = checked
+            self._forget_slots()
         if self.exact is not None:
             self.exact.check(inputs)
 
@@ -219,7 +221,10 @@ class Engine:
         if len(tensors) != len(shapes):
             raise ValueError(f"{len(tensors)} tensors for {len(shapes)} inputs.")
         for index, x in enumerate(tensors):
-            if x.shape == shapes[index] and not x.requires_grad:
+            if x.requires_grad:
+                # In grad mode the buffer would join the graph and keep every call's inputs alive.
+                x = x.detach()
+            if x.shape == shapes[index]:
                 slot.copies[index](x)  # type: ignore[misc]  # there is one where there is a shape
             else:
                 in_place.append(self._bind_input(slot, index, x))
@@ -279,9 +284,6 @@ class Engine:
 
     def _bind_input(self, slot: Slot, index: int, x: torch.Tensor) -> Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""
-        if x.requires_grad:
-            # In grad mode the buffer would join the graph and keep every call's inputs alive.
-            x = x.detach()
         array = None
         if x.nbytes <= _COPY_INPUT_BYTES:
             shape = x.shape

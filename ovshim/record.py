@@ -58,6 +58,7 @@ class Record:
     Attributes:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
         checked: whether the graph's last output says whether all indices were in range.
+        any_mode: whether it would be the same with grad mode switched over.
         code: qualified names of the functions that were captured; None: not known.
         pinned: (tensor, dimension) whose other sizes the capture or the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
@@ -80,6 +81,7 @@ class Record:
     outputs: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     checked: bool = False
+    any_mode: bool = False
     code: tuple[str, ...] | None = None
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -114,6 +116,7 @@ class Record:
             outputs=captured.outputs,
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
             checked=captured.checked,
+            any_mode=captured.any_mode,
             code=captured.code,
             pinned=frozenset(fixed),
             rung=rung,
@@ -164,6 +167,7 @@ class Record:
             "code": None if self.code is None else list(self.code),
             "outputs": list(self.outputs),
             "checked": self.checked,
+            "any_mode": self.any_mode,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
             "lowered": dict(self.lowered),
@@ -211,6 +215,7 @@ class Record:
             route=str(graph["route"]),
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
             checked=bool(graph["checked"]),
+            any_mode=bool(graph["any_mode"]),
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=rungs[graph["rung"][0]],

@@ -74,6 +74,7 @@ FLOORS: dict[str, set[str]] = {
         "planner",
         "families",
         "gradients",
+        "recordable",
         "proof",
     },
     "4": {
