@@ -13,6 +13,7 @@ import torch
 
 from ovshim.cache import Entry
 from ovshim.capture import Captured
+from ovshim.floats import checked_rest
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold, to_json
 from ovshim.proof import Proof
 from ovshim.reasons import TABLE, Reason
@@ -69,7 +70,7 @@ class Record:
         processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
-        rest: for int8, the precision that the rest is fastest in, by processor and threads.
+        rest: where something is integers, what the rest is fastest in, by processor and threads.
         ways: for tiny graphs, how they run fastest, by processor and threads.
     """
 
@@ -201,9 +202,6 @@ class Record:
         if [len(dims) for dims in pattern] != ranks:
             raise ValueError("its sizes are not of this call")
         rungs = {rung.name: rung for rung in LADDER}
-        rest = dict(entry.manifest.get("rest") or {})
-        if not set(rest.values()) <= {"fp32", "bf16"}:
-            raise ValueError("its rest is in no precision")
         return Record(
             pattern=pattern,
             size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
@@ -225,7 +223,7 @@ class Record:
             processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
-            rest=rest,
+            rest=checked_rest(entry.manifest.get("rest")),
             ways=dict(entry.manifest.get("ways") or {}),
         )
 

@@ -53,6 +53,7 @@ FLOORS: dict[str, set[str]] = {
         "decode",
         "eager",
         "early",
+        "floats",
         "job",
         "lanes",
         "lean",

@@ -38,6 +38,7 @@ from ovshim.decode.prove import Prover
 from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
 from ovshim.decode.step import Unfit
+from ovshim.floats import COMPRESSED
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.job import BuildStopped, Job
@@ -48,7 +49,7 @@ __all__ = ["build"]
 
 log = logging.getLogger("ovshim")
 
-_PRECISIONS = ("fp32", "bf16", "fp16", "int8_weights", "int4_weights")
+_PRECISIONS = COMPRESSED | {"fp32", "bf16", "fp16"}
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
 
 
@@ -163,7 +164,7 @@ class _Build:
             if lease is None:
                 continue
             try:
-                engine = self.prover.engine(entry.file("model.xml"), record)
+                engine = self.prover.engine(entry.file("model.xml"), record, entry)
                 record = self.prover.proved(engine, record, [small_probe()])
             except BuildStopped as trouble:
                 lease.release()
@@ -186,7 +187,7 @@ class _Build:
         with job.stage("capture"), TRACE_LOCK:
             model, record = self._captured()
             generation = self._generation(record)
-        if job.precision in ("int8_weights", "int4_weights"):
+        if job.precision in COMPRESSED:
             from ovshim.precision import graphs, quantize
 
             with job.stage("lower"):
@@ -197,7 +198,7 @@ class _Build:
             source, entry, keep = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
         try:
-            engine, record = self.prover.first_right(source, record)
+            engine, record = self.prover.first_right(source, record, entry)
             weakref.finalize(engine, keep)
             if job.weights_moved():
                 raise BuildStopped(reason("stale", "weights changed while the plan was made"))

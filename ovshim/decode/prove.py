@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ovshim import executed, runtime
+from ovshim.cache import Entry
 from ovshim.decode import probes
 from ovshim.decode.decoding import compile_fits
 from ovshim.decode.engine import StatefulEngine, stateful_engine_for
@@ -18,6 +20,7 @@ from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed
 from ovshim.decode.record import StepRecord
 from ovshim.decode.step import Form
+from ovshim.floats import COMPRESSED, floats_of, in_fp32, may_be_refused
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import warnings_of
@@ -33,6 +36,10 @@ _WIDEST = 1024
 _KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
 # Properties that have cured graphs which OpenVINO compiled wrongly (see `ovshim.build`).
 _LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
+# What is timed to choose between floats: some tokens after a prompt, the longer one where there are
+# positions for it; of an encoder-decoder model, whose first step is eager's, tokens alone.
+_TIMED = (probes.Probe((256, *(1,) * 16)), probes.Probe((16, *(1,) * 8)))
+_TIMED_ALONE = probes.Probe((1,) * 24)
 
 
 class Prover:
@@ -43,7 +50,9 @@ class Prover:
         self.manner = manner
         self.form = form
 
-    def first_right(self, source: Path, record: StepRecord) -> tuple[StatefulEngine, StepRecord]:
+    def first_right(
+        self, source: Path, record: StepRecord, entry: Entry | None
+    ) -> tuple[StatefulEngine, StepRecord]:
         """The graph compiled in the first of several ways that is proved.
 
         Raises:
@@ -61,8 +70,7 @@ class Prover:
         for properties in _LADDER:
             record = dataclasses.replace(record, properties=properties)
             try:
-                engine = self.engine(source, record)
-                return engine, self.proved(engine, record, asked)
+                return self._right(source, record, entry, asked)
             except BuildStopped as stopped:
                 if stopped.reason.code not in ("proof-failed", "infer-failed"):
                     raise first or stopped from None
@@ -71,11 +79,65 @@ class Prover:
         assert first is not None
         raise first
 
-    def engine(self, source: Path, record: StepRecord) -> StatefulEngine:
+    def _right(
+        self,
+        source: Path,
+        record: StepRecord,
+        entry: Entry | None,
+        asked: Sequence[probes.Probe],
+    ) -> tuple[StatefulEngine, StepRecord]:
+        """The graph compiled and proved; where bf16 around its integers is not exact enough, both
+        are done anew without."""
+        while True:
+            engine = self.engine(source, record, entry)
+            try:
+                return engine, self.proved(engine, record, asked)
+            except BuildStopped as stopped:
+                inexact = stopped.reason.code == "proof-failed"
+                if not inexact or not may_be_refused(self.job, self.job.hint):
+                    raise
+                log.info("%s, floats in bf16: %s", type(self.job.module).__qualname__, stopped)
+                rest = in_fp32(self.job, record.rest, partial(self._keep, entry))
+                record = dataclasses.replace(record, rest=rest)
+
+    def engine(self, source: Path, record: StepRecord, entry: Entry | None) -> StatefulEngine:
         """The compiled graph. Raises BuildStopped where OpenVINO cannot."""
         job = self.job
-        compressed = job.precision in ("int8_weights", "int4_weights")
-        wanted = job.own_precision if compressed else job.precision
+        if job.precision in COMPRESSED:
+            keep = partial(self._keep, entry)
+            job.hint = floats_of(job, record.rest, keep, lambda: self._ways(source, record))
+        else:
+            job.hint = job.precision
+        return self._compiled(source, record, job.hint)
+
+    def _ways(
+        self, source: Path, record: StepRecord
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """A conversation with the graph compiled in fp32, and with that in bf16."""
+        manner = self.manner
+        ends = [n for n in (manner.longest, record.most) if n is not None]
+        fitting = [probe for probe in _TIMED if all(probe.length <= n for n in ends)]
+        timed = _TIMED_ALONE if manner.probed_source else next(iter(fitting), _TIMED[-1])
+
+        def through(engine: StatefulEngine) -> Callable[[], None]:
+            def run() -> None:
+                way = manner.candidate(self.job.call, self.form, engine, timed)
+                for _ in probes.ask(timed, [way], manner.vocabulary):
+                    pass
+
+            return run
+
+        exact, lower = (
+            through(self._compiled(source, record, precision)) for precision in ("fp32", "bf16")
+        )
+        return exact, lower
+
+    def _keep(self, entry: Entry | None, rest: Mapping[str, str]) -> None:
+        if entry is not None:
+            self.job.store.amend(entry, "rest", dict(rest))
+
+    def _compiled(self, source: Path, record: StepRecord, wanted: str) -> StatefulEngine:
+        job = self.job
         with job.stage("compile"):
             safe = runtime.safe_precision(wanted, **job.placement)
             # By default the plugin keeps them in 8 bits, in every precision but fp32.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ovshim.cache import Entry
+from ovshim.floats import checked_rest
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, to_json
 from ovshim.reasons import TABLE, Reason
 
@@ -29,6 +30,7 @@ class StepRecord:
         error: the largest relative L2 error found.
         met: buckets of sizes at which it was found right.
         race: medians and quartiles, by processor and threads.
+        rest: for compressed weights, what is fastest around them, by processor and threads.
         verdict: why eager serves in its place, where that was found for good.
     """
 
@@ -43,6 +45,7 @@ class StepRecord:
     error: float = 0.0
     met: tuple[tuple[int, ...], ...] = ()
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
     verdict: Reason | None = None
 
     @staticmethod
@@ -113,6 +116,7 @@ class StepRecord:
             error=float(proof["error"]),
             met=tuple(tuple(map(int, one)) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),
+            rest=checked_rest(entry.manifest.get("rest")),
         )
 
 
