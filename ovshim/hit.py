@@ -26,7 +26,14 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = ["from_cache", "head_of", "keep_compiled", "keep_verdict"]
+__all__ = [
+    "from_cache",
+    "head_of",
+    "keep_compiled",
+    "keep_data",
+    "keep_verdict",
+    "known_data",
+]
 
 log = logging.getLogger("ovshim")
 
@@ -131,15 +138,27 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
 def _refuse_overflow(job: Job, entry: Entry) -> None:
     """Raise BuildStopped where this job's data leaves float16's range, which the data that the
     entry was proved with may not have done. What does not is kept, to be looked at once."""
-    kept = entry.manifest.get("in_range")
-    known = list(map(str, kept)) if isinstance(kept, list) else []
+    known = known_data(entry)
     try:
         data = refuse_overflow(job, known)
     except (BuildStopped, OptionError):
         raise
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
-    if data is not None and data not in known:
+    if data is not None:
+        keep_data(job, entry, data)
+
+
+def known_data(entry: Entry) -> list[str]:
+    """The data that float16 was seen to hold."""
+    kept = entry.manifest.get("in_range")
+    return list(map(str, kept)) if isinstance(kept, list) else []
+
+
+def keep_data(job: Job, entry: Entry, data: str) -> None:
+    """Let no process look at that data again."""
+    known = known_data(entry)
+    if data not in known:
         job.store.amend(entry, "in_range", [*known, data][-_MOST_DATA:])
 
 

@@ -25,6 +25,7 @@ from ovshim.reasons import reason
 from ovshim.signature import sizes_of
 
 __all__ = [
+    "CHECKED_FOR_OVERFLOW",
     "lowered",
     "lowering_of",
     "refuse_overflow",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 # So many samples are looked at for overflow; and rules for more modules than so many help nobody.
-_CHECKED_FOR_OVERFLOW = 32
+CHECKED_FOR_OVERFLOW = 32
 _LONGEST_CURE = 12
 
 _RAN = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "i8"}
@@ -187,7 +188,7 @@ def refuse_overflow(job: Job, known: Container[str] = ()) -> str | None:
     data = calibration.digest_of([job.tensors]) + ("" if samples is None else samples.digest)
     if data in known:
         return data
-    sets = [job.tensors, *([] if samples is None else samples.tensors[:_CHECKED_FOR_OVERFLOW])]
+    sets = [job.tensors, *([] if samples is None else samples.tensors[:CHECKED_FOR_OVERFLOW])]
     for tensors in sets:
         job.check_time()
         found = overflow(

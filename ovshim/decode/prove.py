@@ -38,7 +38,7 @@ _KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
 _LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
 # What is timed to choose between floats: some tokens after a prompt, the longer one where there are
 # positions for it; of an encoder-decoder model, whose first step is eager's, tokens alone.
-_TIMED = (probes.Probe((256, *(1,) * 16)), probes.Probe((16, *(1,) * 8)))
+_TIMED = (probes.Probe((128, *(1,) * 8)), probes.Probe((16, *(1,) * 8)))
 _TIMED_ALONE = probes.Probe((1,) * 24)
 
 
