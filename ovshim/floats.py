@@ -32,6 +32,8 @@ INTEGERS = COMPRESSED | {"int8"}
 # How much faster the less exact one has to be, and what finding out may take, in seconds.
 _MARGIN = 1.1
 _SECONDS = 0.3
+# A busy machine decides nothing at first, and what is chosen then is for the life of this process.
+_ATTEMPTS = 2
 
 # What acts in fp32 alone: whoever asks for one of them by name gets it.
 _OF_FP32 = {
@@ -65,7 +67,10 @@ def floats_of(
     try:
         exact, lower = ways()
         with job.stage("compile"):
-            finish = race(exact, lower, min(_SECONDS, job.seconds_left() / 8))
+            for _ in range(_ATTEMPTS):
+                finish = race(exact, lower, min(_SECONDS, job.seconds_left() / 8))
+                if finish.decided:
+                    break
     except (EngineDead, ValueError):  # if it was the first of them, it dies in the proof again
         return "fp32"
     except BuildStopped as stopped:
