@@ -374,4 +374,4 @@ def _served_and_proved(
         except EngineDead as dead:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead
         else:
-            return served, record.proved(found, sizes_of(job.leaves))
+            return served, record.proved(found, sizes_of(job.leaves), job.hint)

@@ -14,13 +14,14 @@ from ovshim import blobs, early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
 from ovshim.errors import OptionError
+from ovshim.floats import may_be_refused
 from ovshim.generation import GuardFailedError
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import refuse_overflow
-from ovshim.plan import Plan
+from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import ProofFailedError
+from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
@@ -109,9 +110,11 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             served = served_by(job, engine, record, generation, seen, small)
             tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
             error = proof.prove_small(eager_of(job), served, tensors, seen)
+            if may_be_refused(job, job.hint) and job.hint not in record.hints:
+                record, entry = _wholly_proved(job, served, record, entry)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
-    except (BuildStopped, ProofFailedError, EngineDead) as trouble:
+    except (BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead) as trouble:
         lease.release()
         if job.weights_moved():  # the entry is as good as before
             raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
@@ -133,6 +136,22 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     keep_compiled(job, entry)
     record = dataclasses.replace(record, error=max(error, record.error))
     return plan_of(job, served, record, generation, "hit", entry)
+
+
+def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tuple[Record, Entry]:
+    """Both with a proof like that of a build: it was made with floats in fp32, where another
+    processor, or a busy one, was faster so.
+
+    Raises:
+        ProofFailedError, DiedOfSizesError: see `proof.prove`.
+    """
+    assert job.lowering is not None
+    samples = job.lowering.to_prove_with(record.pattern)
+    sizes = (record.pattern, record.size_guards)
+    found = proof.prove(eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
+    record = record.proved(found, sizes_of(job.leaves), job.hint)
+    kept = {**entry.manifest["proof"], **record.proof(job.precision)}
+    return record, job.store.amend(entry, "proof", kept)
 
 
 def _refuse_overflow(job: Job, entry: Entry) -> None:

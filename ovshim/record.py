@@ -66,6 +66,7 @@ class Record:
         limits: the smallest and the largest integer that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
+        hints: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
@@ -88,6 +89,7 @@ class Record:
     error: float = 0.0
     sizes: tuple[tuple[int, ...], ...] = ()
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    hints: tuple[str, ...] = ()
     verdict: Reason | None = None
     processor: str = ""
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -120,11 +122,16 @@ class Record:
             rung=rung,
         )
 
-    def proved(self, found: Proof, example: Sequence[Sequence[int]]) -> Record:
-        """The record with what a proof at the sizes of `example` has found."""
+    def proved(self, found: Proof, example: Sequence[Sequence[int]], hint: str) -> Record:
+        """The record with what a proof at the sizes of `example` has found.
+
+        Args:
+            hint: the precision that OpenVINO was told.
+        """
         return dataclasses.replace(
             self.pin(found.pinned, example),
-            error=found.error,
+            hints=(*self.hints, hint),
+            error=max(found.error, self.error),
             sizes=found.sizes,
             met=found.met,
             limits=found.limits,
@@ -186,6 +193,7 @@ class Record:
             "pinned": sorted(map(list, self.pinned)),
             "limits": {str(t): list(limit) for t, limit in self.limits.items()},
             "precision": precision,
+            "hints": list(self.hints),
         }
 
     @staticmethod
@@ -219,6 +227,7 @@ class Record:
             met=tuple(
                 _sizes(m, pattern) for m in entry.manifest.get("met") or proof.get("met", ())
             ),
+            hints=tuple(map(str, proof.get("hints", ()))),
             verdict=None if verdict is None else _reason(verdict),
             processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),

@@ -737,6 +737,32 @@ def test_floats_beside_integer_weights(
 
 
 @pytest.mark.slow
+def test_floats_in_bf16_are_proved_wholly_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not any(d.name == "CPU" and "bf16" in d.precisions for d in runtime.devices()):
+        pytest.skip("the processor has no bf16")
+    from ovshim.decode.prove import Prover
+
+    asked_of: list[int] = []
+    proved = Prover.proved
+
+    def noted(self: Any, engine: Any, record: Any, asked: Any) -> Any:
+        asked_of.append(len(asked))
+        return proved(self, engine, record, asked)
+
+    monkeypatch.setattr(Prover, "proved", noted)
+    ran = []
+    for low, high in ((0.9, 1.2), (1.8, 1.9), (1.8, 1.9)):  # the first decides nothing
+        monkeypatch.setattr(floats, "race", lambda *_, at=(low, high): Finish(2.0, 1.0, *at))
+        fast = accelerated(lm.make("llama"), PROMPT, precision="int8_weights", cache_dir=tmp_path)
+        ran.append((plans(fast)[0]["cache"], plans(fast)[0]["precision_run"]))
+    assert ran == [("miss", "f32"), ("hit", "bf16"), ("hit", "bf16")]
+    assert asked_of == [asked_of[0], asked_of[0], 1]
+    assert asked_of[0] > 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8_weights"])
 def test_keys_and_values_in_eight_bits_are_had_by_name(precision: str, cache: Path) -> None:
     model = lm.make("llama")

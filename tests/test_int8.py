@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ovshim
-from ovshim import floats, runtime
+from ovshim import floats, proof, runtime
 from ovshim.cli import digits
 from ovshim.precision import graphs, quantize
 from ovshim.progress import bar
@@ -281,6 +281,31 @@ def test_bf16_that_is_not_exact_enough_is_not_run(monkeypatch: pytest.MonkeyPatc
     second = ovshim.accelerate(module, x, **asked)  # nobody tries again
     assert caches(second) == "hit"
     assert set(told[tried:]) == {"fp32"}
+
+
+def test_bf16_is_proved_wholly_where_an_entry_was_made_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wins(monkeypatch, 1.0, 0.9, 0.95)  # nothing is decided, nothing kept
+    module, x = make(OnAGrid), torch.randn(4, 256)
+    asked: Any = {"precision": "int8_weights", "prefer": "openvino"}
+    first = ovshim.accelerate(module, x, **asked)
+    assert (caches(first), plan(first)["precision_run"]) == ("miss", "f32")
+    wins(monkeypatch, 1.0, 0.5, 1.8)
+    asked_of: list[Any] = []
+    prove = proof.prove
+
+    def noted(*given: Any) -> Any:
+        asked_of.append(given)
+        return prove(*given)
+
+    monkeypatch.setattr(proof, "prove", noted)
+    for whole in (1, 1):
+        fast = ovshim.accelerate(module, x, **asked)
+        assert (caches(fast), plan(fast)["precision_run"]) == ("hit", "bf16")
+        assert plan(fast)["error"] > 1e-3
+        assert len(asked_of) == whole
+    check(fast, module, torch.randn(7, 256), tolerance=0.03)
 
 
 @pytest.mark.parametrize(

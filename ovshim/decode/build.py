@@ -34,7 +34,6 @@ from ovshim.decode.finish import by_eager, finished, run_race
 from ovshim.decode.key import family_of, tolerance_of
 from ovshim.decode.manner import Causal
 from ovshim.decode.overflow import refuse_overflow
-from ovshim.decode.probes import small_probe
 from ovshim.decode.prove import Prover
 from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
@@ -175,8 +174,7 @@ class _Build:
             if lease is None:
                 continue
             try:
-                engine = self.prover.engine(entry.file("model.xml"), record, entry)
-                record = self.prover.proved(engine, record, [small_probe()])
+                engine, record, entry = self.prover.still_right(entry, record)
             except BuildStopped as trouble:
                 lease.release()
                 if job.weights_moved() or trouble.reason.code == "build-too-slow":

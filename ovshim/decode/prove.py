@@ -65,12 +65,11 @@ class Prover:
             most=window if wide else None,
             conventions=self.manner.conventions(self.job.call, self.form),
         )
-        asked = list(self.manner.probes(None if wide else window))
         first: BuildStopped | None = None
         for properties in _LADDER:
             record = dataclasses.replace(record, properties=properties)
             try:
-                return self._right(source, record, entry, asked)
+                return self._right(source, record, entry)
             except BuildStopped as stopped:
                 if stopped.reason.code not in ("proof-failed", "infer-failed"):
                     raise first or stopped from None
@@ -79,19 +78,35 @@ class Prover:
         assert first is not None
         raise first
 
+    def still_right(
+        self, entry: Entry, record: StepRecord
+    ) -> tuple[StatefulEngine, StepRecord, Entry]:
+        """An entry's graph, and what is known of it then: it was proved, and is asked one thing
+        again; or everything, where it was never proved with floats in bf16 and is faster so here.
+
+        Raises:
+            BuildStopped: it is right no more.
+        """
+        engine = self.engine(entry.file("model.xml"), record, entry)
+        if not may_be_refused(self.job, self.job.hint) or self.job.hint in record.hints:
+            return engine, self.proved(engine, record, [probes.small_probe()]), entry
+        record = self._wholly_proved(engine, record)
+        return engine, record, self.job.store.amend(entry, "proof", record.proof_to_json())
+
+    def _wholly_proved(self, engine: StatefulEngine, record: StepRecord) -> StepRecord:
+        window = self.form.window if record.most is None else None
+        record = self.proved(engine, record, list(self.manner.probes(window)))
+        return dataclasses.replace(record, hints=(*record.hints, self.job.hint))
+
     def _right(
-        self,
-        source: Path,
-        record: StepRecord,
-        entry: Entry | None,
-        asked: Sequence[probes.Probe],
+        self, source: Path, record: StepRecord, entry: Entry | None
     ) -> tuple[StatefulEngine, StepRecord]:
         """The graph compiled and proved; where bf16 around its integers is not exact enough, both
         are done anew without."""
         while True:
             engine = self.engine(source, record, entry)
             try:
-                return engine, self.proved(engine, record, asked)
+                return engine, self._wholly_proved(engine, record)
             except BuildStopped as stopped:
                 inexact = stopped.reason.code == "proof-failed"
                 if not inexact or not may_be_refused(self.job, self.job.hint):
