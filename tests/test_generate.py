@@ -729,6 +729,8 @@ def test_floats_beside_integer_weights(
         fast.ovshim.warm(PROMPT)
         (plan,) = plans(fast)
         assert (plan["cache"], plan["path"], plan["precision_run"]) == (cache, "openvino", ran)
+        assert plan["keys_and_values"] == ran
+        assert f"OpenVINO in {ran}, keys and values in {ran}" in str(ovshim.explain(fast))
         expected = generate(model, inputs=PROMPT, do_sample=False, max_new_tokens=1).logits[0]
         found = generate(fast, inputs=PROMPT, do_sample=False, max_new_tokens=1).logits[0]
         assert (found - expected).norm() <= 0.05 * expected.norm()

@@ -169,7 +169,9 @@ class Prover:
                     inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
                 threads = job.placement["threads"]
                 about = inputs, states, self.form.dtype, record.checked
-                return stateful_engine_for(compiled, threads, *about)
+                engine = stateful_engine_for(compiled, threads, *about)
+                engine.keys_and_values = executed.keys_and_values(compiled)
+                return engine
             except (RuntimeError, TypeError, ValueError) as error:
                 detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
                 raise BuildStopped(reason("compile-failed", detail)) from error
