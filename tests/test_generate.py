@@ -787,7 +787,8 @@ def test_keys_and_values_in_eight_bits_are_had_by_name(precision: str, cache: Pa
 def tall(model: Any) -> Any:
     """One layer reaches some 1e6; what comes of it is normalized."""
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(1e10)
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e6)
     return model
 
 
@@ -799,6 +800,30 @@ def test_overflow_of_float16_is_refused_with_its_module(cache: Path) -> None:
     found = generate(fast, inputs=PROMPT, do_sample=False)
     same_generation(found, generate(model, inputs=PROMPT, do_sample=False))
     assert counts(fast)["openvino"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ovshim.PrecisionWarning")
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_float16_is_asked_of_what_is_decoded(half: str, cache: Path) -> None:
+    """The encoder runs in eager."""
+    model, given = lm.make_encoder_decoder("t5")
+    feed = getattr(model, half).block[1].layer[-1].DenseReluDense
+    with torch.no_grad():
+        feed.wi.weight.mul_(1e2)
+        feed.wo.weight.mul_(1e4)
+    assert feed.wo.weight.abs().max() < 65504
+    fast = accelerated(model, precision="fp16", tolerance="loose", cache_dir=cache / half)
+    with quietly():
+        for _ in range(2):
+            found = fast.generate(**given, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, model.generate(**given, max_new_tokens=6, do_sample=False))
+    (plan,) = plans(fast)
+    if half == "encoder":
+        assert plan["path"] == "openvino"
+    else:
+        assert plan["reason"]["code"] == "overflow"
+        assert "decoder.block.1.layer.2.DenseReluDense.wo reaches" in plan["reason"]["message"]
 
 
 @pytest.mark.slow
