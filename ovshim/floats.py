@@ -36,9 +36,12 @@ _SECONDS = 0.3
 _ATTEMPTS = 2
 
 # What acts in fp32 alone: whoever asks for one of them by name gets it.
-_OF_FP32 = {
+_OF_FP32: Mapping[str, Callable[[Any], bool]] = {
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": lambda value: str(value) != "0",
-    "KV_CACHE_PRECISION": lambda value: str(value).lower() in ("f32", "fp32"),
+    **dict.fromkeys(
+        ("KV_CACHE_PRECISION", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION"),
+        lambda value: str(value).lower() == "f32",
+    ),
 }
 
 Keep = Callable[[Mapping[str, str]], Any]
@@ -58,11 +61,13 @@ def floats_of(
         ways: gives two calls that compute the same, with that in fp32 and in bf16.
     """
     own, here = job.own_precision, _here(job)
-    if here in known:
-        return known[here]
-    if own != "fp32" or not _has_bf16(job):
+    if own != "fp32" or runtime.safe_precision("bf16", **job.placement) != "bf16":
         return own
     if any(name in _OF_FP32 and _OF_FP32[name](v) for name, v in job.options.properties.items()):
+        return own
+    if here in known:
+        return known[here]
+    if not _has_bf16(job.options.device):
         return own
     try:
         exact, lower = ways()
@@ -107,6 +112,5 @@ def _here(job: Job) -> str:
     return f"{runtime.processor()} threads={job.placement['threads']}"
 
 
-def _has_bf16(job: Job) -> bool:
-    has = {p for d in runtime.devices() if d.name == job.options.device for p in d.precisions}
-    return "bf16" in has and runtime.safe_precision("bf16", **job.placement) == "bf16"
+def _has_bf16(device: str) -> bool:
+    return any(d.name == device and "bf16" in d.precisions for d in runtime.devices())

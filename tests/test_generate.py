@@ -852,10 +852,11 @@ def test_overflow_that_only_the_callers_tokens_show(cache: Path) -> None:
         with falls_back("overflow") as told:
             fast = accelerated(model, example, **asked, **data)
         assert "model.layers.0.input_layernorm reaches 9e+06" in told[0].reason.message
-    first = accelerated(model, **asked)
-    with falls_back("overflow"):
-        found = generate(first, inputs=loud, do_sample=False)
-    same_generation(found, generate(model, inputs=loud, do_sample=False))
+    for data, code in (({}, "overflow"), ({"calibration": [torch.randn(3)]}, "calibration-unfit")):
+        first = accelerated(model, **asked, **data)
+        with falls_back(code):
+            found = generate(first, inputs=loud, do_sample=False)
+        same_generation(found, generate(model, inputs=loud, do_sample=False))
     with pytest.raises(ovshim.CalibrationError, match="float"):
         accelerated(model, PROMPT, **asked, calibration=[torch.randn(3)])
 

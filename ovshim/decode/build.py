@@ -63,7 +63,7 @@ def build(job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> 
         shown: arguments of a call of eager that the proof is to look at as well; perhaps none.
 
     Raises:
-        OptionError: calibration data that is none.
+        OptionError: calibration data that is none, unless a call of the user's began it.
     """
     modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
     with modes[0], modes[1], modes[2]:
@@ -75,8 +75,10 @@ def build(job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> 
                 why = reason("stale", "weights changed while the plan was made")
             made = by_eager(job, why)
             made.trouble = stopped.__cause__
-        except OptionError:
-            raise
+        except OptionError as error:
+            if not job.lenient:
+                raise
+            made = by_eager(job, reason("calibration-unfit", str(error)))
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
             made = by_eager(job, reason("build-failed", f"{type(error).__name__}: {error}"))
