@@ -110,7 +110,7 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             served = served_by(job, engine, record, generation, seen, small)
             tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
             error = proof.prove_small(eager_of(job), served, tensors, seen)
-            if may_be_refused(job, job.hint) and job.hint not in record.hints:
+            if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
                 record, entry = _wholly_proved(job, served, record, entry)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))

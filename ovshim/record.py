@@ -66,7 +66,7 @@ class Record:
         limits: the smallest and the largest integer that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
-        hints: the precisions that OpenVINO was told in whole proofs.
+        proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
@@ -89,7 +89,7 @@ class Record:
     error: float = 0.0
     sizes: tuple[tuple[int, ...], ...] = ()
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    hints: tuple[str, ...] = ()
+    proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
     processor: str = ""
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -130,7 +130,7 @@ class Record:
         """
         return dataclasses.replace(
             self.pin(found.pinned, example),
-            hints=(*self.hints, hint),
+            proved_in=(*self.proved_in, hint),
             error=max(found.error, self.error),
             sizes=found.sizes,
             met=found.met,
@@ -193,7 +193,7 @@ class Record:
             "pinned": sorted(map(list, self.pinned)),
             "limits": {str(t): list(limit) for t, limit in self.limits.items()},
             "precision": precision,
-            "hints": list(self.hints),
+            "proved_in": list(self.proved_in),
         }
 
     @staticmethod
@@ -227,7 +227,7 @@ class Record:
             met=tuple(
                 _sizes(m, pattern) for m in entry.manifest.get("met") or proof.get("met", ())
             ),
-            hints=tuple(map(str, proof.get("hints", ()))),
+            proved_in=tuple(map(str, proof.get("proved_in", ()))),
             verdict=None if verdict is None else _reason(verdict),
             processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),

@@ -88,7 +88,7 @@ class Prover:
             BuildStopped: it is right no more.
         """
         engine = self.engine(entry.file("model.xml"), record, entry)
-        if not may_be_refused(self.job, self.job.hint) or self.job.hint in record.hints:
+        if not may_be_refused(self.job, self.job.hint) or self.job.hint in record.proved_in:
             return engine, self.proved(engine, record, [probes.small_probe()]), entry
         record = self._wholly_proved(engine, record)
         return engine, record, self.job.store.amend(entry, "proof", record.proof_to_json())
@@ -96,7 +96,7 @@ class Prover:
     def _wholly_proved(self, engine: StatefulEngine, record: StepRecord) -> StepRecord:
         window = self.form.window if record.most is None else None
         record = self.proved(engine, record, list(self.manner.probes(window)))
-        return dataclasses.replace(record, hints=(*record.hints, self.job.hint))
+        return dataclasses.replace(record, proved_in=(*record.proved_in, self.job.hint))
 
     def _right(
         self, source: Path, record: StepRecord, entry: Entry | None

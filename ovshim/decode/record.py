@@ -31,7 +31,7 @@ class StepRecord:
         met: buckets of sizes at which it was found right.
         race: medians and quartiles, by processor and threads.
         rest: for compressed weights, what is fastest around them, by processor and threads.
-        hints: the precisions that OpenVINO was told in whole proofs.
+        proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
     """
 
@@ -47,7 +47,7 @@ class StepRecord:
     met: tuple[tuple[int, ...], ...] = ()
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    hints: tuple[str, ...] = ()
+    proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
 
     @staticmethod
@@ -89,7 +89,7 @@ class StepRecord:
             "most": self.most,
             "conventions": dict(self.conventions),
             "error": self.error,
-            "hints": list(self.hints),
+            "proved_in": list(self.proved_in),
             "met": [list(sizes) for sizes in self.met],
         }
 
@@ -117,7 +117,7 @@ class StepRecord:
             most=None if most is None else int(most),
             conventions=dict(proof["conventions"]),
             error=float(proof["error"]),
-            hints=tuple(map(str, proof.get("hints", ()))),
+            proved_in=tuple(map(str, proof.get("proved_in", ()))),
             met=tuple(tuple(map(int, one)) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),
             rest=checked_rest(entry.manifest.get("rest")),
