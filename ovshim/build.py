@@ -18,18 +18,28 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ovshim import early, proof, runtime
-from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
+from ovshim.assemble import (
+    eager_of,
+    eager_plan,
+    engine_of,
+    generation_of,
+    keep_rest,
+    plan_of,
+    served_by,
+)
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
+from ovshim.floats import in_fp32, may_be_refused
 from ovshim.generation import Generation
 from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
 from ovshim.infer import EngineDead
@@ -368,8 +378,12 @@ def _served_and_proved(
             log.info("%s: %s", type(job.module).__qualname__, died)
             record = record.pin(died.places, sizes_of(job.leaves))
         except ProofFailedError as failed:
-            raise BuildStopped(reason("proof-failed", str(failed))) from failed
+            if not may_be_refused(job, job.hint):
+                raise BuildStopped(reason("proof-failed", str(failed))) from failed
+            log.info("%s, its rest in bf16: %s", type(job.module).__qualname__, failed)
+            rest = in_fp32(job, record.rest, partial(keep_rest, job, entry))
+            record = dataclasses.replace(record, rest=rest)
         except EngineDead as dead:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead
         else:
-            return served, record.proved(found, sizes_of(job.leaves))
+            return served, record.proved(found, sizes_of(job.leaves), job.hint)

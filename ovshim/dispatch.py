@@ -338,7 +338,7 @@ class Dispatcher:
         leaves, structure = flatten_call(args, kwargs)
         why = obstacle(self.module) or unfit(leaves)
         if why is None and self._room is not None and self._room.takes(args, kwargs):
-            decoding = self._room.prepare(wait)
+            decoding = self._room.prepare(args, kwargs, wait)
             self.tally.tell_precision()
             if decoding is not None and decoding.reason is not None:
                 self.tally.tell(decoding.reason)

@@ -14,19 +14,27 @@ from ovshim import blobs, early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
 from ovshim.errors import OptionError
+from ovshim.floats import may_be_refused
 from ovshim.generation import GuardFailedError
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import refuse_overflow
-from ovshim.plan import Plan
+from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import ProofFailedError
+from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = ["from_cache", "head_of", "keep_compiled", "keep_verdict"]
+__all__ = [
+    "from_cache",
+    "head_of",
+    "keep_compiled",
+    "keep_data",
+    "keep_verdict",
+    "known_data",
+]
 
 log = logging.getLogger("ovshim")
 
@@ -113,9 +121,11 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
             error = proof.prove_small(eager, served, tensors, seen)
             if other_mode:
                 error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
+            if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
+                record, entry = _wholly_proved(job, served, record, entry)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
-    except (BuildStopped, ProofFailedError, EngineDead) as trouble:
+    except (BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead) as trouble:
         lease.release()
         if job.weights_moved():  # the entry is as good as before
             raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
@@ -155,18 +165,46 @@ def _engine_of_sibling(job: Job, entry: Entry) -> Engine | None:
     return None
 
 
+def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tuple[Record, Entry]:
+    """Both with a proof like that of a build: it was made with floats in fp32, where another
+    processor, or a busy one, was faster so.
+
+    Raises:
+        ProofFailedError, DiedOfSizesError: see `proof.prove`.
+    """
+    assert job.lowering is not None
+    samples = job.lowering.to_prove_with(record.pattern)
+    sizes = (record.pattern, record.size_guards)
+    found = proof.prove(eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
+    record = record.proved(found, sizes_of(job.leaves), job.hint)
+    kept = {**entry.manifest["proof"], **record.proof(job.precision)}
+    return record, job.store.amend(entry, "proof", kept)
+
+
 def _refuse_overflow(job: Job, entry: Entry) -> None:
     """Raise BuildStopped where this job's data leaves float16's range, which the data that the
     entry was proved with may not have done. What does not is kept, to be looked at once."""
-    kept = entry.manifest.get("in_range")
-    known = list(map(str, kept)) if isinstance(kept, list) else []
+    known = known_data(entry)
     try:
         data = refuse_overflow(job, known)
     except (BuildStopped, OptionError):
         raise
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
-    if data is not None and data not in known:
+    if data is not None:
+        keep_data(job, entry, data)
+
+
+def known_data(entry: Entry) -> list[str]:
+    """The data that float16 was seen to hold."""
+    kept = entry.manifest.get("in_range")
+    return list(map(str, kept)) if isinstance(kept, list) else []
+
+
+def keep_data(job: Job, entry: Entry, data: str) -> None:
+    """Let no process look at that data again."""
+    known = known_data(entry)
+    if data not in known:
         job.store.amend(entry, "in_range", [*known, data][-_MOST_DATA:])
 
 

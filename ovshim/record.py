@@ -13,6 +13,7 @@ import torch
 
 from ovshim.cache import Entry
 from ovshim.capture import Captured
+from ovshim.floats import checked_rest
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold, to_json
 from ovshim.proof import Proof
 from ovshim.reasons import TABLE, Reason
@@ -66,11 +67,12 @@ class Record:
         limits: the smallest and the largest integer that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
+        proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
-        rest: for int8, the precision that the rest is fastest in, by processor and threads.
+        rest: where something is integers, what the rest is fastest in, by processor and threads.
         ways: for tiny graphs, how they run fastest, by processor and threads.
     """
 
@@ -89,6 +91,7 @@ class Record:
     error: float = 0.0
     sizes: tuple[tuple[int, ...], ...] = ()
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
     processor: str = ""
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -122,11 +125,16 @@ class Record:
             rung=rung,
         )
 
-    def proved(self, found: Proof, example: Sequence[Sequence[int]]) -> Record:
-        """The record with what a proof at the sizes of `example` has found."""
+    def proved(self, found: Proof, example: Sequence[Sequence[int]], hint: str) -> Record:
+        """The record with what a proof at the sizes of `example` has found.
+
+        Args:
+            hint: the precision that OpenVINO was told.
+        """
         return dataclasses.replace(
             self.pin(found.pinned, example),
-            error=found.error,
+            proved_in=(*self.proved_in, hint),
+            error=max(found.error, self.error),
             sizes=found.sizes,
             met=found.met,
             limits=found.limits,
@@ -189,6 +197,7 @@ class Record:
             "pinned": sorted(map(list, self.pinned)),
             "limits": {str(t): list(limit) for t, limit in self.limits.items()},
             "precision": precision,
+            "proved_in": list(self.proved_in),
         }
 
     @staticmethod
@@ -205,9 +214,6 @@ class Record:
         if [len(dims) for dims in pattern] != ranks:
             raise ValueError("its sizes are not of this call")
         rungs = {rung.name: rung for rung in LADDER}
-        rest = dict(entry.manifest.get("rest") or {})
-        if not set(rest.values()) <= {"fp32", "bf16"}:
-            raise ValueError("its rest is in no precision")
         return Record(
             pattern=pattern,
             size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
@@ -226,11 +232,12 @@ class Record:
             met=tuple(
                 _sizes(m, pattern) for m in entry.manifest.get("met") or proof.get("met", ())
             ),
+            proved_in=tuple(map(str, proof.get("proved_in", ()))),
             verdict=None if verdict is None else _reason(verdict),
             processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
-            rest=rest,
+            rest=checked_rest(entry.manifest.get("rest")),
             ways=dict(entry.manifest.get("ways") or {}),
         )
 

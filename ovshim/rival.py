@@ -222,7 +222,9 @@ def add_rival(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None
     # Of precision by rules nobody would read back what runs.
     if not plain or not is_open or isinstance(options.precision, Mapping):
         return
-    if source is None or type(engine) is not Engine or engine.exact is not None:
+    if source is None or type(engine) is not Engine:
+        return
+    if engine.exact is not None or engine.rival is not None:
         return
     if job.tiny or job.way not in (None, "usual"):
         return

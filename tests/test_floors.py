@@ -54,6 +54,7 @@ FLOORS: dict[str, set[str]] = {
         "decode",
         "eager",
         "early",
+        "floats",
         "job",
         "lanes",
         "lean",
