@@ -80,8 +80,8 @@ class Watched:
     """The words of these objects, as they were when last looked at.
 
     Raises (when made):
-        UnknownPlaceError: one of the objects is not like the others of its kind.
-        RuntimeError, NotImplementedError, AttributeError: a tensor has no storage.
+        UnknownPlaceError: one of the objects is not like the others of its kind. And whatever a
+            tensor raises that has no storage.
     """
 
     def __init__(
@@ -93,10 +93,11 @@ class Watched:
     ) -> None:
         self._places = places
         self._held = tensors, dicts, modules
+        # How many groups hold the addresses of others.
+        self._leading = 0
         # Addresses and what was found there, in turns. One object, so that a thread which reads it
         # while another one replaces it has both of one time.
         self.state: list[tuple[Any, ...]] = [self._laid()]
-        self._leading = len(_cut(range(len(tensors)))) + len(_cut(self._of_impls()))
 
     def condition(self) -> str:
         """An expression that tells whether all words are what they were; `{0}` is what reads them,
@@ -117,12 +118,9 @@ class Watched:
         return tuple(found)
 
     def _laid(self) -> tuple[Any, ...]:
-        groups = [
-            *_cut(self._of_tensors()),
-            *_cut(self._of_impls()),
-            *_cut(self._of_contents()),
-            *_cut(self._of_objects()),
-        ]
+        leading = [*_cut(self._of_tensors()), *_cut(self._of_impls())]
+        self._leading = len(leading)
+        groups = [*leading, *_cut(self._of_contents()), *_cut(self._of_objects())]
         read = _reader()
         return tuple(part for at in groups for part in (at, read(at).tobytes()))
 
@@ -132,32 +130,34 @@ class Watched:
         return found
 
     def _of_impls(self) -> list[int]:
-        places, found = self._places, []
+        places = self._places
+        found: list[int] = []
+        known: list[Any] = []
         for tensor in self._held[0]:
-            impl, dims = tensor._cdata, tensor.dim()
+            impl, sizes, strides = tensor._cdata, tensor.shape, tensor.stride()
+            dims = len(sizes)
             if dims > _MOST_DIMENSIONS:
                 raise UnknownPlaceError(f"a tensor of {dims} dimensions")
-            sizes = [impl + places.sizes + _WORD * i for i in range(-1, dims)]
-            strides = [impl + places.strides + _WORD * i for i in range(dims)]
-            others = [impl + places.storage, impl + places.counter, impl + places.offset]
-            own = [*others, *sizes, *strides]
-            storage = tensor.untyped_storage()._cdata
-            known = [storage, None, tensor.storage_offset(), dims, *tensor.shape, *tensor.stride()]
-            _agree(own, known)
-            found += own
+            found += (impl + places.storage, impl + places.counter, impl + places.offset)
+            known += (tensor.untyped_storage()._cdata, None, tensor.storage_offset())
+            found += range(impl + places.sizes - _WORD, impl + places.sizes + _WORD * dims, _WORD)
+            known += (dims, *sizes)
+            found += range(impl + places.strides, impl + places.strides + _WORD * dims, _WORD)
+            known += strides
+        _agree(found, known)
         return found
 
     def _of_contents(self) -> list[int]:
-        places, found = self._places, []
-        for tensor in self._held[0]:
-            counter = _word(tensor._cdata + places.counter)
-            storage = tensor.untyped_storage()
-            own = [storage._cdata + places.data, counter + places.version]
-            _agree(own, [storage.data_ptr(), None])
-            if _word(own[1]) & 0xFFFFFFFF != tensor._version:
-                raise UnknownPlaceError("a version")
-            found += own
-        return found
+        places, (tensors, _, _) = self._places, self._held
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        data = [storage._cdata + places.data for storage in storages]
+        _agree(data, [storage.data_ptr() for storage in storages])
+        counters = _words_at([tensor._cdata + places.counter for tensor in tensors])
+        versions = [counter + places.version for counter in counters]
+        found = [word & 0xFFFFFFFF for word in _words_at(versions)]
+        if found != [tensor._version for tensor in tensors]:
+            raise UnknownPlaceError("a version is not where such a thing was")
+        return [*data, *versions]
 
     def _of_objects(self) -> list[int]:
         places, (_, dicts, modules) = self._places, self._held
@@ -188,7 +188,7 @@ def add_unless_touched(
         return False
     try:
         watched = Watched(places, tensors, dicts, modules)
-    except (UnknownPlaceError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except Exception as error:  # whatever a class of tensors raises that has no memory
         log.debug("all is looked at on every call: %s", error)
         return False
     looked = [False]
@@ -233,9 +233,14 @@ def _cut(addresses: Sequence[int]) -> list[Any]:
     return [_indices(group) for group in groups]
 
 
+def _words_at(addresses: Sequence[int]) -> list[int]:
+    read = _reader()
+    return [word for at in _cut(addresses) for word in read(at).tolist()]
+
+
 def _agree(addresses: Sequence[int], known: Sequence[int | None]) -> None:
     """Raise UnknownPlaceError where other words are there than are known to be."""
-    for found, word in zip(map(_word, addresses), known, strict=True):
+    for found, word in zip(_words_at(addresses), known, strict=True):
         if word is not None and found != word:
             raise UnknownPlaceError(f"{word} is not where such a thing was")
 
