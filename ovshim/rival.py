@@ -226,6 +226,8 @@ def add_rival(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None
         return
     if engine.exact is not None or engine.rival is not None:
         return
+    if any(other.served is not None and other.served.engine is engine for other in job.siblings):
+        return  # it has had its rival
     if job.tiny or job.way not in (None, "usual"):
         return
     device, threads, precision_run = options.device, job.placement["threads"], job.precision_run

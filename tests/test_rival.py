@@ -117,6 +117,24 @@ def test_one_that_loses_is_not_tried_again(
         check(fast, module, torch.randn(3, 8))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wins", [True, False])
+def test_plans_of_both_grad_modes_have_one(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wins: bool
+) -> None:
+    monkeypatch.setattr(rival, "_won", lambda finish: wins)
+    module = make(Mlp)
+    fast = accelerate(module, tmp_path)
+    settle(fast, module)
+    for _ in range(20):
+        check(fast, module, torch.randn(3, 8), path=None, under=torch.enable_grad)
+    one, other = (plan.served.engine for plan in installed(fast)["forward"].dispatcher.plans)  # type: ignore[attr-defined]
+    assert one is other
+    assert one.rival is None
+    assert (one.exact is not None) is wins
+    assert compiled.sizes == [[(3, 8)]]
+
+
 def test_one_that_cannot_be_compiled_or_is_wrong_does_not_serve(compiled: Compiled) -> None:
     def fails() -> Any:
         raise RuntimeError("no graph for these")
