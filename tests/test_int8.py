@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ovshim
-from ovshim import floats, proof, runtime
+from ovshim import floats, proof, runtime, tiny
 from ovshim.cli import digits
 from ovshim.precision import graphs, quantize
 from ovshim.progress import bar
@@ -207,15 +207,15 @@ def wins(monkeypatch: pytest.MonkeyPatch, slow: float, fast: float, low: float) 
 
 
 def hints(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The precisions that OpenVINO is told from now on."""
+    """The precisions that OpenVINO is told of graphs that it compiles from now on."""
     told: list[str] = []
-    settings = runtime.settings
+    compile_model = runtime.compile_model
 
-    def noted(**changes: Any) -> dict[str, Any]:
-        told.append(changes["precision"])
-        return settings(**changes)
+    def noted(source: Path, device: str, settings: Any, sizes: Any = None) -> Any:
+        told.append(settings["INFERENCE_PRECISION_HINT"])
+        return compile_model(source, device, settings, sizes)
 
-    monkeypatch.setattr(runtime, "settings", noted)
+    monkeypatch.setattr(runtime, "compile_model", noted)
     return told
 
 
@@ -223,10 +223,10 @@ def hints(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("precision", "slow", "fast", "low", "rest"),
     [
         ("int8", 1.0, 0.5, 1.8, "bf16"),
-        ("int8", 1.0, 0.95, 1.02, "fp32"),
-        ("int8", 1.0, 2.0, 0.4, "fp32"),
+        ("int8", 1.0, 0.95, 1.02, "f32"),
+        ("int8", 1.0, 2.0, 0.4, "f32"),
         ("int8_weights", 1.0, 0.5, 1.8, "bf16"),
-        ("int8_weights", 1.0, 2.0, 0.4, "fp32"),
+        ("int8_weights", 1.0, 2.0, 0.4, "f32"),
         pytest.param("int4_weights", 1.0, 0.5, 1.8, "bf16", marks=pytest.mark.slow),
     ],
 )
@@ -240,15 +240,16 @@ def test_what_is_not_int8_runs_in_bf16_where_that_is_faster(
 ) -> None:
     """Measured once; the verdict is kept with the entry."""
     races, told = wins(monkeypatch, slow, fast, low), hints(monkeypatch)
+    monkeypatch.setattr(tiny, "_is_small", lambda source: False)  # which is tried in more ways
     module = make(DigitsCnn)
     make_int8(module, precision=precision)
-    assert told == ["fp32", "bf16", rest]
+    assert told == ["f32", "bf16", rest]
     fast_one = make_int8(module, precision=precision)
     check(fast_one, module, images(3), tolerance=0.15)
     assert told[3:] == [rest]
     assert len(races) == 1
     if precision != "int8":
-        assert plan(fast_one)["precision_run"] == {"fp32": "f32", "bf16": "bf16"}[rest]
+        assert plan(fast_one)["precision_run"] == rest
 
 
 class OnAGrid(nn.Module):
@@ -274,13 +275,13 @@ def test_bf16_that_is_not_exact_enough_is_not_run(monkeypatch: pytest.MonkeyPatc
     asked: Any = {"precision": "int8_weights", "prefer": "openvino", "tolerance": 2e-4}
     first = ovshim.accelerate(module, x, **asked)
     assert told.index("bf16") == 1  # the race
-    assert told[-1] == "fp32"
+    assert told[-1] == "f32"
     tried = len(told)
     assert plan(first)["precision_run"] == "f32"
     check(first, module, torch.randn(7, 256), tolerance=2e-4)
     second = ovshim.accelerate(module, x, **asked)  # nobody tries again
     assert caches(second) == "hit"
-    assert set(told[tried:]) == {"fp32"}
+    assert set(told[tried:]) == {"f32"}
 
 
 def test_bf16_is_proved_wholly_where_an_entry_was_made_without(
@@ -317,7 +318,7 @@ def test_what_acts_in_fp32_alone_keeps_floats_there(
     races, told = wins(monkeypatch, 1.0, 0.5, 1.8), hints(monkeypatch)
     module, x = make(OnAGrid), torch.randn(4, 256)
     ovshim.accelerate(module, x, precision="int8_weights", properties=properties, prefer="openvino")
-    assert (set(told), races) == ({"fp32"}, [])
+    assert (set(told), races) == ({"f32"}, [])
 
 
 # The cache
