@@ -20,6 +20,7 @@ from backends import (
     module_bytes,
     prepare,
     raw_request,
+    settle_sizes,
 )
 from interleave import Effort
 from measure import Group, measure_ways
@@ -202,6 +203,7 @@ def _ovshim(task: Task, precision: str, options: Mapping[str, Any]) -> Prepared:
     fast = _accelerated(task, precision, options)
     plan = _plan(fast)
     call = functools.partial(fast, *task.args, **task.kwargs)
+    settle_sizes(fast, call)
     note = ", ".join(filter(None, (plan.lowered.get("preset"), _chosen(plan))))
     return Prepared(call, leaves_of, plan.precision_run or "?", note, _size(plan.graph.source))
 

@@ -10,7 +10,7 @@ import pytest
 import quiet
 import torch
 import workloads
-from backends import raw_request
+from backends import raw_request, settle_sizes
 from board import Board
 from interleave import Turns, compare
 from measure import AGAIN, settle
@@ -18,7 +18,6 @@ from replay import clock, play
 from rows import Row, noise
 
 import ovshim
-from ovshim.bound import installed
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 
@@ -36,10 +35,9 @@ def overhead(
     module, (args, _) = workloads.make(_CASE, small=False)
     cache: Path = tmp_path_factory.mktemp("cache")
     fast = ovshim.accelerate(module, args, prefer="openvino", cache_dir=cache)
-    plan: Any = installed(fast)["forward"].dispatcher.plans[0]  # type: ignore[attr-defined]
-    assert plan.served is not None, plan.reason
-    engine = plan.served.engine.exact or plan.served.engine
     with torch.inference_mode():
+        plan = settle_sizes(fast, functools.partial(fast, *args))
+        engine = plan.served.engine.exact or plan.served.engine
         ways: dict[str, Callable[[], Any]] = {
             "eager": functools.partial(module, *args),
             # Not compiled anew: the same settings may have led to another variant.

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +131,7 @@ def by_spark(weights: str, batches: Sequence[torch.Tensor]) -> list[str]:
         worker = Worker(weights)
         return lambda ids: np.full(len(ids), worker.measure(ids))
 
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     made = SparkSession.builder.master(f"local[{WORKERS}]").config("spark.ui.enabled", "false")
     spark = made.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")

@@ -8,6 +8,7 @@ Needs Java, Spark and transformers: pip install "pyspark[sql]" transformers
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,8 @@ def main() -> None:
     ids = torch.randint(1, 1000, (512, LENGTH))
     ids[::3, -4:] = 0
 
+    # Else the workers are whatever python3 is first on the path.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = (
         SparkSession.builder.master(f"local[{WORKERS}]").config("spark.ui.enabled", "false")
     ).getOrCreate()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
 from ovshim.eager import Eager
 from ovshim.early import settings_of
+from ovshim.floats import INTEGERS, floats_of
 from ovshim.generation import Generation
 from ovshim.gradients import recorder_of
 from ovshim.guards import roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
-from ovshim.lowering import rest_of, warnings_of
+from ovshim.lowering import warnings_of
 from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
 from ovshim.plan import Graph, Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import prove_values
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
+from ovshim.rival import add_rival
 from ovshim.shapes import ordered_keywords
 from ovshim.signature import Kind, Pattern, sizes_of
 from ovshim.single import engine_for
@@ -37,6 +40,7 @@ __all__ = [
     "eager_plan",
     "engine_of",
     "generation_of",
+    "keep_rest",
     "matcher_of",
     "plan_of",
     "served_by",
@@ -52,12 +56,10 @@ def generation_of(job: Job, record: Record) -> Generation:
 
 
 def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
-    if job.precision == "int8":
-        precision = rest_of(
-            job, record, entry, lambda rest: _compiled(job, source, record, rest, entry)
-        )
+    if job.precision in INTEGERS:
+        precision = _floats_of(job, source, record, entry)
     else:
-        precision = job.precision if job.lowering is None else job.lowering.hint(job.own_precision)
+        precision = job.precision if job.lowering is None else job.lowering.hint
     job.source, job.hint = source, precision
 
     def compiled(further: Mapping[str, Any]) -> Engine:
@@ -67,6 +69,21 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
         return fastest(job, source, record, entry, compiled)
     except (EngineDead, ValueError) as error:
         raise BuildStopped(reason("infer-failed", str(error))) from error
+
+
+def _floats_of(job: Job, source: Path, record: Record, entry: Entry | None) -> str:
+    def ways() -> tuple[Callable[[], Any], Callable[[], Any]]:
+        inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]
+        exact, lower = (_compiled(job, source, record, p, entry) for p in ("fp32", "bf16"))
+        return lambda: exact.run(inputs), lambda: lower.run(inputs)
+
+    return floats_of(job, record.rest, partial(keep_rest, job, entry), ways)
+
+
+def keep_rest(job: Job, entry: Entry | None, rest: Mapping[str, str]) -> None:
+    """Keep with the entry what `floats` has found."""
+    if entry is not None:
+        job.store.amend(entry, "rest", dict(rest))
 
 
 def _compiled(
@@ -228,6 +245,7 @@ def plan_of(
     )
     served.engine.check(by_engine.values())
     decide(job, plan, record, entry)
+    add_rival(job, plan, record, entry)
     return plan
 
 

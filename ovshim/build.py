@@ -18,18 +18,28 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ovshim import early, proof, runtime
-from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
+from ovshim.assemble import (
+    eager_of,
+    eager_plan,
+    engine_of,
+    generation_of,
+    keep_rest,
+    plan_of,
+    served_by,
+)
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
+from ovshim.floats import in_fp32, may_be_refused
 from ovshim.generation import Generation
 from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
 from ovshim.infer import EngineDead
@@ -40,7 +50,7 @@ from ovshim.preflight import Look, used_up
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
-from ovshim.signature import sizes_of
+from ovshim.signature import Kind, sizes_of
 from ovshim.trial import seen_twice
 from ovshim.wanted import own_dtype
 
@@ -105,7 +115,8 @@ def _build(job: Job) -> Plan:
     job.lowering = lowering_of(job)
     with job.stage("fingerprint"):
         if job.ahead is None:
-            job.ahead = early.begin(job) if job.awaited else early.Ahead()
+            there = any(plan.served is not None for plan in job.siblings)
+            job.ahead = early.begin(job, there) if job.awaited else early.Ahead()
         family, trouble = _family(job)
     if family is None:
         log.info("%s is not cached: %s", type(job.module).__qualname__, trouble)
@@ -130,6 +141,8 @@ def _alone(job: Job, family: str) -> Plan:
 
 def _from_cache_or_capture(job: Job, family: str) -> Plan:
     found = from_cache(job, family)
+    if found is None:
+        found = _from_other_mode(job)
     if found is not None:
         return found
     job.note_details()
@@ -138,6 +151,14 @@ def _from_cache_or_capture(job: Job, family: str) -> Plan:
     except BuildStopped as stopped:
         keep_verdict(job, family, stopped.reason)
         raise
+
+
+def _from_other_mode(job: Job) -> Plan | None:
+    """A plan over the graph that was captured in the other grad mode, where it is the same."""
+    if job.fingerprint is None or job.lowering is not None:  # int8 is proved by data of its own
+        return None
+    parts = {**job.fingerprint.parts, "inputs": _inputs(job, job.kind.without_grad(), not job.grad)}
+    return from_cache(job, dataclasses.replace(job.fingerprint, parts=parts).key, other_mode=True)
 
 
 def _try_in_child(job: Job, family: str) -> None:
@@ -196,7 +217,7 @@ def _family(job: Job) -> tuple[str | None, str | None]:
         found = fingerprint(
             job.module,
             job.method,
-            inputs=json.dumps({"kind": str(job.kind), "grad": str(_grad_of(job))}),
+            inputs=_inputs(job, job.kind, job.grad),
             options=json.dumps(decisive, sort_keys=True),
             environment=versions(),
         )
@@ -206,9 +227,11 @@ def _family(job: Job) -> tuple[str | None, str | None]:
     return found.key, None
 
 
-def _grad_of(job: Job) -> str:
-    """Which weights gradients are recorded for: torch takes other ways where there are none."""
-    return "".join("01"[p.requires_grad] for p in job.module.parameters()) if job.grad else "off"
+def _inputs(job: Job, kind: Kind, grad: bool) -> str:
+    """The kind of the calls, and which weights gradients are recorded for: torch takes other ways
+    where there are none."""
+    recorded = "".join("01"[p.requires_grad] for p in job.module.parameters()) if grad else "off"
+    return json.dumps({"kind": str(kind), "grad": recorded})
 
 
 # --- a miss -----------------------------------------------------------------------------------
@@ -369,8 +392,12 @@ def _served_and_proved(
             log.info("%s: %s", type(job.module).__qualname__, died)
             record = record.pin(died.places, sizes_of(job.leaves))
         except ProofFailedError as failed:
-            raise BuildStopped(reason("proof-failed", str(failed))) from failed
+            if not may_be_refused(job, job.hint):
+                raise BuildStopped(reason("proof-failed", str(failed))) from failed
+            log.info("%s, its rest in bf16: %s", type(job.module).__qualname__, failed)
+            rest = in_fp32(job, record.rest, partial(keep_rest, job, entry))
+            record = dataclasses.replace(record, rest=rest)
         except EngineDead as dead:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead
         else:
-            return served, record.proved(found, sizes_of(job.leaves))
+            return served, record.proved(found, sizes_of(job.leaves), job.hint)

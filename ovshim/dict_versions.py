@@ -17,7 +17,7 @@ import torch
 
 from ovshim.conditions import Conditions
 
-__all__ = ["add_unless_written", "version_of"]
+__all__ = ["add_unless_written", "tells_writes", "version_of"]
 
 Version = Callable[[dict[Any, Any]], int]
 
@@ -29,7 +29,7 @@ def _tried() -> Version | None:
     try:
         guards: Any = torch._C._dynamo.guards
         version: Version = guards.dict_version
-        return version if _tells_writes(version) else None
+        return version if tells_writes(version) else None
     except Exception:  # whatever an interpreter without counts, or another torch, does
         return None
 
@@ -38,7 +38,8 @@ class _Object:
     pass
 
 
-def _tells_writes(version: Version) -> bool:
+def tells_writes(version: Version) -> bool:
+    """Whether it grows with writes of every kind, and does not with a look."""
     something = _Object()
     held = something.__dict__
     something.a = 1  # type: ignore[attr-defined]

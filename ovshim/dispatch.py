@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,21 @@ from ovshim.buckets import Bucket
 from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
-from ovshim.gradients import refusal, unrecordable
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import OutOfRangeError, Plan
-from ovshim.planner import Given, Planner, building_here, known_kind, switched_off, unfit
+from ovshim.planner import (
+    Backward,
+    Given,
+    Planner,
+    building_here,
+    known_kind,
+    switched_off,
+    unfit,
+)
 from ovshim.reasons import Reason, reason
+from ovshim.recordable import look_out, unrecordable
 from ovshim.rest import Rest
 from ovshim.signature import describe, flatten_call, sizes_of
 from ovshim.special_mode import autocast_on, function_modes, in_special_mode
@@ -40,6 +48,7 @@ _grad_enabled = torch.is_grad_enabled
 _LOOK_AGAIN = 8
 _OFF = reason("off")
 _OUT_OF_RANGE = reason("out-of-range")
+_SELDOM = reason("seldom")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
 
@@ -52,6 +61,7 @@ class Dispatcher:
         divide: see `planner.Planner`.
         quiet: warn of nothing.
         make_planner: makes what makes the plans; None: as the options say.
+        backward: notices backward passes, where others do as well.
 
     Attributes:
         tally: counts and tells what became of the calls.
@@ -71,6 +81,7 @@ class Dispatcher:
         divide: Callable[[Job, Plan], Plan] | None = None,
         quiet: bool = False,
         make_planner: Callable[..., Planner] | None = None,
+        backward: Backward | None = None,
     ) -> None:
         self.module = module
         self.original = original
@@ -80,8 +91,9 @@ class Dispatcher:
         self.tally = Tally(module, lambda: self.plans, options.strict, quiet)
         make = make_planner or (LatePlanner if options.background else Planner)
         self._planner = make(
-            module, method, original, options, self._publish, self.tally.retire, divide
+            module, method, original, options, self._publish, self.tally.retire, divide, backward
         )
+        self._looks_out = True
         self._at_rest: Rest | None = None
         self._off = not enabled_in_environment()
         self._room = room_for(module, method, original, options, self._planner.store, self.tally)
@@ -113,15 +125,15 @@ class Dispatcher:
             answer = self._room.answer(args, kwargs)
             if answer is not NOT_OURS:
                 return answer
-        grad = _grad_enabled()
-        for plan in self._plans[grad]:
+        for plan in self._plans[_grad_enabled()]:
             tensors = plan.match(args, kwargs)
             if tensors is None:
                 continue
             served = plan.served
             if served is None:
                 return self._without_graph(plan, tensors, args, kwargs)
-            if grad and (why := refusal(tensors, served.recorder)) is not None:
+            recorder = served.recorder
+            if recorder is not None and (why := recorder.refusal(tensors)) is not None:
                 return self.in_eager(why, args, kwargs)
             if plan.key(tensors) not in plan.open:
                 bucket = plan.bucket(tensors)
@@ -160,8 +172,7 @@ class Dispatcher:
             return None
         if planner.running and self._yields and switched_off():
             return None
-        grad = _grad_enabled()
-        for plan in self._plans[grad]:
+        for plan in self._plans[_grad_enabled()]:
             tensors = plan.match(args, kwargs)
             if tensors is None:
                 continue
@@ -170,7 +181,6 @@ class Dispatcher:
                 # What it would save for a backward pass may be written to before its turn.
                 and plan.served.recorder is None
                 and (not settled or plan.key(tensors) in plan.open)
-                and not (grad and refusal(tensors, None))
                 and plan.generation is not None
                 and plan.generation.holds()
                 and plan.values_fit(tensors)
@@ -230,7 +240,9 @@ class Dispatcher:
         kwargs: dict[str, Any],
     ) -> Any:
         """A call that no graph as a whole serves."""
-        if plan.parts is not None and not (_grad_enabled() and refusal(tensors, None)):
+        if plan.parts is not None:
+            if (refused := plan.parts.refusal(tensors)) is not None:
+                return self.in_eager(refused, args, kwargs)
             if plan.generation is not None and not plan.generation.holds():
                 return self._stale(plan, args, kwargs)
             plan.calls.add()
@@ -274,27 +286,49 @@ class Dispatcher:
             return self.in_eager(_OFF if self._off else reason("prefer-eager"), args, kwargs)
         leaves, structure = flatten_call(args, kwargs)
         grad = _grad_enabled()
-        why = obstacle(self.module) or unfit(leaves, grad)
+        why = unfit(leaves, grad) or obstacle(self.module)
         if why is None and grad:
             why = unrecordable(leaves, self.module, self._planner.backward)
         if why is not None:
             return self.in_eager(why, args, kwargs)
-        kind = known_kind(leaves, structure)
+        kind = known_kind(leaves, structure, grad)
         if isinstance(kind, Reason):
             return self.in_eager(kind, args, kwargs)
-        output, why = self._planner.answer(Given(args, kwargs, kind, leaves))
+        if self._is_to_look_out(leaves):
+            return self._looking_out(args, kwargs)
+        output, why = self._planner.answer(Given(args, kwargs, kind, leaves, grad))
         self.tally.tell_precision()
         self.tally.note(stale if stale is not None and why.code == "building" else why)
         return output
 
+    def _is_to_look_out(self, leaves: Sequence[Any]) -> bool:
+        if not self._looks_out or self._planner.backward.seen or not _grad_enabled():
+            return False
+        tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
+
+    def _looking_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Eager's answer to the first call with an input that was computed of what requires grad:
+        mostly there is a backward pass to come, and a plan would not serve after it."""
+        self._looks_out = False
+        output = self.in_eager(_SELDOM, args, kwargs)
+        look_out(output, self._planner.backward)
+        return output
+
     def prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True, ahead: Any = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        wait: bool = True,
+        grad: bool = False,
+        ahead: Any = None,
     ) -> None:
         """Make the plan for an example before any call.
 
         Args:
-            ahead: what was begun for it already (`early.Ahead`).
             wait: False: another thread makes it, and what it meets is told by the next call.
+            grad: whether grad mode is on in the calls to come. They are taken for inference.
+            ahead: what was begun for it already (`early.Ahead`).
 
         Raises:
             OptionError: the module itself refuses the example, or has no such argument as
@@ -306,16 +340,16 @@ class Dispatcher:
         leaves, structure = flatten_call(args, kwargs)
         why = obstacle(self.module) or unfit(leaves)
         if why is None and self._room is not None and self._room.takes(args, kwargs):
-            decoding = self._room.prepare(wait)
+            decoding = self._room.prepare(args, kwargs, wait)
             self.tally.tell_precision()
             if decoding is not None and decoding.reason is not None:
                 self.tally.tell(decoding.reason)
             return
-        kind = known_kind(leaves, structure)
+        kind = known_kind(leaves, structure, grad)
         if why is None and isinstance(kind, Reason):
             why = kind
         if why is None and not isinstance(kind, Reason):
-            plan = self._planner.prepare(Given(args, kwargs, kind, leaves, ahead), wait)
+            plan = self._planner.prepare(Given(args, kwargs, kind, leaves, grad, ahead), wait)
             if plan is None:
                 return
             self.tally.tell_precision()
@@ -330,13 +364,22 @@ class Dispatcher:
         if why is not None and wait:
             self.tally.tell(why)
 
+    def share(self, plans: Sequence[Plan]) -> None:
+        """Let these plans' graphs, of the same module elsewhere, do for the other grad mode."""
+        self._planner.others = plans
+
     def wait(self, timeout: float | None) -> bool:
-        """Wait until no plan is being made in another thread; whether that was so in time."""
-        begun = time.monotonic()
-        if not self._planner.wait(timeout):
-            return False
-        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begun))
-        return self._room is None or self._room.wait(left)
+        """Wait until nothing is being made in another thread; whether that was so in time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        engines = [plan.served.engine for plan in self._planner.plans if plan.served]
+        rivals = [engine.rival for engine in engines if engine.rival is not None]
+        waits = [self._planner.wait, *(rival.wait for rival in rivals)]
+        if self._room is not None:
+            waits.append(self._room.wait)
+        return all(
+            wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            for wait in waits
+        )
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""

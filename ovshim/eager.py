@@ -114,5 +114,5 @@ class Eager:
             next(given) if isinstance(leaf, TensorLeaf) else constant
             for leaf, constant in zip(self.kind.leaves, self.leaves, strict=True)
         ]
-        args, kwargs = unflatten_call(leaves, self.kind.structure)
+        args, kwargs = unflatten_call(self.kind.requiring(leaves), self.kind.structure)
         return call(*args, **kwargs)

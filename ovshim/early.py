@@ -150,12 +150,16 @@ def begin_for(
         return None
 
 
-def begin(wanted: Wanted) -> Ahead:
-    """Begin with the entry that a hint names, if there is one and it pays."""
+def begin(wanted: Wanted, there: bool = False) -> Ahead:
+    """Begin with the entry that a hint names, if there is one and it pays.
+
+    Args:
+        there: whether the graph that is wanted is most likely compiled already.
+    """
     if not _pays(wanted):
         return Ahead()
     store, ahead = wanted.store, Ahead(_key(wanted))
-    path = None if ahead.hint_key is None else store.hinted(ahead.hint_key)
+    path = None if there or ahead.hint_key is None else store.hinted(ahead.hint_key)
     if path is None or not blobs.is_large(path):
         return ahead
     entry = store.sound(path, unread=_LARGE_FILE)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["computes", "operations", "precision_run"]
+__all__ = ["computes", "keys_and_values", "operations", "precision_run"]
 
 _log = logging.getLogger("ovshim")
 
@@ -51,6 +51,16 @@ def precision_run(compiled: Any) -> str:
     count = compute or other
     # Of equals the first by name, so that the answer does not depend on the order of nodes.
     return min(count, key=lambda ran: (-count[ran], ran)) if count else "unknown"
+
+
+def keys_and_values(compiled: Any) -> str | None:
+    """What keys and values of attention over a state are kept in; None where the device does not
+    say."""
+    try:
+        return str(compiled.get_property("KV_CACHE_PRECISION").get_type_name())
+    except RuntimeError as error:
+        _log.debug("No precision of keys and values: %s", error)
+        return None
 
 
 def operations(compiled: Any) -> Iterator[tuple[str, str, str]]:

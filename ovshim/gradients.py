@@ -4,10 +4,11 @@ Hardly any call in grad mode is ever differentiated. So OpenVINO answers it, and
 a node of autograd's graph. If a backward pass comes by, the node runs the module once more, in
 eager, and differentiates that, as `torch.utils.checkpoint` does.
 
-The node is an `autograd.Function` whose inputs are all the weights that eager's graph reaches. A
-dummy input whose backward accumulates gradients by itself would answer `autograd.grad`, hooks and
-double backward otherwise than eager does. An output that eager computes from another one (pooled
-from hidden states) gets a node with that one for an input.
+The node is an `autograd.Function` whose inputs are all the weights that eager's graph reaches, and
+what of the call requires grad: the answer of a module before, of a part beside. A dummy input whose
+backward accumulates gradients by itself would answer `autograd.grad`, hooks and double backward
+otherwise than eager does. An output that eager computes from another one (pooled from hidden
+states) gets a node with that one for an input.
 
 What is run again is a snapshot of the module, for the module may have changed since; over aliases
 of its weights, for hooks on the weights themselves would be called twice.
@@ -21,45 +22,24 @@ import functools
 import graphlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Function
-from torch.nn.modules import module as torch_module
 
 from ovshim.generation import Generation
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import Builder
-from ovshim.plan import Recording
 from ovshim.preflight import Look, sources
 from ovshim.proof import alike
 from ovshim.reasons import Reason, reason
+from ovshim.recordable import Backward, backward_hooks, hindrance
 from ovshim.signature import Kind, TensorLeaf, flatten, unflatten_call
 
-__all__ = ["Recorder", "recorder_of", "refusal", "unrecordable"]
+__all__ = ["Recorder", "recorder_of"]
 
 log = logging.getLogger("ovshim")
-
-_INPUT_GRAD = reason("input-grad")
-_BACKWARD = reason("backward")
-_SPECIAL_MODE = reason("special-mode")
-_INNER_HOOKS = reason("inner-hooks", "for the backward pass")
-
-_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_may_save: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled")  # noqa: B009 # no stub has it
-_anomalies = torch.is_anomaly_enabled
-
-
-class Backward(AbstractContextManager[Any], Protocol):
-    """Entered while a backward pass runs the module again.
-
-    Attributes:
-        seen: whether one ever did.
-    """
-
-    seen: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,13 +50,16 @@ class Node:
         computed: indices of the tensors; `leaves`, of the same in eager's output.
         parents: indices of other tensors that these are computed from; `parent_leaves`, in eager's
             output.
-        weights: the weights that they are computed from, but for those reached by way of parents.
+        inputs: tensors of the call that they are computed from, by index.
+        weights: the weights that they are computed from. What is reached only by way of parents is
+            left out.
     """
 
     computed: tuple[int, ...]
     leaves: tuple[int, ...]
     parents: tuple[int, ...]
     parent_leaves: tuple[int, ...]
+    inputs: tuple[int, ...]
     weights: tuple[torch.Tensor, ...]
 
 
@@ -113,19 +96,15 @@ class Recorder:
         for node in self.nodes:
             kept = [computed[i] for i in node.computed]
             parents = [computed[i] for i in node.parents]
-            recorded = _record(self, node, kept, given, *parents, *node.weights)
+            inputs = [given[i] for i in node.inputs]
+            recorded = _record(self, node, kept, given, *parents, *inputs, *node.weights)
             for i, tensor in zip(node.computed, recorded, strict=True):
                 computed[i] = tensor
         return self.builder(computed, given)
 
     def refusal(self, tensors: Sequence[torch.Tensor]) -> Reason | None:
         """Why eager has to answer a call of these; None where gradients can be recorded."""
-        if self.backward.seen:
-            return _BACKWARD
-        # Eager itself cannot save inference tensors for a backward pass, and says so.
-        if _is_watched() or any(tensor.is_inference() for tensor in tensors):
-            return _SPECIAL_MODE
-        return _INNER_HOOKS if any(self.hooks) else None
+        return hindrance(tensors, self.hooks, self.backward)
 
     def gradients(
         self,
@@ -133,8 +112,8 @@ class Recorder:
         given: Sequence[torch.Tensor],
         grads: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
-        """The gradients of a node's parents and weights, for those of its outputs; differentiable
-        in grad mode.
+        """The gradients of a node's parents, inputs and weights, for those of its outputs;
+        differentiable in grad mode.
 
         Raises:
             RuntimeError: a weight has been changed since the call.
@@ -148,8 +127,9 @@ class Recorder:
                     "computed from the weights as they were. Call backward() before they change."
                 )
             aliases = {id(w): _view(w) if again else _alias(w) for w in self.weights}
+            inputs = _inputs(given, again)
             with torch.autocast("cpu", enabled=False):  # as in the call
-                leaves, _ = flatten(self._run_over(aliases, given))
+                leaves, _ = flatten(self._run_over(aliases, inputs))
             pairs = [
                 (leaves[i], grad)
                 for i, grad in zip(node.leaves, grads, strict=True)
@@ -160,7 +140,7 @@ class Recorder:
             cut = _Cut(parents)
             found = torch.autograd.grad(
                 [leaf for leaf, _ in pairs],
-                [*parents, *weights],
+                [*parents, *(inputs[i] for i in node.inputs), *weights],
                 [grad for _, grad in pairs],
                 create_graph=again,
                 allow_unused=True,
@@ -177,16 +157,18 @@ class Recorder:
             BuildStopped: it is not the same.
         """
         aliases = {id(weight): _alias(weight) for weight in self.weights}
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        given = self.kind.requiring(leaves)
+        inputs = _inputs([leaf for leaf in given if isinstance(leaf, torch.Tensor)], again=False)
         again = Look()
-        again.leaves, again.structure = flatten(self._run_over(aliases, tensors))
+        again.leaves, again.structure = flatten(self._run_over(aliases, inputs))
         wanted = [
-            source and (source.outputs, {id(aliases.get(id(w))) for w in source.weights})
+            source
+            and (source.inputs, source.outputs, {id(aliases.get(id(w))) for w in source.weights})
             for source in seen.sources
         ]
         found = [
-            source and (source.outputs, set(map(id, source.weights)))
-            for source in sources(again.leaves)
+            source and (source.inputs, source.outputs, set(map(id, source.weights)))
+            for source in sources(again.leaves, inputs)
         ]
         if found != wanted or not alike(seen, again):
             raise BuildStopped(reason("grad", "a copy of the module does not answer as it does"))
@@ -234,7 +216,7 @@ class Recomputed(Function):
         node: Node,
         computed: Sequence[torch.Tensor],
         given: Sequence[torch.Tensor],
-        *parents_and_weights: torch.Tensor,
+        *sources: torch.Tensor,
     ) -> Any:
         ctx.recorder, ctx.node = recorder, node
         ctx.set_materialize_grads(False)
@@ -270,11 +252,12 @@ def recorder_of(
     Raises:
         BuildStopped: eager's gradients could not be promised.
     """
-    if not any(seen.sources):
+    found = [source for i in outputs if (source := seen.sources[i]) is not None]
+    if not found:
         return None
     if not job.grad:
         raise BuildStopped(reason("grad", "the module turns grad mode on by itself"))
-    weights = {id(w): w for source in seen.sources if source for w in source.weights}
+    weights = {id(w): w for source in found for w in source.weights}
     foreign = weights.keys() - set(map(id, generation.tensors))
     if foreign or not all(weight.is_leaf for weight in weights.values()):
         raise BuildStopped(reason("grad", "the output depends on a tensor beside the module's own"))
@@ -292,7 +275,7 @@ def recorder_of(
         held=held,
         weights=tuple(weights.values()),
         nodes=tuple(_nodes(seen, outputs)),
-        hooks=tuple(_backward_hooks(job.module)),
+        hooks=backward_hooks(job.module),
         kind=job.kind,
         constants=[None if isinstance(leaf, torch.Tensor) else leaf for leaf in job.leaves],
         generation=generation,
@@ -317,7 +300,8 @@ def _nodes(seen: Look, outputs: Sequence[int]) -> Iterator[Node]:
     for i in graphlib.TopologicalSorter(below).static_order():
         source = seen.sources[i]
         assert source is not None
-        groups.setdefault((source.outputs, frozenset(map(id, source.weights))), []).append(i)
+        key = source.outputs, source.inputs, frozenset(map(id, source.weights))
+        groups.setdefault(key, []).append(i)
     place = {i: n for n, i in enumerate(outputs)}
     for leaves in groups.values():
         source = seen.sources[leaves[0]]
@@ -327,48 +311,9 @@ def _nodes(seen: Look, outputs: Sequence[int]) -> Iterator[Node]:
             leaves=tuple(leaves),
             parents=tuple(place[i] for i in source.outputs),
             parent_leaves=source.outputs,
+            inputs=source.inputs,
             weights=source.weights,
         )
-
-
-def refusal(tensors: Sequence[torch.Tensor], recorder: Recording | None) -> Reason | None:
-    """Why eager has to answer a call in grad mode, of a plan that OpenVINO serves; else None.
-
-    Args:
-        recorder: the plan's; None where nothing of the module requires grad.
-    """
-    for tensor in tensors:
-        if tensor.requires_grad:
-            return _INPUT_GRAD
-    return None if recorder is None else recorder.refusal(tensors)
-
-
-def unrecordable(leaves: Sequence[Any], module: nn.Module, backward: Backward) -> Reason | None:
-    """Why a call in grad mode cannot be served whatever the module does, if it has gradients."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        return None
-    if backward.seen:
-        return _BACKWARD
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if _is_watched() or any(tensor.is_inference() for tensor in tensors):
-        return _SPECIAL_MODE
-    return _INNER_HOOKS if any(_backward_hooks(module)) else None
-
-
-def _is_watched() -> bool:
-    """Whether somebody looks at what this thread records for a backward pass: one node in the
-    place of a module's own would show."""
-    return _anomalies() or not _may_save() or _saving_hooks(True) is not None
-
-
-def _backward_hooks(module: nn.Module) -> Iterator[Any]:
-    """The hooks that a backward pass calls within a module. Its own are called around it."""
-    yield torch_module._global_backward_hooks
-    yield torch_module._global_backward_pre_hooks
-    for inner in module.modules():
-        if inner is not module:
-            yield inner._backward_hooks
-            yield inner._backward_pre_hooks
 
 
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
@@ -383,6 +328,13 @@ def _alias(weight: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, nn.Parameter):
         return nn.Parameter(detached)
     return detached.requires_grad_()
+
+
+def _inputs(given: Sequence[torch.Tensor], again: bool) -> list[torch.Tensor]:
+    """The tensors of a call, with others over the same memory for those that require grad: what is
+    one object stays one."""
+    made = {id(x): (_view(x) if again else _alias(x)) if x.requires_grad else x for x in given}
+    return [made[id(x)] for x in given]
 
 
 def _view(weight: torch.Tensor) -> torch.Tensor:

@@ -15,19 +15,27 @@ from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan
 from ovshim.cache import Entry, StoreError
 from ovshim.early import Early
 from ovshim.errors import OptionError
+from ovshim.floats import may_be_refused
 from ovshim.generation import GuardFailedError
-from ovshim.infer import EngineDead
+from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import ProofFailedError
+from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = ["from_cache", "head_of", "keep_compiled", "keep_verdict"]
+__all__ = [
+    "from_cache",
+    "head_of",
+    "keep_compiled",
+    "keep_data",
+    "keep_verdict",
+    "known_data",
+]
 
 log = logging.getLogger("ovshim")
 
@@ -41,18 +49,23 @@ _MOST_DATA = 32
 _OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
 
-def from_cache(job: Job, family: str) -> Plan | None:
-    """A plan out of an entry that fits the job; None where there is none."""
+def from_cache(job: Job, family: str, other_mode: bool = False) -> Plan | None:
+    """A plan out of an entry that fits the job; None where there is none.
+
+    Args:
+        other_mode: whether the family is of calls with grad mode switched over.
+    """
     for entry in _candidates(job, family):
         if "proof" not in entry.manifest and "verdict" not in entry.manifest:
             continue  # somebody is about to prove it, or has died of that
         try:
-            plan = _if_it_fits(job, entry)
+            plan = _if_it_fits(job, entry, other_mode)
         except BuildStopped:
             raise
         except Exception:  # of a manifest or a graph that is not as we write them: a miss
             log.info("the entry %s does not serve", entry.path, exc_info=True)
-            job.store.discard(entry)
+            if not other_mode:
+                job.store.discard(entry)
             continue
         if plan is not None:
             return plan
@@ -70,17 +83,19 @@ def _candidates(job: Job, family: str) -> Iterator[Entry]:
             yield entry
 
 
-def _if_it_fits(job: Job, entry: Entry) -> Plan | None:
+def _if_it_fits(job: Job, entry: Entry, other_mode: bool) -> Plan | None:
     record = Record.of_entry(entry, job.kind)
+    if other_mode and (record.verdict is not None or not record.any_mode):
+        return None
     if not record.fits(sizes_of(job.leaves)):
         job.open_sizes(record.pattern, record.pinned)
         return None
     if record.verdict is None and not record.opens(job.dynamic):
         return None  # it was built for fewer sizes than this job is told to keep open
-    return _from_entry(job, entry, record)
+    return _from_entry(job, entry, record, other_mode)
 
 
-def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
+def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Plan | None:
     try:
         generation = generation_of(job, record)
     except GuardFailedError as failed:
@@ -94,7 +109,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     if lease is None:
         return None
     try:
-        if job.ahead.early is None or job.ahead.early.entry is not entry:
+        shared = _engine_of_sibling(job, entry)
+        if shared is None and (job.ahead.early is None or job.ahead.early.entry is not entry):
             early.begin_with(job, entry, record)
         with job.stage("compile"):
             if job.ahead.early is not None:
@@ -102,15 +118,20 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
         with job.stage("proof"):
             small, seen = _looked_small(job, record)
         with job.stage("compile"):
-            engine = engine_of(job, entry.file("model.xml"), record, entry)
+            engine = shared or engine_of(job, entry.file("model.xml"), record, entry)
         with job.stage("proof"):
             served = served_by(job, engine, record, generation, seen, small)
             tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
+            eager = eager_of(job)
             answer = _answer_of(served, job.ahead.early, small)
-            error = proof.prove_small(eager_of(job), answer, tensors, seen)
+            error = proof.prove_small(eager, answer, tensors, seen)
+            if other_mode:
+                error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
+            if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
+                record, entry = _wholly_proved(job, served, record, entry)
         if job.weights_moved():
             raise BuildStopped(reason("stale", "weights changed while the plan was made"))
-    except (BuildStopped, ProofFailedError, EngineDead) as trouble:
+    except (BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead) as trouble:
         lease.release()
         if job.weights_moved():  # the entry is as good as before
             raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
@@ -118,6 +139,8 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.
         log.info("the entry %s does not serve: %s", entry.path, trouble)
+        if other_mode:
+            return None
         if job.imported:
             blobs.discard(job.store, entry, job.options.device, job.settings)
         job.store.discard(entry)
@@ -134,18 +157,60 @@ def _from_entry(job: Job, entry: Entry, record: Record) -> Plan | None:
     return plan_of(job, served, record, generation, "hit", entry)
 
 
+def _engine_of_sibling(job: Job, entry: Entry) -> Engine | None:
+    """The engine that runs the entry's graph in the other grad mode; None where there is none."""
+    for plan in job.siblings:
+        served, graph = plan.served, plan.graph
+        if plan.cache_path != str(entry.path) or served is None or graph is None:
+            continue
+        if served.engine.dead is None:
+            job.source, job.hint, job.way = graph.source, graph.hint, plan.way
+            job.precision_run, job.modules_run = plan.precision_run, plan.modules
+            job.warnings = plan.warnings
+            return served.engine
+    return None
+
+
+def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tuple[Record, Entry]:
+    """Both with a proof like that of a build: it was made with floats in fp32, where another
+    processor, or a busy one, was faster so.
+
+    Raises:
+        ProofFailedError, DiedOfSizesError: see `proof.prove`.
+    """
+    assert job.lowering is not None
+    samples = job.lowering.to_prove_with(record.pattern)
+    sizes = (record.pattern, record.size_guards)
+    found = proof.prove(eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
+    record = record.proved(found, sizes_of(job.leaves), job.hint)
+    kept = {**entry.manifest["proof"], **record.proof(job.precision)}
+    return record, job.store.amend(entry, "proof", kept)
+
+
 def _refuse_overflow(job: Job, entry: Entry) -> None:
     """Raise BuildStopped where this job's data leaves float16's range, which the data that the
     entry was proved with may not have done. What does not is kept, to be looked at once."""
-    kept = entry.manifest.get("in_range")
-    known = list(map(str, kept)) if isinstance(kept, list) else []
+    known = known_data(entry)
     try:
         data = refuse_overflow(job, known)
     except (BuildStopped, OptionError):
         raise
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
-    if data is not None and data not in known:
+    if data is not None:
+        keep_data(job, entry, data)
+
+
+def known_data(entry: Entry) -> list[str]:
+    """The data that float16 was seen to hold."""
+    kept = entry.manifest.get("in_range")
+    return list(map(str, kept)) if isinstance(kept, list) else []
+
+
+def keep_data(job: Job, entry: Entry, data: str) -> None:
+    """Let no process look at that data again."""
+    known = known_data(entry)
+    if data not in known:
         job.store.amend(entry, "in_range", [*known, data][-_MOST_DATA:])
 
 

@@ -20,7 +20,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,16 @@ _BUFFERS_PER_INPUT = 16
 _from_numpy = torch.from_numpy
 # Without the question whether an argument overrides it, which takes as long as 256 products.
 _vdot = getattr(np.vdot, "__wrapped__", np.vdot)
+
+
+class Rival(Protocol):
+    """Answers an engine's calls, by it or by another one. See `rival.Rival`."""
+
+    def run(self, engine: Any, tensors: Sequence[torch.Tensor], /) -> list[torch.Tensor]:
+        """As `engine.run`."""
+
+    def wait(self, timeout: float | None, /) -> bool:
+        """Wait until nothing is being compiled; whether that was so in time."""
 
 
 class SpecialValuesError(ValueError):
@@ -82,7 +92,7 @@ class Engine:
     numbers do not match the model's.
 
     ``dead`` is None, or why the engine cannot be used any more; ``exact``, the engine that calls of
-    some sizes are left to.
+    some sizes are left to; ``rival``, what answers until it is known whether there is to be one.
     """
 
     def __init__(
@@ -109,8 +119,10 @@ class Engine:
         self._tensor: Any = ov.Tensor
         self._infer: Any = InferRequest.infer
         self._compiled = compiled
-        self._types = [port.element_type for port in compiled.inputs]
         self._dtypes = [port_dtype(port, known) for port in compiled.inputs]
+        # Equal ones that belong to nothing: a port's own keeps the compiled model in memory.
+        types = {known_type: known_type for known_type in known}
+        self._types = [types[port.element_type] for port in compiled.inputs]
         conversions = [
             conversion(port_dtype(port, known), wanted)
             for port, wanted in zip(compiled.outputs, outputs, strict=True)
@@ -118,13 +130,15 @@ class Engine:
         self._conversions = conversions if any(conversions) else None
         # The smallest size an output may have: OpenVINO enlarges the tensor as it needs.
         self._fresh = [
-            (port.element_type, ov.Shape([size.get_min_length() for size in port.partial_shape]))
+            (types[port.element_type], ov.Shape([s.get_min_length() for s in port.partial_shape]))
             for port in compiled.outputs
         ]
         self._alone = len(outputs) == 1
         self._bindable = self._own_outputs()
         self._checked: frozenset[int] = frozenset()
         self.exact: Engine | None = None
+        self.rival: Rival | None = None
+        self._wake: Callable[[], Any] | None = None
         self._is_exact: Callable[[Sequence[torch.Tensor]], bool] | None = None
         self._forget_slots()
         _engines.add(self)
@@ -132,8 +146,10 @@ class Engine:
     def check(self, inputs: Collection[int]) -> None:
         """Look at the values of these inputs in each call to come: float32, by index. The buffer
         that an input was copied into is looked at in half of the time that the tensor takes."""
-        self._checked = frozenset(i for i in inputs if self._dtypes[i] == torch.float32)
-        self._forget_slots()
+        checked = self._checked.union(i for i in inputs if self._dtypes[i] == torch.float32)
+        if checked != self._checked:  # two plans may share it
+            self._checked = checked
+            self._forget_slots()
         if self.exact is not None:
             self.exact.check(inputs)
 
@@ -145,7 +161,18 @@ class Engine:
         self.exact = engine
         self._is_exact = eval(f"lambda tensors: len(tensors) == {len(sizes)} and {same}", scope)
 
-    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def rest(self, wake: Callable[[], Any]) -> None:
+        """Give up the compiled model until a call needs it. `wake` compiles it again."""
+        self._wake = wake
+        self._compiled = None
+        self._forget_slots()
+
+    @property
+    def checked(self) -> frozenset[int]:
+        """The inputs whose values are looked at."""
+        return self._checked
+
+    def run(self, tensors: Sequence[torch.Tensor], alone: bool = False) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.
 
         ``tensors``: plain CPU tensors, of any strides, as many as the model has inputs; never
@@ -156,9 +183,13 @@ class Engine:
         Raises EngineDead when `infer` fails, in this call or an earlier one; ValueError when the
         model does not take these sizes, and SpecialValuesError when an input that is to be checked
         holds a NaN, an infinity or a value near 1e19 (the engine stays usable).
+
+        ``alone``: not by way of ``rival``.
         """
         if self._is_exact is not None and self._is_exact(tensors):
             return self.exact.run(tensors)  # type: ignore[union-attr]  # they are set together
+        if self.rival is not None and not alone:
+            return self.rival.run(self, tensors)
         if self.dead is not None:
             raise EngineDead(self.dead)
         pool = self._pool
@@ -190,7 +221,10 @@ class Engine:
         if len(tensors) != len(shapes):
             raise ValueError(f"{len(tensors)} tensors for {len(shapes)} inputs.")
         for index, x in enumerate(tensors):
-            if x.shape == shapes[index] and not x.requires_grad:
+            if x.requires_grad:
+                # In grad mode the buffer would join the graph and keep every call's inputs alive.
+                x = x.detach()
+            if x.shape == shapes[index]:
                 slot.copies[index](x)  # type: ignore[misc]  # there is one where there is a shape
             else:
                 in_place.append(self._bind_input(slot, index, x))
@@ -239,15 +273,17 @@ class Engine:
 
     def _new_slot(self) -> Slot:
         compiled = self._compiled
+        if compiled is None and self.dead is None and self._wake is not None:
+            try:
+                compiled = self._compiled = self._wake()
+            except RuntimeError as error:
+                self.close(f"OpenVINO did not compile it again: {error}")
         if compiled is None:
             raise EngineDead(self.dead)
         return Slot(compiled.create_infer_request(), len(self._types))
 
     def _bind_input(self, slot: Slot, index: int, x: torch.Tensor) -> Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""
-        if x.requires_grad:
-            # In grad mode the buffer would join the graph and keep every call's inputs alive.
-            x = x.detach()
         array = None
         if x.nbytes <= _COPY_INPUT_BYTES:
             shape = x.shape

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from ovshim.shapes import Dims
 from ovshim.signature import Pattern, unflatten_call
 from ovshim.version import __version__
 from ovshim.wanted import Wanted
+
+if TYPE_CHECKING:
+    from ovshim.plan import Plan
 
 __all__ = ["BuildStopped", "Job", "versions"]
 
@@ -46,7 +49,8 @@ class Job(Wanted):
     Attributes:
         call: the user's own method, bound to `module`.
         dynamic: the dimensions of each tensor that should be able to change.
-        backward: told when a backward pass reaches an answer (see `gradients.Backward`).
+        backward: told when a backward pass reaches an answer (see `recordable.Backward`).
+        siblings: plans of the module for the other grad mode, whose graphs may do for this one.
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module
             itself is in use by other threads meanwhile.
@@ -72,6 +76,7 @@ class Job(Wanted):
     call: Callable[..., Any]
     dynamic: Dims
     backward: Any
+    siblings: Sequence[Plan] = ()
     look: Look | None = None
     apart: Any = None
     began: Generation | None = None
@@ -173,7 +178,8 @@ class Job(Wanted):
         self, leaves: Sequence[Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the call that these leaves, or the example's, are."""
-        return unflatten_call(self.leaves if leaves is None else leaves, self.kind.structure)
+        given = self.kind.requiring(self.leaves if leaves is None else leaves)
+        return unflatten_call(given, self.kind.structure)
 
     def call_with(self, leaves: Sequence[Any]) -> Any:
         """Eager's answer to these leaves."""
@@ -188,7 +194,8 @@ class Job(Wanted):
     def copies(self) -> list[Any]:
         """The example's leaves with copies of their tensors; what is one object stays one."""
         made = {id(t): t.detach().clone() for t in self.tensors}
-        return [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        copies = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        return self.kind.requiring(copies)
 
     def open_sizes(self, pattern: Pattern, pinned: frozenset[tuple[int, int]]) -> None:
         """Open the sizes in which this job differs from an entry: somebody has built for the same

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from ovshim import runtime
@@ -19,6 +20,7 @@ from ovshim.dispatch import Dispatcher
 from ovshim.errors import FallbackError, OptionError
 from ovshim.generation import Generation
 from ovshim.handle import Handle
+from ovshim.matcher import Matcher
 from ovshim.options import OptionFields, Options, resolve
 from ovshim.plan import Plan
 from ovshim.planner import Given, Planner
@@ -134,6 +136,9 @@ class Artifact(Dispatcher):
         self.tally.count(why)
         raise _no_eager(why)
 
+    def _is_to_look_out(self, leaves: Sequence[Any]) -> bool:
+        return False  # there is no backward pass without eager
+
     def failed(self, plan: Plan, error: Exception) -> None:
         try:
             super().failed(plan, error)
@@ -147,6 +152,8 @@ class _Fixed(Planner):
     def __init__(self, plans: Sequence[Plan], *args: Any) -> None:
         super().__init__(*args)
         self._fixed = list(plans)
+        for plan in plans:
+            plan.match = _without_gradients(plan.match)
         for grad in (False, True):
             self._on_change(grad, tuple(plans))
 
@@ -156,6 +163,8 @@ class _Fixed(Planner):
 
     def answer(self, given: Given) -> tuple[Any, Reason]:
         """Raises FallbackError: of such calls there is no plan."""
+        if given.kind.requires_grad:
+            raise _no_eager(reason("input-grad"))
         known = "; ".join(describe(plan.kind, plan.pattern) for plan in self._fixed)
         asked = describe(given.kind, sizes_of(given.leaves))
         raise _no_eager(reason("not-in-artifact", f"{asked}; there are: {known}"))
@@ -176,6 +185,18 @@ class _Fixed(Planner):
 
     def drop_all(self) -> None:
         """Nothing goes: nothing could be made anew."""
+
+
+def _without_gradients(match: Matcher) -> Matcher:
+    """In grad mode not of inputs that require grad: there is nothing to compute gradients with."""
+
+    def matched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+        tensors = match(args, kwargs)
+        if tensors is not None and torch.is_grad_enabled():
+            return None if any(tensor.requires_grad for tensor in tensors) else tensors
+        return tensors
+
+    return matched
 
 
 class _Unchanging(Generation):

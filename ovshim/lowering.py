@@ -9,40 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from ovshim import executed, runtime
-from ovshim.cache import Entry
 from ovshim.capture import Captured, distinct_tensors, names
 from ovshim.errors import PrecisionWarning
-from ovshim.infer import Engine
 from ovshim.job import BuildStopped, Job
 from ovshim.precision import calibration, graphs, islands, quantize, rules
 from ovshim.precision.calibration import Misfit, Samples
 from ovshim.precision.lowering import Lowering
 from ovshim.precision.overflow import overflow
 from ovshim.progress import bar
-from ovshim.race import race
 from ovshim.reasons import reason
-from ovshim.record import Record
 from ovshim.signature import sizes_of
 
 __all__ = [
+    "CHECKED_FOR_OVERFLOW",
     "lowered",
     "lowering_of",
     "refuse_overflow",
-    "rest_of",
     "samples_of",
     "warnings_of",
 ]
 
-# How much faster a less exact precision has to be, and what finding out may take, in seconds.
-_MARGIN = 1.1
-_REST_SECONDS = 0.3
-
 # So many samples are looked at for overflow; and rules for more modules than so many help nobody.
-_CHECKED_FOR_OVERFLOW = 32
+CHECKED_FOR_OVERFLOW = 32
 _LONGEST_CURE = 12
 
 _RAN = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "i8"}
@@ -154,35 +146,6 @@ def lowering_of(job: Job) -> Lowering | None:
     return Lowering(job.precision, modules, samples, repr(key))
 
 
-def rest_of(job: Job, record: Record, entry: Entry | None, engine: Callable[[str], Engine]) -> str:
-    """For a graph in int8, the precision of what is not: bf16 where that is faster.
-
-    Measured once on each processor: without units for it bf16 is slower than fp32, and what a
-    plugin claims to have says nothing of that.
-
-    Args:
-        engine: compiles the graph with a precision.
-    """
-    own = job.own_precision
-    where = f"{runtime.processor()} threads={job.placement['threads']}"
-    if where in record.rest:
-        return record.rest[where]
-    has = {p for d in runtime.devices() if d.name == job.options.device for p in d.precisions}
-    safe = runtime.safe_precision("bf16", **job.placement)
-    if own != "fp32" or "bf16" not in has or safe != "bf16":
-        return own
-    inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]
-    exact, lower = engine("fp32"), engine("bf16")
-    budget = min(_REST_SECONDS, job.seconds_left() / 8)
-    with job.stage("compile"):
-        finish = race(lambda: exact.run(inputs), lambda: lower.run(inputs), budget)
-    clear = finish.low > 1.0 and finish.eager > _MARGIN * finish.candidate
-    chosen = "bf16" if clear else "fp32"
-    if entry is not None and finish.decided:
-        job.store.amend(entry, "rest", {**record.rest, where: chosen})
-    return chosen
-
-
 def samples_of(job: Job) -> Samples:
     """The calibration data as calls of the job's kind; sizes that change in it are opened.
 
@@ -225,7 +188,7 @@ def refuse_overflow(job: Job, known: Container[str] = ()) -> str | None:
     data = calibration.digest_of([job.tensors]) + ("" if samples is None else samples.digest)
     if data in known:
         return data
-    sets = [job.tensors, *([] if samples is None else samples.tensors[:_CHECKED_FOR_OVERFLOW])]
+    sets = [job.tensors, *([] if samples is None else samples.tensors[:CHECKED_FOR_OVERFLOW])]
     for tensors in sets:
         job.check_time()
         found = overflow(

@@ -160,11 +160,13 @@ class _Writer:
     def _tensor(self, t: int, place: str, leaf: TensorLeaf) -> list[str]:
         self.scope[f"d{t}"] = leaf.dtype
         dims = [f"s{t}[{d}] != {n}" for d, n in enumerate(self.pattern[t]) if n is not None]
+        asked = leaf.requires_grad is not None
+        grad = f" or a{t}.requires_grad is not {leaf.requires_grad}" if asked else ""
         return [
             f"    a{t} = {place}",
             f"    if type(a{t}) is not Tensor or a{t}.dtype is not d{t}"
             f" or not a{t}.is_cpu or a{t}.layout is not strided or a{t}.is_nested"
-            f" or a{t}.is_contiguous() is not {leaf.contiguous}: return None",
+            f" or a{t}.is_contiguous() is not {leaf.contiguous}{grad}: return None",
             f"    s{t} = a{t}.shape",
             f"    if {' or '.join([f'len(s{t}) != {leaf.rank}', *dims])}: return None",
         ]
@@ -192,10 +194,12 @@ def _generic_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str]) -
     text = " and ".join(f"({guard})" for guard in size_guards) or "True"
     sizes_hold = eval(f"lambda {names}: {text}")
 
+    grad = any(getattr(leaf, "requires_grad", None) is not None for leaf in kind.leaves)
+
     def match(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
         leaves, structure = flatten_call(args, kwargs)
         try:
-            if kind_of(leaves, structure) != kind:
+            if kind_of(leaves, structure, grad) != kind:
                 return None
         except UnknownLeafError:
             return None

@@ -42,7 +42,8 @@ class Options:
 
     precision: str | Mapping[str, str] | None = None
     """``fp32``, ``bf16`` or ``fp16`` (``float32``, ``bfloat16``, ``half``, ... are understood);
-    ``int8``, which needs ``calibration``; ``int8_weights`` and ``int4_weights``, which do not;
+    ``int8``, which needs ``calibration``; ``int8_weights`` and ``int4_weights``, which do not; what
+    stays in floats with these three runs in bf16 where that is faster and exact enough;
     ``auto``: the fastest within ``tolerance``; or rules: a mapping from patterns of module paths
     to fp32, bf16, fp16 or int8, in which the last match wins and ``default`` is for the rest.
     None: the module's own."""

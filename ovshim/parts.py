@@ -30,9 +30,11 @@ from ovshim.job import BuildStopped, Job
 from ovshim.matcher import compile_matcher
 from ovshim.options import Options
 from ovshim.plan import Plan
-from ovshim.planner import serving
+from ovshim.planner import Backward, serving
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
+from ovshim.reasons import Reason
+from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
 from ovshim.twin import make_twin
 
@@ -55,17 +57,31 @@ _WORTH_SERVING_SECONDS = 60e-6
 class Parts:
     """A module some of whose submodules run in OpenVINO.
 
+    In grad mode each of them records its own gradients (`gradients`), and what the module computes
+    between them is recorded as ever: branches and random numbers need not be met again by a
+    backward pass.
+
     Args:
         tree: a twin of the module, ours alone.
+        recording: whether gradients are recorded.
     """
 
-    def __init__(self, tree: nn.Module, method: str) -> None:
+    def __init__(self, job: Job, tree: nn.Module, recording: bool) -> None:
         self.tree = tree
-        self.call: Callable[..., Any] = getattr(tree, method)
+        self.call: Callable[..., Any] = getattr(tree, job.method)
+        # The user's own: what is registered on those does not reach the twin.
+        self._hooks = backward_hooks(job.module) if recording else ()
+        self._backward = job.backward if recording else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module's own method answers, in eager but for the parts."""
         return self.call(*args, **kwargs)
+
+    def refusal(self, tensors: Sequence[torch.Tensor]) -> Reason | None:
+        """Why eager has to answer a call of these as a whole."""
+        if self._backward is None:
+            return None
+        return hindrance(tensors, self._hooks, self._backward)
 
     def served(self) -> list[str]:
         """Paths of the submodules that OpenVINO serves, as `named_modules()` gives them."""
@@ -98,8 +114,6 @@ def divide(job: Job, whole: Plan) -> Plan:
     plain = job.options.precision in (None, "fp32", "bf16", "fp16")
     if not divisible or not plain or job.options.strict or job.module.training:
         return whole
-    if job.grad and any(parameter.requires_grad for parameter in job.module.parameters()):
-        return whole  # what one part answers would be an input that requires grad to the next
     modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
     with modes[0], modes[1], torch.autocast("cpu", enabled=False):
         try:
@@ -116,7 +130,8 @@ def _divided(job: Job, whole: Plan) -> Plan:
     for inner in tree.modules():  # a twin brings along what is accelerated in its original
         for name in installed(inner):
             uninstall(inner, name)
-    parts = Parts(tree, job.method)
+    trained = any(parameter.requires_grad for parameter in job.module.parameters())
+    parts = Parts(job, tree, recording=job.grad and (trained or job.kind.requires_grad))
     with job.stage("parts"):
         _serve_parts(job, tree, parts)
     if not parts.served():
@@ -148,16 +163,19 @@ def _divided(job: Job, whole: Plan) -> Plan:
 
 @dataclasses.dataclass
 class _Met:
-    """How one call of the whole calls a submodule: the first arguments, and all the seconds."""
+    """How one call of the whole calls a submodule: the first arguments, whether grad mode is on in
+    it, and all the seconds."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad: bool
     seconds: float = 0.0
     started: float = 0.0
 
 
 def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
     """Put plans on the largest submodules that can have one."""
+    elsewhere = _plans_elsewhere(job, tree)
     frontier = _children(tree)
     while frontier:
         met = _meet(job, parts, frontier)
@@ -167,7 +185,7 @@ def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
             if call is None or not _is_worth_it(job, module, call):
                 continue
             job.check_time()
-            if not _is_served(job, module, call):
+            if not _is_served(job, module, call, elsewhere.get(module, ())):
                 below.update((id(child), child) for child in _children(module))
         frontier = list(below.values())
 
@@ -190,8 +208,8 @@ def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Me
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) not in met:
             leaves, structure = flatten_call(args, kwargs)
-            copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-            met[id(module)] = _Met(*unflatten_call(copies, structure))
+            copies = [_copy(leaf) for leaf in leaves]
+            met[id(module)] = _Met(*unflatten_call(copies, structure), torch.is_grad_enabled())
         met[id(module)].started = time.perf_counter()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -207,12 +225,19 @@ def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Me
     return met
 
 
+def _copy(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    detached = leaf.detach()
+    return (detached.requires_grad_() if leaf.requires_grad else detached).clone()
+
+
 def _is_worth_it(job: Job, module: nn.Module, call: _Met) -> bool:
     wanted = job.options.prefer == "openvino" and any(True for _ in module.parameters())
     return wanted or call.seconds >= _WORTH_SERVING_SECONDS
 
 
-def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
+def _is_served(job: Job, module: nn.Module, call: _Met, elsewhere: Sequence[Plan]) -> bool:
     """Whether a submodule has got a plan in OpenVINO; if not, it is as it was."""
     options = dataclasses.replace(
         job.options,
@@ -223,25 +248,43 @@ def _is_served(job: Job, module: nn.Module, call: _Met) -> bool:
         memory="shared",
         max_build_seconds=max(job.seconds_left(), 1e-3),
     )
-    bound = install(module, "forward", _PartMaker(options))
+    bound = install(module, "forward", _PartMaker(options, job.backward))
     dispatcher = bound.dispatcher
     assert isinstance(dispatcher, Dispatcher)
+    dispatcher.share(elsewhere)
     with contextlib.suppress(OptionError):  # it refuses its own arguments when asked again
-        dispatcher.prepare(call.args, call.kwargs)
+        dispatcher.prepare(call.args, call.kwargs, grad=call.grad)
+    dispatcher.share(())  # it would keep them
     if any(plan.served is not None for plan in dispatcher.plans):
         return True
     uninstall(module, "forward")
     return False
 
 
+def _plans_elsewhere(job: Job, tree: nn.Module) -> dict[nn.Module, list[Plan]]:
+    """For each submodule, the plans that it has as a part in the other grad mode."""
+    found: dict[nn.Module, list[Plan]] = {}
+    inner = dict(tree.named_modules())
+    for plan in job.siblings:
+        if isinstance(plan.parts, Parts):
+            for name, part in plan.parts.tree.named_modules():
+                plans = [known for one in _parts_of(part) for known in one.plans]
+                if plans and name in inner:
+                    found.setdefault(inner[name], []).extend(plans)
+    return found
+
+
 class _PartMaker:
     """Makes the dispatcher of a part: of its troubles the report tells, and no warning."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, backward: Backward) -> None:
         self.options = options
+        self.backward = backward
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
-        return Dispatcher(module, "forward", original, self.options, quiet=True)
+        return Dispatcher(
+            module, "forward", original, self.options, quiet=True, backward=self.backward
+        )
 
 
 def _parts_of(module: nn.Module) -> list[Dispatcher]:

@@ -156,6 +156,9 @@ class Mixed(Protocol):
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
         """What the module answers."""
 
+    def refusal(self, tensors: Sequence[torch.Tensor], /) -> Reason | None:
+        """Why eager has to answer a call of these as a whole."""
+
     def to_list(self) -> list[dict[str, Any]]:
         """The submodules in OpenVINO, for a report."""
 

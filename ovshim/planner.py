@@ -28,6 +28,7 @@ from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 from ovshim.waiting import look_at
 
 __all__ = [
+    "Backward",
     "Building",
     "Given",
     "Planner",
@@ -49,12 +50,13 @@ _PASSING = frozenset({"stale", "building"})
 
 class Given(NamedTuple):
     """A call that plans are asked for: its arguments, as they came and flattened, its kind, and
-    what was begun for it already (`early.Ahead`)."""
+    whether grad mode is on in it, and what was begun for it already (`early.Ahead`)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     kind: Kind
     leaves: Sequence[Any]
+    grad: bool
     ahead: Any = None
 
 
@@ -67,8 +69,11 @@ class Planner:
         on_gone: called with plans that serve no longer.
         divide: makes a mixed plan of one that eager serves, where that gains something.
 
+        backward: notices backward passes, where others do as well.
+
     Attributes:
         backward: whether a backward pass has reached an answer of this method's.
+        others: plans of the same module elsewhere, whose graphs may do for the other grad mode.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Planner:
         on_change: Callable[[bool, tuple[Plan, ...]], None],
         on_gone: Callable[[Sequence[Plan]], None],
         divide: Callable[[Job, Plan], Plan] | None = None,
+        backward: Backward | None = None,
     ) -> None:
         self.module = module
         self.method = method
@@ -91,7 +97,8 @@ class Planner:
         self._on_change = on_change
         self._on_gone = on_gone
         self._divide = divide
-        self.backward = Backward()
+        self.backward = backward or Backward()
+        self.others: Sequence[Plan] = ()
 
     @property
     def plans(self) -> list[Plan]:
@@ -107,7 +114,7 @@ class Planner:
         if not self._lock.acquire(blocking=False):
             return self.original(*given.args, **given.kwargs), reason("building")
         try:
-            family = self._families.of(given.kind, torch.is_grad_enabled())
+            family = self._families.of(given.kind, given.grad)
             why = self._put_off(family)
             if why is not None:
                 return self.original(*given.args, **given.kwargs), why
@@ -121,7 +128,7 @@ class Planner:
             self._lock.release()
 
     def prepare(self, given: Given, wait: bool = True) -> Plan | None:
-        """The plan for an example, made before any call. Calls to come are taken for inference.
+        """The plan for an example, made before any call.
 
         Args:
             wait: False: None, and the plan later, where another thread makes plans.
@@ -129,8 +136,8 @@ class Planner:
         Raises:
             OptionError: `dynamic_shapes` does not fit the example.
         """
-        with self._lock, torch.no_grad(), Building():
-            family = self._families.of(given.kind, False)
+        with self._lock, torch.set_grad_enabled(given.grad), Building():
+            family = self._families.of(given.kind, given.grad)
             return self._make(family, self._job(family, given))
 
     def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
@@ -216,8 +223,9 @@ class Planner:
             kind=given.kind,
             leaves=[copies[id(x)] if isinstance(x, torch.Tensor) else x for x in leaves],
             dynamic=dims,
-            grad=torch.is_grad_enabled(),
+            grad=given.grad,
             backward=self.backward,
+            siblings=[p for p in (*self.plans, *self.others) if p.grad is not given.grad],
             lenient=lenient,
             ahead=given.ahead,
         )
@@ -278,15 +286,20 @@ def unfit(leaves: Sequence[Any], grad: bool = False) -> Reason | None:
         if leaf.numel() == 0:
             # Several kernels of OpenVINO 2026.4 end the process, or damage its memory, on these.
             return reason("empty-tensor", f"an input of sizes {tuple(leaf.shape)}")
-        if grad and leaf.requires_grad:
+        # What was computed may be of a call before, in a program without backward passes.
+        if grad and leaf.requires_grad and leaf.is_leaf:
             return reason("input-grad")
     return None
 
 
-def known_kind(leaves: Sequence[Any], structure: Structure) -> Kind | Reason:
-    """The kind of a call, or why it has none."""
+def known_kind(leaves: Sequence[Any], structure: Structure, grad: bool) -> Kind | Reason:
+    """The kind of a call, or why it has none.
+
+    Args:
+        grad: whether grad mode is on in the call.
+    """
     try:
-        return kind_of(leaves, structure)
+        return kind_of(leaves, structure, grad)
     except UnknownLeafError as unknown:
         return reason("unknown-leaf", f"an argument is or holds a {unknown}")
 

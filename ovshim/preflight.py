@@ -117,7 +117,7 @@ def look(
     found.leaves, found.structure = flatten(output)
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
-    found.sources = sources(found.leaves)
+    found.sources = sources(found.leaves, inputs)
     found.reason = found.reason or _unfit_output(module, found, inputs)
     return found
 
@@ -128,45 +128,66 @@ class Sources:
 
     Attributes:
         weights: leaves of the graph.
-        outputs: other tensors of the output, by index; what is reached only by way of them is left
-            out.
+        inputs: tensors of the call, by index.
+        outputs: other tensors of the output, by index; what is reached only by way of them, or of
+            inputs, is left out.
     """
 
     weights: tuple[torch.Tensor, ...]
+    inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
 
-def sources(leaves: Sequence[Any]) -> list[Sources | None]:
-    """The sources of each leaf of an output; None where it does not require grad."""
+def sources(leaves: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Sources | None]:
+    """The sources of each leaf of an output; None where it does not require grad.
+
+    Args:
+        inputs: those of the call; what is computed is not followed beyond them.
+    """
+    given: dict[Any, int] = {}
+    for i, tensor in enumerate(inputs):
+        if tensor.requires_grad:
+            given.setdefault(_edge(tensor), i)
     edges: dict[Any, int] = {}
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-            edges.setdefault((leaf.grad_fn, leaf.output_nr), i)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and _edge(leaf) not in given:
+            edges.setdefault(_edge(leaf), i)
     return [
-        _sources(leaf, edges) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else None
+        _sources(leaf, given, edges)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        else None
         for leaf in leaves
     ]
 
 
-def _sources(tensor: torch.Tensor, edges: dict[Any, int]) -> Sources:
-    if tensor.grad_fn is None:
-        return Sources((tensor,), ())
-    own = edges[tensor.grad_fn, tensor.output_nr]
+def _edge(tensor: torch.Tensor) -> Any:
+    """Where a tensor comes from in autograd's graph."""
+    return tuple(torch.autograd.graph.get_gradient_edge(tensor)[:2])
+
+
+def _sources(tensor: torch.Tensor, given: dict[Any, int], edges: dict[Any, int]) -> Sources:
+    start = _edge(tensor)
+    if start in given:
+        return Sources((), (given[start],), ())
+    own = edges[start]
     weights: list[torch.Tensor] = []
+    inputs: set[int] = set()
     outputs: set[int] = set()
-    todo: list[Any] = [tensor.grad_fn]
+    todo: list[Any] = [start[0]]
     seen = set(todo)
     while todo:
         node = todo.pop()
         if hasattr(node, "variable"):  # only nodes that accumulate a leaf's gradient have it
             weights.append(node.variable)
         for edge in node.next_functions:
-            if edges.get(edge, own) != own:
+            if edge in given:
+                inputs.add(given[edge])
+            elif edges.get(edge, own) != own:
                 outputs.add(edges[edge])
             elif edge[0] is not None and edge[0] not in seen:
                 seen.add(edge[0])
                 todo.append(edge[0])
-    return Sources(tuple(weights), tuple(sorted(outputs)))
+    return Sources(tuple(weights), tuple(sorted(inputs)), tuple(sorted(outputs)))
 
 
 class _World:

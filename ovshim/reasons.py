@@ -106,7 +106,7 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "torch.no_grad().",
         ),
         "input-grad": Sentence(
-            "An input requires grad.",
+            "An input is a leaf that requires grad.",
             "Nothing needs doing where gradients are wanted; else call under torch.no_grad().",
         ),
         "special-values": Sentence(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ovshim.capture import Captured
     from ovshim.proof import Proof
 
-__all__ = ["LADDER", "Record", "Rung"]
+__all__ = ["LADDER", "Record", "Rung", "checked_rest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Record:
     Attributes:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
         checked: whether the graph's last output says whether all indices were in range.
+        any_mode: whether it would be the same with grad mode switched over.
         code: qualified names of the functions that were captured; None: not known.
         pinned: (tensor, dimension) whose other sizes the capture or the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
@@ -67,11 +68,12 @@ class Record:
         limits: the smallest and the largest integer that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
+        proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
         race: medians of eager and of the plan in seconds, by processor, threads and sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
-        rest: for int8, the precision that the rest is fastest in, by processor and threads.
+        rest: where something is integers, what the rest is fastest in, by processor and threads.
         ways: for tiny graphs, how they run fastest, by processor and threads.
     """
 
@@ -82,6 +84,7 @@ class Record:
     outputs: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     checked: bool = False
+    any_mode: bool = False
     code: tuple[str, ...] | None = None
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -89,6 +92,7 @@ class Record:
     error: float = 0.0
     sizes: tuple[tuple[int, ...], ...] = ()
     met: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
     processor: str = ""
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -116,16 +120,22 @@ class Record:
             outputs=captured.outputs,
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
             checked=captured.checked,
+            any_mode=captured.any_mode,
             code=captured.code,
             pinned=frozenset(fixed),
             rung=rung,
         )
 
-    def proved(self, found: Proof, example: Sequence[Sequence[int]]) -> Record:
-        """The record with what a proof at the sizes of `example` has found."""
+    def proved(self, found: Proof, example: Sequence[Sequence[int]], hint: str) -> Record:
+        """The record with what a proof at the sizes of `example` has found.
+
+        Args:
+            hint: the precision that OpenVINO was told.
+        """
         return dataclasses.replace(
             self.pin(found.pinned, example),
-            error=found.error,
+            proved_in=(*self.proved_in, hint),
+            error=max(found.error, self.error),
             sizes=found.sizes,
             met=found.met,
             limits=found.limits,
@@ -166,6 +176,7 @@ class Record:
             "code": None if self.code is None else list(self.code),
             "outputs": list(self.outputs),
             "checked": self.checked,
+            "any_mode": self.any_mode,
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
             "lowered": dict(self.lowered),
@@ -187,6 +198,7 @@ class Record:
             "pinned": sorted(map(list, self.pinned)),
             "limits": {str(t): list(limit) for t, limit in self.limits.items()},
             "precision": precision,
+            "proved_in": list(self.proved_in),
         }
 
     @staticmethod
@@ -203,9 +215,6 @@ class Record:
         if [len(dims) for dims in pattern] != ranks:
             raise ValueError("its sizes are not of this call")
         rungs = {rung.name: rung for rung in LADDER}
-        rest = dict(entry.manifest.get("rest") or {})
-        if not set(rest.values()) <= {"fp32", "bf16"}:
-            raise ValueError("its rest is in no precision")
         return Record(
             pattern=pattern,
             size_guards=tuple(checked_size_guard(guard, ranks) for guard in graph["size_guards"]),
@@ -213,6 +222,7 @@ class Record:
             route=str(graph["route"]),
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
             checked=bool(graph["checked"]),
+            any_mode=bool(graph["any_mode"]),
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=rungs[graph["rung"][0]],
@@ -223,17 +233,26 @@ class Record:
             met=tuple(
                 _sizes(m, pattern) for m in entry.manifest.get("met") or proof.get("met", ())
             ),
+            proved_in=tuple(map(str, proof.get("proved_in", ()))),
             verdict=None if verdict is None else _reason(verdict),
             processor=str(graph["processor"]),
             race=dict(entry.manifest.get("race") or {}),
             lowered=dict(graph["lowered"]),
-            rest=rest,
+            rest=checked_rest(entry.manifest.get("rest")),
             ways=dict(entry.manifest.get("ways") or {}),
         )
 
 
 def _pattern(stored: Sequence[Sequence[Any]]) -> Pattern:
     return tuple(tuple(None if n is None else int(n) for n in dims) for dims in stored)
+
+
+def checked_rest(stored: Any) -> dict[str, str]:
+    """What a manifest says of `floats`. Raises ValueError where it is nothing of the sort."""
+    rest = dict(stored or {})
+    if not set(rest.values()) <= {"fp32", "bf16"}:
+        raise ValueError("its rest is in no precision")
+    return rest
 
 
 def _sizes(stored: Sequence[Sequence[Any]], pattern: Pattern) -> tuple[tuple[int, ...], ...]:

@@ -76,7 +76,9 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         error = "" if plan["error"] is None else f", error {plan['error']:.1e}"
         route = f", captured by {plan['route']}" if plan["route"] else ""
         preset = f" ({plan['preset']})" if plan["preset"] else ""
-        lines.append(f"    OpenVINO in {plan['precision_run']}{preset}{error}{route}")
+        kept = plan.get("keys_and_values")
+        kept = f", keys and values in {kept}" if kept else ""
+        lines.append(f"    OpenVINO in {plan['precision_run']}{preset}{kept}{error}{route}")
         lines += [f"      {path or '(root)'}: {ran}" for path, ran in plan["modules"].items()]
     lines += [_candidate_line(row) for row in plan["candidates"]]
     if plan["speedup"] is not None:

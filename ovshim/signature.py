@@ -139,13 +139,15 @@ def unflatten_call(
 @dataclasses.dataclass(frozen=True)
 class TensorLeaf:
     """A tensor of a call: its dtype, its rank, whether it is contiguous (a view of one that is not
-    may be refused by eager), and the first leaf that is the very same object (its own index where
-    there is none: `attention(x, x, x)` is another kind than three tensors)."""
+    may be refused by eager), the first leaf that is the very same object (its own index where
+    there is none: `attention(x, x, x)` is another kind than three tensors), and whether it requires
+    grad (None in calls without gradients, for which that is nothing)."""
 
     dtype: torch.dtype
     rank: int
     contiguous: bool
     same_as: int
+    requires_grad: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +172,34 @@ class Kind:
         """Indices of the leaves that are tensors."""
         return tuple(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorLeaf))
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients are recorded, and one of its tensors requires them."""
+        return any(isinstance(leaf, TensorLeaf) and leaf.requires_grad for leaf in self.leaves)
+
+    def without_grad(self) -> Kind:
+        """The same of calls without gradients."""
+        leaves = [
+            dataclasses.replace(leaf, requires_grad=None) if isinstance(leaf, TensorLeaf) else leaf
+            for leaf in self.leaves
+        ]
+        return Kind(self.structure, tuple(leaves))
+
+    def requiring(self, leaves: Sequence[Any]) -> list[Any]:
+        """These leaves, their tensors requiring grad where the kind's do: as what was computed of
+        others, for a leaf of autograd's graph may not be written to."""
+        made: dict[int, Any] = {}
+        for known, leaf in zip(self.leaves, leaves, strict=True):
+            wanted = isinstance(known, TensorLeaf) and known.requires_grad
+            if wanted and not leaf.requires_grad:
+                with torch.enable_grad():
+                    made.setdefault(id(leaf), leaf.detach().requires_grad_().clone())
+        return [made.get(id(leaf), leaf) for leaf in leaves]
+
     def __str__(self) -> str:
         leaves = ", ".join(
             f"{_name(leaf.dtype)}r{leaf.rank}{'' if leaf.contiguous else ' strided'}"
+            + (" grad" if leaf.requires_grad else "")
             + ("" if leaf.same_as == i else f"={leaf.same_as}")
             if isinstance(leaf, TensorLeaf)
             else f"{leaf.type.__qualname__}:{leaf.text}"
@@ -181,8 +208,11 @@ class Kind:
         return f"{self.structure} [{leaves}]"
 
 
-def kind_of(leaves: Sequence[Any], structure: Structure) -> Kind:
+def kind_of(leaves: Sequence[Any], structure: Structure, grad: bool = False) -> Kind:
     """The kind of a flattened call.
+
+    Args:
+        grad: whether gradients are recorded in it.
 
     Raises:
         UnknownLeafError: a leaf is neither a tensor nor a plain constant.
@@ -193,7 +223,8 @@ def kind_of(leaves: Sequence[Any], structure: Structure) -> Kind:
         if isinstance(leaf, torch.Tensor):
             dense = leaf.layout is not torch.strided or leaf.is_contiguous()
             same_as = first.setdefault(id(leaf), i)
-            found.append(TensorLeaf(leaf.dtype, leaf.dim(), dense, same_as))
+            requires_grad = leaf.requires_grad if grad else None
+            found.append(TensorLeaf(leaf.dtype, leaf.dim(), dense, same_as, requires_grad))
         elif isinstance(leaf, _CONSTANTS):
             found.append(Const(type(leaf), repr(leaf), leaf))
         else:
@@ -215,7 +246,8 @@ def describe(kind: Kind, pattern: Pattern) -> str:
         if isinstance(leaf, TensorLeaf):
             dims = ", ".join("?" if n is None else str(n) for n in next(sizes))
             strided = "" if leaf.contiguous else " strided"
-            words.append(f"{name}: {_name(leaf.dtype)}[{dims}]{strided}")
+            grad = " requiring grad" if leaf.requires_grad else ""
+            words.append(f"{name}: {_name(leaf.dtype)}[{dims}]{strided}{grad}")
         else:
             words.append(f"{name}={leaf.text}")
     return ", ".join(words)

@@ -110,6 +110,7 @@ def add_exact(
         or not is_open
         or not (known or job.tiny)
         or type(served.engine) is not Engine
+        or served.engine.exact is not None  # of the other grad mode's plan
     ):
         return
     inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]

@@ -52,7 +52,7 @@ def seen_twice(job: Job) -> Look:
 
 def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> Look:
     """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
-    given = job.copies() if leaves is None else leaves
+    given = job.copies() if leaves is None else job.kind.requiring(leaves)
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
     if job.apart is None:
         seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)

@@ -32,9 +32,10 @@ class EntryNotes:
     Processes that write at once may lose one another's notes; then something is looked at twice.
     """
 
-    def __init__(self, store: Store, entry: Entry, record: Record) -> None:
+    def __init__(self, store: Store, entry: Entry, record: Record, grad: bool) -> None:
         self._store = store
         self._entry = entry
+        self._grad = grad
         self._race = dict(record.race)
         self._met = [list(map(list, sizes)) for sizes in record.met]
 
@@ -47,8 +48,17 @@ class EntryNotes:
         """A race in this bucket came out so. What was not decided is run again by the next
         process, on a quieter machine perhaps."""
         if finish.decided:
-            self._race[_where(bucket)] = list(dataclasses.astuple(finish))
+            self._race[_where(bucket, self._grad)] = list(dataclasses.astuple(finish))
             self._write("race", dict(self._race))
+
+    def known_alone(self, sizes: Sequence[Sequence[int]]) -> Finish | None:
+        """How the graph for these sizes alone has done against the open one."""
+        return _known_finish(self._race.get(_alone(sizes)))
+
+    def raced_alone(self, sizes: Sequence[Sequence[int]], finish: Finish) -> None:
+        """It has done so; the open one is the "eager" of the finish."""
+        self._race[_alone(sizes)] = list(dataclasses.astuple(finish))
+        self._write("race", dict(self._race))
 
     def condemn(self, why: Reason) -> None:
         """The graph is wrong: eager serves from now on, in every process."""
@@ -65,11 +75,11 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     plan.key = plan.bucket
     plan.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
     plan.raced = job.options.prefer == "faster"
-    plan.notes = None if entry is None else EntryNotes(job.store, entry, record)
+    plan.notes = None if entry is None else EntryNotes(job.store, entry, record, job.grad)
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
     if plan.raced:
         for bucket in plan.lanes:
-            known = _known_finish(record.race.get(_where(bucket)))
+            known = _known_finish(record.race.get(_where(bucket, job.grad)))
             if known is not None:
                 plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
         bucket = of_sizes(sizes_of(job.leaves))
@@ -82,7 +92,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
 
 def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple[float, float]:
     """The medians of eager and of OpenVINO, in seconds."""
-    finish = _known_finish(record.race.get(_where(bucket)))
+    finish = _known_finish(record.race.get(_where(bucket, job.grad)))
     if finish is None:
         args, kwargs = job.arguments()
 
@@ -107,9 +117,17 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
     return finish.eager, finish.candidate
 
 
-def _where(bucket: Bucket) -> str:
-    """A race is valid on one sort of processor, for one number of threads, for like sizes."""
-    return f"{runtime.processor()} threads={torch.get_num_threads()} bucket={bucket}"
+def _where(bucket: Bucket, grad: bool) -> str:
+    """A race is valid on one sort of processor, for one number of threads, for like sizes, in one
+    grad mode: recording takes eager's time, and ours."""
+    mode = " grad" if grad else ""
+    return f"{runtime.processor()} threads={torch.get_num_threads()} bucket={bucket}{mode}"
+
+
+def _alone(sizes: Sequence[Sequence[int]]) -> str:
+    """The same, for these very sizes."""
+    exactly = list(map(list, sizes))
+    return f"{runtime.processor()} threads={torch.get_num_threads()} alone={exactly}"
 
 
 def _known_finish(stored: Any) -> Finish | None:

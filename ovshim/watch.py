@@ -64,6 +64,12 @@ class Watch:
         for held, keys in names:
             self._group(held).update((key, held[key]) for key in keys)
 
+    @property
+    def dicts(self) -> list[dict[Any, Any]]:
+        """Those in which names are watched, and nothing else than a dict."""
+        held = [held for held, _ in self._groups.values() if type(held) is dict]
+        return [*held, *(attributes for attributes, _ in self._instances.values())]
+
     def conditions(
         self, conditions: Conditions, in_dicts: Conditions, dicts: Collection[int] = ()
     ) -> None:

@@ -672,7 +672,7 @@ or seen through by what compiles and traces.
 
 Beside these, inputs that PyTorch's own tests have for every module of `torch.nn`
 (`torch.testing._internal.common_modules.module_db`) are given to each module and to its twin. All
-but most of the losses and the two random poolings are answered by OpenVINO.
+but nine of the losses and the two random poolings are answered by OpenVINO.
 """
 
 

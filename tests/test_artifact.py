@@ -240,7 +240,7 @@ def test_there_is_no_eager(saved: Path) -> None:
         "special-values": lambda: loaded(x * torch.nan),
         "not-in-artifact": lambda: loaded(x.double()),
         "empty-tensor": lambda: loaded(x[:0]),
-        "input-grad": lambda: loaded(x.requires_grad_()),
+        "input-grad": lambda: loaded((x + 0).requires_grad_()),
         "unknown-leaf": lambda: loaded(object()),
     }
     for code, call in refused.items():
@@ -248,6 +248,11 @@ def test_there_is_no_eager(saved: Path) -> None:
             call()
         assert caught.value.reason.code == code
         assert "eager answers" not in caught.value.reason.remedy
+    with pytest.raises(FallbackError) as caught:  # not a leaf
+        loaded(x.clone().requires_grad_() * 2)
+    assert caught.value.reason.code == "input-grad"
+    with torch.no_grad():
+        assert loaded(x.clone().requires_grad_()).shape == (3, 4)
     with torch.autocast("cpu"), pytest.raises(FallbackError) as caught:
         loaded(x.detach())
     assert caught.value.reason.code == "autocast"

@@ -581,7 +581,7 @@ def test_lightning(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x)
 
-    def use(body: Any) -> Any:
+    def predictions(classifier: Any, size: int) -> Any:
         trainer = library.Trainer(
             accelerator="cpu",
             logger=False,
@@ -589,21 +589,13 @@ def test_lightning(tmp_path: Path) -> None:
             enable_progress_bar=False,
             default_root_dir=tmp_path,
         )
-        batches = torch.utils.data.DataLoader(torch.arange(96.0).view(12, 8) / 96, batch_size=2)
-        return trainer.predict(Classifier(body), batches)
+        batches = torch.utils.data.DataLoader(torch.arange(96.0).view(12, 8) / 96, batch_size=size)
+        return trainer.predict(classifier, batches)
 
-    alike(use, make(Mlp))
+    alike(lambda body: predictions(Classifier(body), 2), make(Mlp))
     module = Classifier(make(Mlp)).eval()
     fast = accelerated(module)
-    trainer = library.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
-    batches = torch.utils.data.DataLoader(torch.arange(96.0).view(12, 8) / 96, batch_size=4)
-    rounded(trainer.predict(fast, batches), trainer.predict(module, batches))
+    rounded(predictions(fast, 4), predictions(module, 4))
     assert counts(fast)["openvino"] > 0
 
 

@@ -1042,3 +1042,21 @@ def test_what_a_look_would_use_up_is_left_alone(
     with falls_back("mutates-attribute"), torch.inference_mode():
         fast = ovshim.accelerate(module, x, prefer="openvino")
         same([fast(x) for _ in range(3)], [alone(x) for _ in range(3)])
+
+
+class Enlarges(nn.Module):
+    """By a size, which is a tensor while the graph is traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = (float(x.shape[0]),)
+        larger: torch.Tensor = torch._C._nn.upsample_nearest1d(x[None, None], None, scale)
+        return larger
+
+
+def test_a_trace_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with falls_back("capture-failed"):
+        fast = ovshim.accelerate(
+            make(Enlarges), torch.rand(4), prefer="openvino", dynamic_shapes=[{0: "length"}]
+        )
+    assert "torch.jit.trace" in plans(fast)[0]["reason"]["message"]
+    assert capfd.readouterr() == ("", "")

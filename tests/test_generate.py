@@ -21,6 +21,8 @@ from checks import counts, eager_reasons, falls_back, plans, quietly, run_python
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import floats, runtime
+from ovshim.race import Finish
 
 # transformers' own, of arguments that its assisted decoding passes to itself.
 pytestmark = [
@@ -48,8 +50,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def accelerated(model: nn.Module, **options: Any) -> Any:
-    return ovshim.accelerate(model, **{"prefer": "openvino", **options})
+def accelerated(model: nn.Module, *example: Any, **options: Any) -> Any:
+    return ovshim.accelerate(model, *example, **{"prefer": "openvino", **options})
 
 
 def generate(model: Any, seed: int = 3, **arguments: Any) -> Any:
@@ -676,6 +678,92 @@ def test_lower_precisions_come_close(precision: str, cache: Path) -> None:
     assert counts(fast)["openvino"] == 1
 
 
+def on_a_grid(model: nn.Module) -> nn.Module:
+    """The model with weights that lose nothing in eight bits."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randint(-128, 128, weight.shape) / 2048)
+                weight[:, 0], weight[:, 1] = -128 / 2048, 127 / 2048
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tolerance", "properties", "low", "ran"),
+    [
+        ("loose", {}, 1.8, "bf16"),
+        ("loose", {}, 0.4, "f32"),
+        (2e-4, {}, 1.8, "f32"),
+        ("loose", {"KV_CACHE_PRECISION": "f32"}, 1.8, "f32"),
+        ("loose", {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}, 1.8, "f32"),
+    ],
+    ids=["faster", "slower", "inexact", "exact cache", "activations"],
+)
+def test_floats_beside_integer_weights(
+    tolerance: Any,
+    properties: dict[str, Any],
+    low: float,
+    ran: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not any(d.name == "CPU" and "bf16" in d.precisions for d in runtime.devices()):
+        pytest.skip("the processor has no bf16")
+    races: list[Finish] = []
+
+    def race(*_: Any) -> Finish:
+        races.append(Finish(low, 1.0, low, low + 0.1))
+        return races[-1]
+
+    monkeypatch.setattr(floats, "race", race)
+    model = on_a_grid(lm.make("llama"))
+    for cache in ("miss", "hit"):
+        fast = accelerated(
+            model,
+            precision="int8_weights",
+            tolerance=tolerance,
+            properties=properties,
+            cache_dir=tmp_path,
+        )
+        fast.ovshim.warm(PROMPT)
+        (plan,) = plans(fast)
+        assert (plan["cache"], plan["path"], plan["precision_run"]) == (cache, "openvino", ran)
+        assert plan["keys_and_values"] == ran
+        assert f"OpenVINO in {ran}, keys and values in {ran}" in str(ovshim.explain(fast))
+        expected = generate(model, inputs=PROMPT, do_sample=False, max_new_tokens=1).logits[0]
+        found = generate(fast, inputs=PROMPT, do_sample=False, max_new_tokens=1).logits[0]
+        assert (found - expected).norm() <= 0.05 * expected.norm()
+        assert counts(fast) == {"openvino": 1, "mixed": 0, "eager": 0}
+    assert len(races) == (not properties)
+
+
+@pytest.mark.slow
+def test_floats_in_bf16_are_proved_wholly_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not any(d.name == "CPU" and "bf16" in d.precisions for d in runtime.devices()):
+        pytest.skip("the processor has no bf16")
+    from ovshim.decode.prove import Prover
+
+    asked_of: list[int] = []
+    proved = Prover.proved
+
+    def noted(self: Any, engine: Any, record: Any, asked: Any) -> Any:
+        asked_of.append(len(asked))
+        return proved(self, engine, record, asked)
+
+    monkeypatch.setattr(Prover, "proved", noted)
+    ran = []
+    for low, high in ((0.9, 1.2), (1.8, 1.9), (1.8, 1.9)):  # the first decides nothing
+        monkeypatch.setattr(floats, "race", lambda *_, at=(low, high): Finish(2.0, 1.0, *at))
+        fast = accelerated(lm.make("llama"), PROMPT, precision="int8_weights", cache_dir=tmp_path)
+        ran.append((plans(fast)[0]["cache"], plans(fast)[0]["precision_run"]))
+    assert ran == [("miss", "f32"), ("hit", "bf16"), ("hit", "bf16")]
+    assert asked_of == [asked_of[0], asked_of[0], 1]
+    assert asked_of[0] > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8_weights"])
 def test_keys_and_values_in_eight_bits_are_had_by_name(precision: str, cache: Path) -> None:
@@ -694,6 +782,83 @@ def test_keys_and_values_in_eight_bits_are_had_by_name(precision: str, cache: Pa
     assert 0 < error <= 0.05  # it is another precision, and a near one
     # Looked into, they are of the model's own type.
     assert past.layers[0].keys.dtype is torch.float32
+
+
+def tall(model: Any) -> Any:
+    """One layer reaches some 1e6; what comes of it is normalized."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e6)
+    return model
+
+
+def test_overflow_of_float16_is_refused_with_its_module(cache: Path) -> None:
+    model = tall(lm.make("llama"))
+    with falls_back("overflow") as told:
+        fast = accelerated(model, PROMPT, precision="fp16", cache_dir=cache / "tall")
+    assert "model.layers.1.mlp.down_proj reaches" in told[0].reason.message
+    found = generate(fast, inputs=PROMPT, do_sample=False)
+    same_generation(found, generate(model, inputs=PROMPT, do_sample=False))
+    assert counts(fast)["openvino"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ovshim.PrecisionWarning")
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_float16_is_asked_of_what_is_decoded(half: str, cache: Path) -> None:
+    """The encoder runs in eager."""
+    model, given = lm.make_encoder_decoder("t5")
+    feed = getattr(model, half).block[1].layer[-1].DenseReluDense
+    with torch.no_grad():
+        feed.wi.weight.mul_(1e2)
+        feed.wo.weight.mul_(1e4)
+    assert feed.wo.weight.abs().max() < 65504
+    fast = accelerated(model, precision="fp16", tolerance="loose", cache_dir=cache / half)
+    with quietly():
+        for _ in range(2):
+            found = fast.generate(**given, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, model.generate(**given, max_new_tokens=6, do_sample=False))
+    (plan,) = plans(fast)
+    if half == "encoder":
+        assert plan["path"] == "openvino"
+    else:
+        assert plan["reason"]["code"] == "overflow"
+        assert "decoder.block.1.layer.2.DenseReluDense.wo reaches" in plan["reason"]["message"]
+
+
+@pytest.mark.slow
+def test_bf16_survives_what_float16_does_not(cache: Path) -> None:
+    model = tall(lm.make("llama"))
+    brain = accelerated(model, PROMPT, precision="bf16", cache_dir=cache / "tall")
+    generate(brain, inputs=PROMPT, do_sample=False)
+    assert counts(brain)["openvino"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ovshim.PrecisionWarning")
+def test_overflow_that_only_the_callers_tokens_show(cache: Path) -> None:
+    torch.manual_seed(0)
+    config = lm.CONFIGS["llama"]()
+    config.vocab_size = 50_000
+    model: Any = hf.LlamaForCausalLM(config).eval()
+    loud = torch.tensor([[5, 49_321, 7]])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[49_321] = 3e3  # its square is beyond
+    asked: Any = {"precision": "fp16", "cache_dir": cache / "loud"}
+    for known in ("miss", "hit"):
+        fast = accelerated(model, PROMPT, **asked)
+        assert (plans(fast)[0]["cache"], plans(fast)[0]["path"]) == (known, "openvino")
+    for example, data in ((loud, {}), (PROMPT, {"calibration": [{"input_ids": loud}]})):
+        with falls_back("overflow") as told:
+            fast = accelerated(model, example, **asked, **data)
+        assert "model.layers.0.input_layernorm reaches 9e+06" in told[0].reason.message
+    for data, code in (({}, "overflow"), ({"calibration": [torch.randn(3)]}, "calibration-unfit")):
+        first = accelerated(model, **asked, **data)
+        with falls_back(code):
+            found = generate(first, inputs=loud, do_sample=False)
+        same_generation(found, generate(model, inputs=loud, do_sample=False))
+    with pytest.raises(ovshim.CalibrationError, match="float"):
+        accelerated(model, PROMPT, **asked, calibration=[torch.randn(3)])
 
 
 @pytest.mark.slow

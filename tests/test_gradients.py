@@ -704,6 +704,99 @@ def test_a_forward_without_gradients() -> None:
         assert not fast(X).requires_grad
 
 
+# One graph for both modes
+
+
+def engines(fast: nn.Module) -> list[Any]:
+    (bound,) = installed(fast).values()
+    return [plan.served.engine for plan in bound.dispatcher.plans if plan.served]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "first", [torch.no_grad, pytest.param(torch.enable_grad, marks=pytest.mark.slow)]
+)
+def test_a_plan_of_one_mode_takes_the_graph_of_the_other(first: Any) -> None:
+    module, fast = make(Mlp), ovshim.accelerate(make(Mlp), prefer="openvino")
+    other = torch.enable_grad if first is torch.no_grad else torch.no_grad
+    for under in (first, other):
+        settle(fast, module, X, under=under)
+    made, taken = sorted(plans(fast), key=lambda plan: str(plan["cache"]), reverse=True)
+    assert (made["cache"], taken["cache"]) == ("miss", "hit")
+    assert made["cache_path"] == taken["cache_path"]
+    assert "capture" not in taken["seconds"]
+    one, two = engines(fast)
+    assert one is two
+    with served(fast, "openvino"):
+        loss(fast(X)).backward()
+    loss(module(X)).backward()
+    same(grads(fast), grads(module))
+
+
+class AsksForTheMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + 1 if torch.is_grad_enabled() else y
+
+
+def test_what_asks_for_the_mode_has_a_graph_for_each() -> None:
+    module, fast = make(AsksForTheMode), ovshim.accelerate(make(AsksForTheMode), prefer="openvino")
+    for under in (torch.no_grad, torch.enable_grad, torch.no_grad):
+        settle(fast, module, X, under=under)
+    assert [plan["cache"] for plan in plans(fast)] == ["miss", "miss"]
+
+
+class AsksElsewhere(AsksForTheMode):
+    """Asks where nobody sees it."""
+
+    asks = staticmethod(eval("lambda: torch.is_grad_enabled()", {"torch": torch}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + self.asks()
+
+
+class Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + 1 if ctx.needs_input_grad[0] else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class AsksItsContext(AsksForTheMode):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Shifted.apply(self.linear(x))
+        return y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [AsksElsewhere, AsksItsContext])
+def test_however_it_asks(cls: type[nn.Module]) -> None:
+    module, fast = make(cls), ovshim.accelerate(make(cls), prefer="openvino")
+    with quietly():
+        for under in (torch.no_grad, torch.enable_grad, torch.no_grad, torch.enable_grad):
+            check(fast, module, X, path=None, under=under)
+    assert len({plan["cache_path"] for plan in plans(fast)}) == 2
+
+
+@pytest.mark.slow
+def test_a_race_is_of_one_mode() -> None:
+    """The graph is one; which way is faster is found out for each."""
+    module = make(Mlp)
+    fast = ovshim.accelerate(make(Mlp), X)
+    with quietly():
+        for _ in range(3):
+            check(fast, module, X, path=None, under=torch.enable_grad)
+    assert [plan["speedup"] is not None for plan in plans(fast)] == [True, True]
+    assert all("race" in plan["seconds"] for plan in plans(fast))
+
+
 # Beside other things
 
 
@@ -848,18 +941,22 @@ def test_a_second_accelerated_module_after_the_first() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
-    layers=st.lists(st.sampled_from(["linear", "relu", "norm", "skip", "gate"]), max_size=5),
-    frozen=st.sets(st.integers(0, 4)),
+    layers=st.lists(
+        st.sampled_from(["linear", "relu", "norm", "skip", "gate", "branch"]), max_size=5
+    ),
+    frozen=st.sets(st.integers(0, 5)),
+    computed=st.booleans(),
     pooled=st.booleans(),
     batch=st.integers(1, 4),
     power=st.integers(1, 3),
 )
 def test_any_network(
-    layers: list[str], frozen: set[int], pooled: bool, batch: int, power: int
+    layers: list[str], frozen: set[int], computed: bool, pooled: bool, batch: int, power: int
 ) -> None:
-    """Gradients of weights and of what lies between two outputs, whatever is stacked."""
+    """Gradients of weights, of what is before and of what lies between two outputs, whatever is
+    stacked: whole, or in parts where there are branches."""
 
     class Stack(nn.Module):
         def __init__(self) -> None:
@@ -877,6 +974,8 @@ def test_any_network(
                     x = x + inner(x)
                 elif layer == "gate":
                     x = x * inner(x).sigmoid()
+                elif layer == "branch":
+                    x = inner(x) if x.sum() > 0 else inner(x).cos()
                 else:
                     x = inner(x)
             y = self.last(x)
@@ -885,18 +984,25 @@ def test_any_network(
     module = make(Stack)
     for number in frozen & set(range(len(layers))):
         module.get_submodule(f"layers.{number}").requires_grad_(False)
+    if 5 in frozen:
+        module.requires_grad_(False)
     fast = ovshim.accelerate(copy.deepcopy(module), prefer="openvino", cache_dir=False)
+    before = nn.Linear(6, 6).requires_grad_(computed)
     x = torch.randn(batch, 6)
-    settle(fast, module, x, under=torch.enable_grad)
+    with quietly():
+        for _ in range(4):
+            same(fast(before(x)), module(before(x)))
 
     def results(of: nn.Module) -> Any:
-        outputs = floats(of(x))
+        before.zero_grad()
+        outputs = floats(of(before(x)))
         for y in outputs:
             y.retain_grad()
-        outputs[-1].abs().add(0.1).pow(power).sum().backward()
-        return [y.grad for y in outputs], grads(of)
+        if outputs:
+            outputs[-1].abs().add(0.1).pow(power).sum().backward()
+        return [y.grad for y in outputs], grads(of), grads(before)
 
-    with served(fast, "openvino"):
+    with served(fast, "mixed" if "branch" in layers else "openvino"):
         actual = results(fast)
     expected = results(module)
     assert [g is None for g in pytree.tree_leaves(actual)] == [

@@ -1,6 +1,7 @@
 """What every call asks, in the ways that cost least: no answer may depend on which way it was."""
 
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ovshim
-from ovshim import api, conditions, dict_versions, generation, runtime, tiny, verdict
+from ovshim import api, conditions, dict_versions, generation, runtime, tiny, untouched, verdict
 from ovshim.bound import installed
 from ovshim.matcher import compile_glance
 from ovshim.race import Finish
@@ -57,21 +58,33 @@ CHANGES: Mapping[str, Callable[[Small], Any]] = {
     "in place": lambda m: m.first.weight.detach().mul_(2),
     "counted for it": one_more,
     "data": lambda m: setattr(m.first.weight, "data", torch.ones(4, 4)),
+    "the same data, transposed": lambda m: setattr(m.first.weight, "data", m.first.weight.data.t()),
+    "a part of the data": lambda m: setattr(m.first.weight, "data", m.first.weight.data[:2]),
+    "the end of the data": lambda m: setattr(m.first.bias, "data", m.first.bias.data[2:]),
+    "data of other dimensions": lambda m: setattr(m.first.bias, "data", m.first.bias.data[None]),
+    "another tensor in its place": lambda m: torch.utils.swap_tensors(
+        m.first.weight, nn.Parameter(torch.ones(4, 4))
+    ),
+    "attributes of another": lambda m: setattr(m.first, "__dict__", nn.Linear(4, 4).__dict__),
+    "another dict of parameters": lambda m: setattr(
+        m.first, "_parameters", {**m.first._parameters}
+    ),
 }
 
 
-@pytest.fixture(params=["counted", "compared"])
-def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With and without the interpreter's count of writes."""
+@pytest.fixture(params=["memory", "counted", "compared"])
+def counted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what memory tells, without, and without the interpreter's count of writes too."""
+    if request.param != "memory":
+        monkeypatch.setattr(untouched, "_places", lambda: None)
     if request.param == "compared":
         monkeypatch.setattr(dict_versions, "version_of", None)
-    return request.param == "counted"
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("many", [False, True])
 def test_a_change_is_noticed_either_way(
-    change: Callable[[Small], Any], many: bool, counted: bool
+    change: Callable[[Small], Any], many: bool, counted: None
 ) -> None:
     module = Small().eval()
     whole = nn.Sequential(module, *(nn.Linear(2, 2) for _ in range(20 if many else 0))).eval()
@@ -83,7 +96,7 @@ def test_a_change_is_noticed_either_way(
     assert not made.holds()
 
 
-def test_a_change_that_is_taken_back_holds_again(counted: bool) -> None:
+def test_a_change_that_is_taken_back_holds_again(counted: None) -> None:
     module = Small().eval()
     made = generation.Generation(module)
     for _ in range(3):
@@ -129,11 +142,103 @@ def test_what_was_compared_is_compared_again_after_a_write_only() -> None:
 
 
 def test_an_interpreter_that_counts_otherwise_is_not_trusted() -> None:
-    assert not dict_versions._tells_writes(lambda held: 1)
-    assert not dict_versions._tells_writes(id)
-    assert not dict_versions._tells_writes(len)
+    assert not dict_versions.tells_writes(lambda held: 1)
+    assert not dict_versions.tells_writes(id)
+    assert not dict_versions.tells_writes(len)
     reads = iter(range(1000))
-    assert not dict_versions._tells_writes(lambda held: next(reads))
+    assert not dict_versions.tells_writes(lambda held: next(reads))
+
+
+# --- what memory tells ------------------------------------------------------------------------
+
+
+class Looks:
+    """A condition of which memory tells when it has to be asked, and how often it was."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.count, self.answer = 0, True
+        made = conditions.Conditions()
+        tensors, modules = list(module.parameters()), list(module.modules())
+        dicts: list[Any] = [vars(m) for m in modules]
+        self.asks_memory = untouched.add_unless_touched(made, tensors, dicts, modules, self.look)
+        self.holds = made.compiled()
+
+    def look(self) -> bool:
+        self.count += 1
+        return self.answer
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="dictionaries count no writes there")
+def test_what_nobody_has_written_to_is_looked_at_once() -> None:
+    module = nn.Sequential(*(nn.Linear(3, 3) for _ in range(300))).eval()
+    looks = Looks(module)
+    assert looks.asks_memory
+    assert looks.holds()
+    assert looks.holds()
+    assert looks.count == 1
+    for n, write in enumerate(
+        (
+            lambda: module[7].weight.detach().add_(0),
+            lambda: setattr(module[299], "note", 1),
+            # Other storages: what is read from now on lies elsewhere.
+            lambda: setattr(module[50].bias, "data", module[50].bias.data.clone()),
+            lambda: module[50].bias.detach().add_(0),
+        )
+    ):
+        write()
+        assert looks.holds()
+        assert looks.holds()
+        assert looks.count == n + 2
+    looks.answer = False
+    module[1].weight.detach().add_(0)
+    assert not looks.holds()
+    assert not looks.holds()
+    assert looks.count == 7
+
+
+def test_looking_for_the_words_leaves_no_trace() -> None:
+    untouched._places.cache_clear()
+    before = torch.get_rng_state()
+    with torch.device("meta"), torch.inference_mode(), Refusing():
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = untouched._places()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (found is None) == (sys.version_info >= (3, 13))
+
+
+class Refusing(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise AssertionError(function)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(1, 1, 1, 1, 2, 2),
+        torch.zeros(3, device="meta"),
+        torch.zeros(0, 3),
+        torch.zeros(4, dtype=torch.complex64).conj(),
+        torch.zeros(()),
+    ],
+    ids=["six dimensions", "meta", "empty", "conjugate", "number"],
+)
+def test_odd_tensors_are_watched_too(odd: torch.Tensor) -> None:
+    module = Small().eval()
+    module.odd = odd
+    made = generation.Generation(module)
+    assert made.holds()
+    assert made.holds()
+    odd.add_(odd)
+    assert not made.holds()
+
+
+def test_memory_is_never_shown() -> None:
+    assert "method" in repr(untouched._reader())  # an array of it all would end the process
 
 
 # --- calls that eager serves because it is faster ---------------------------------------------
@@ -283,7 +388,7 @@ def exact_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     compile_model = runtime.compile_model
 
     def noted(*args: Any) -> Any:
-        if args[3:] and args[3] is not None:
+        if any(args[3:]):
             compiled.append(args[3])
         return compile_model(*args)
 
@@ -337,7 +442,7 @@ def test_without_it_the_open_graph_serves(
 
     noted = runtime.compile_model
     monkeypatch.setattr(
-        runtime, "compile_model", lambda *args: (noted if args[3] is None else none)(*args)
+        runtime, "compile_model", lambda *args: (none if any(args[3:]) else noted)(*args)
     )
     module = make(Mlp)
     fast = accelerate(module, torch.randn(3, 8), cache_dir=None)
@@ -353,7 +458,7 @@ def test_a_graph_that_is_wrong_there_does_not_serve(
 ) -> None:
     compiled = runtime.compile_model
 
-    def other(source: Path, device: str, settings: Any, sizes: Any) -> Any:
+    def other(source: Path, device: str, settings: Any, sizes: Any = None) -> Any:
         import openvino as ov
 
         if sizes is None:

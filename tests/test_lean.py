@@ -186,8 +186,11 @@ def test_calls_of_many_threads_while_it_is_built(
         assert all(threads.map(calls, range(4)))
     fast.ovshim.wait()  # type: ignore[operator, union-attr]
     agrees(fast, eager, torch.randn(4, 256))
-    # What an operation of another thread held at that moment stays in memory.
-    assert 0 < plan(fast)["given_back"] <= _WEIGHTS
+    # What an operation of another thread held at that moment goes when the next plan is made.
+    fast.ovshim.warm(torch.randn(2, 4, 256))  # type: ignore[operator, union-attr]
+    given_back = [p["given_back"] or 0 for p in ovshim.explain(fast).to_dict()["plans"]]
+    assert given_back[0] > 0
+    assert sum(given_back) == _WEIGHTS
 
 
 def test_the_file_is_kept_and_found(tmp_path: Path) -> None:

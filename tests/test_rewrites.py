@@ -346,6 +346,10 @@ CASES |= {
         lambda x: (x.slice_scatter(x[:2] * 2, 0, 1, 3), x.slice_scatter(x[:, :2], 1, 0, 4, 2)),
         torch.randn(3, 4),
     ),
+    "layout/pad": case(
+        lambda x: (F.pad(x, (1, 2), "circular"), F.pad(x, (0, 3, 2, -1), "circular")),
+        torch.randn(3, 4, 5),
+    ),
     "layout/diag_embed": case(lambda i: torch.diag_embed(odd(i).view(2, 3)), PLACES),
     "layout/msort": case(torch.msort, torch.randn(5, 3)),
     "layout/take": case(

@@ -126,6 +126,27 @@ class Traced(nn.Module):
         return normed(self.inner(x), self.weight)
 
 
+class Around(nn.Module):
+    """Circular padding without a batch, of which torch's exporter damages memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.jit.script(nn.Linear(8, 8).eval())  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(self.inner(x), (1, 2), "circular")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_the_exporter_would_die_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: pytest.fail("exported"))
+    module, x = Around().eval().requires_grad_(False), torch.randn(3, 8)
+    with pytest.warns(ovshim.FallbackWarning):
+        fast = fast_of(module, x, cache_dir=False)
+    same(fast(x), module(x))
+    assert "openvino" not in plan_of(fast)["path"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_of_a_trace() -> None:

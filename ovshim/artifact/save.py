@@ -99,7 +99,7 @@ def portable(where: Path, name: str, plans: Sequence[Plan]) -> list[Plan]:
             remedy = "Call it once more, or give an example to fast.ovshim.warm(), and save then."
             raise ArtifactError(str(where), what, remedy)
         else:
-            chosen.setdefault((plan.kind, plan.pattern, plan.size_guards), plan)
+            chosen.setdefault((plan.kind.without_grad(), plan.pattern, plan.size_guards), plan)
     if not chosen:
         remedy = "Give an example to accelerate() or fast.ovshim.warm(), and read ovshim.explain."
         raise ArtifactError(str(where), f"{name} has no plan that runs in OpenVINO.", remedy)

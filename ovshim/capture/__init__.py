@@ -84,6 +84,7 @@ class Request:
         """The same with other dimensions open, and tensors without marks of earlier tries."""
         made = {id(tensor): tensor.detach().clone() for tensor in self.tensors}
         leaves = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        leaves = self.kind.requiring(leaves)
         return dataclasses.replace(self, dynamic=dynamic, leaves=leaves)
 
 
@@ -97,6 +98,7 @@ class Captured:
         size_guards, value_guards: see `ovshim.guards`.
         code: qualified names of the functions that were captured; None: not known.
         checked: whether the model has one more output: whether all indices were in range.
+        any_mode: whether it would be the same with grad mode switched over.
     """
 
     model: ov.Model
@@ -107,6 +109,7 @@ class Captured:
     value_guards: tuple[ValueGuard, ...] = ()
     code: tuple[str, ...] | None = None
     checked: bool = False
+    any_mode: bool = False
 
 
 def capture(request: Request) -> Captured:

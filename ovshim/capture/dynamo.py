@@ -62,6 +62,9 @@ _VALUE_DEPENDENT = (
     "repr() on tensor",
     "Cannot check Tensor object identity",
 )
+# Names by which code asks whether gradients are recorded. They need not be exact: what has one of
+# them is captured for each mode.
+_OF_MODES = re.compile("grad_enabled|requires_grad|input_grad|grad_fn|is_leaf|inference")
 # What it merely cannot follow: code that a trace runs through without harm to the graph.
 _HARMLESS = (
     "torch.jit.script/freeze modules unsupported",
@@ -191,7 +194,13 @@ def _finish(
         value_guards,
         code,
         checked=checked.in_range is not None,
+        any_mode=not any(map(_asks_for_mode, traced_code)),
     )
+
+
+def _asks_for_mode(code: Any) -> bool:
+    """Whether code may do otherwise where gradients are recorded."""
+    return any(_OF_MODES.search(name) for name in code.co_names)
 
 
 def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -36,7 +36,8 @@ class Checked:
         self.in_range: torch.Tensor | None = None
 
     def __call__(self, *args: Any) -> Any:
-        outputs = self._graph(*args)
+        # Not by a call: torch would print what the graph raises, with the line of its code.
+        outputs = self._graph.forward(*args)
         if self._checked:
             self.in_range = outputs[-1]
             return outputs[:-1]

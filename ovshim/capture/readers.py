@@ -96,12 +96,22 @@ def _through_onnx(
     weights = sum(tensor.nbytes for tensor in traced.state_dict().values())
     if weights > _LARGEST:
         raise CaptureError(reason("capture-failed", f"{weights} bytes of weights, for ONNX"))
+    _refuse_what_damages(traced)
     data = _exported(traced, tensors, shapes)
     core = runtime.core()
     model = frontend.guarded(lambda: core.read_model(data))
     onnx.refuse_by_values(model)
     _refuse_unchecked(model)
     return _in_order(model, tensors, shapes)
+
+
+def _refuse_what_damages(traced: torch.jit.ScriptModule) -> None:
+    """Circular padding: torch's exporter (2.13) counts dimensions as if there were a batch, and
+    writes beside its memory where there is none."""
+    graph: Any = traced.inlined_graph
+    for node in graph.findAllNodes("aten::pad"):
+        if list(node.inputs())[2].toIValue() == "circular":
+            raise CaptureError(reason("capture-failed", "circular padding, for ONNX"))
 
 
 def _exported(

@@ -7,6 +7,7 @@
     calls       which calls are steps
     manner      what steps are given, and what eager is asked; `seq2seq` with an encoder
     build       capture, and the entry in the cache, by its `key`
+    overflow    whether float16 holds the values
     prove       compiling, and the proof by `probes`; `finish`: what a build ends in, and the race
     room        who serves a call: what the dispatcher asks
 

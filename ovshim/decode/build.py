@@ -17,7 +17,7 @@ import logging
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,16 @@ from ovshim.decode.experts import experts_of, made_dense
 from ovshim.decode.finish import by_eager, finished, run_race
 from ovshim.decode.key import family_of, tolerance_of
 from ovshim.decode.manner import Causal
-from ovshim.decode.probes import small_probe
+from ovshim.decode.overflow import refuse_overflow
 from ovshim.decode.prove import Prover
 from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
 from ovshim.decode.step import Unfit
+from ovshim.errors import OptionError
+from ovshim.floats import COMPRESSED
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
+from ovshim.hit import keep_data, known_data
 from ovshim.job import BuildStopped, Job
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
@@ -48,26 +51,34 @@ __all__ = ["build"]
 
 log = logging.getLogger("ovshim")
 
-_PRECISIONS = ("fp32", "bf16", "fp16", "int8_weights", "int4_weights")
+_PRECISIONS = COMPRESSED | {"fp32", "bf16", "fp16"}
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
 
 
-def build(job: Job, original: Any, manner: Causal) -> Decoding:
+def build(job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> Decoding:
     """The decoding for a job, whose kind and leaves are of no account.
 
     Args:
         original: the user's own forward; `job.call` is what it resolves to.
+        shown: arguments of a call of eager that the proof is to look at as well; perhaps none.
+
+    Raises:
+        OptionError: calibration data that is none, unless a call of the user's began it.
     """
     modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
     with modes[0], modes[1], modes[2]:
         try:
-            made = _Build(job, original, manner).run()
+            made = _Build(job, original, manner, shown).run()
         except BuildStopped as stopped:
             why = stopped.reason
             if job.weights_moved():
                 why = reason("stale", "weights changed while the plan was made")
             made = by_eager(job, why)
             made.trouble = stopped.__cause__
+        except OptionError as error:
+            if not job.lenient:
+                raise
+            made = by_eager(job, reason("calibration-unfit", str(error)))
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
             made = by_eager(job, reason("build-failed", f"{type(error).__name__}: {error}"))
@@ -78,10 +89,11 @@ def build(job: Job, original: Any, manner: Causal) -> Decoding:
 
 
 class _Build:
-    def __init__(self, job: Job, original: Any, manner: Causal) -> None:
+    def __init__(self, job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> None:
         self.job = job
         self.original = original
         self.manner = manner
+        self.shown = shown
 
     def run(self) -> Decoding:
         job = self.job
@@ -159,12 +171,12 @@ class _Build:
                 continue
             if record.verdict is not None:
                 return by_eager(job, record.verdict, entry)
+            self._refuse_overflow(entry)
             lease = job.store.hold(entry)
             if lease is None:
                 continue
             try:
-                engine = self.prover.engine(entry.file("model.xml"), record)
-                record = self.prover.proved(engine, record, [small_probe()])
+                engine, record, entry = self.prover.still_right(entry, record)
             except BuildStopped as trouble:
                 lease.release()
                 if job.weights_moved() or trouble.reason.code == "build-too-slow":
@@ -176,6 +188,16 @@ class _Build:
             return self._finished(engine, record, generation, entry, "hit")
         return None
 
+    def _refuse_overflow(self, entry: Entry | None) -> None:
+        """Raise BuildStopped where float16 does not hold the values of this job: an entry may have
+        been proved with others."""
+        job = self.job
+        known = [] if entry is None else known_data(entry)
+        with job.stage("proof"):
+            job.in_range = refuse_overflow(job, self.manner, self.form, self.shown, known)
+        if entry is not None and job.in_range is not None:
+            keep_data(job, entry, job.in_range)
+
     def _ranks(self) -> list[int]:
         return [len(sizes) for sizes in self.form.sizes_of(1, 1, 1, 1)]
 
@@ -183,10 +205,11 @@ class _Build:
 
     def _from_capture(self, family: str | None) -> Decoding:
         job = self.job
+        self._refuse_overflow(None)
         with job.stage("capture"), TRACE_LOCK:
             model, record = self._captured()
             generation = self._generation(record)
-        if job.precision in ("int8_weights", "int4_weights"):
+        if job.precision in COMPRESSED:
             from ovshim.precision import graphs, quantize
 
             with job.stage("lower"):
@@ -197,7 +220,7 @@ class _Build:
             source, entry, keep = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
         try:
-            engine, record = self.prover.first_right(source, record)
+            engine, record = self.prover.first_right(source, record, entry)
             weakref.finalize(engine, keep)
             if job.weights_moved():
                 raise BuildStopped(reason("stale", "weights changed while the plan was made"))
@@ -207,6 +230,8 @@ class _Build:
             raise
         if entry is not None:
             entry = job.store.amend(entry, "proof", record.proof_to_json())
+            if job.in_range is not None:
+                entry = job.store.amend(entry, "in_range", [job.in_range])
         return self._finished(engine, record, generation, entry, "miss")
 
     def _finished(

@@ -59,7 +59,9 @@ class Decoding(Plan):
         return "openvino"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "signature": "decoding, step by step"}
+        kept = None if self.ready is None else self.ready.engine.keys_and_values
+        told = {"signature": "decoding, step by step", "keys_and_values": kept}
+        return {**super().to_dict(), **told}
 
 
 def compile_fits(size_guards: Sequence[str], form: Form, most: int | None) -> Fits:

@@ -53,7 +53,12 @@ class StatefulEngine(Engine):
         inputs: dtypes of those inputs but for the last.
         states: how many tensors of keys and values it keeps.
         dtype: of the logits, the keys and the values.
+
+    Attributes:
+        keys_and_values: what they are kept in, for reports.
     """
+
+    keys_and_values: str | None = None
 
     def __init__(
         self,

@@ -121,6 +121,13 @@ class Causal:
         """An output of the module's own class."""
         return form.make_output({"logits": logits, "past_key_values": cache})
 
+    def shown(self, call: Any) -> dict[str, Any]:
+        """The arguments of a call of eager for the same tokens, with no past: copies of them."""
+        given = {"input_ids": call.input_ids, "use_cache": False}
+        if call.attention_mask is not None and call.attention_mask.shape == call.input_ids.shape:
+            given["attention_mask"] = call.attention_mask
+        return copy.deepcopy(given)
+
     def eager_arguments(
         self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ovshim import executed, runtime
+from ovshim.cache import Entry
 from ovshim.decode import probes
 from ovshim.decode.decoding import compile_fits
 from ovshim.decode.engine import StatefulEngine, stateful_engine_for
@@ -18,6 +20,7 @@ from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed
 from ovshim.decode.record import StepRecord
 from ovshim.decode.step import Form
+from ovshim.floats import COMPRESSED, floats_of, in_fp32, may_be_refused
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import warnings_of
@@ -33,6 +36,10 @@ _WIDEST = 1024
 _KEPT_IN = {"bf16": "bf16", "fp16": "f16"}
 # Properties that have cured graphs which OpenVINO compiled wrongly (see `ovshim.build`).
 _LADDER: tuple[tuple[tuple[str, str], ...], ...] = ((), (("SNIPPETS_MODE", "DISABLE"),))
+# What is timed to choose between floats: some tokens after a prompt, the longer one where there are
+# positions for it; of an encoder-decoder model, whose first step is eager's, tokens alone.
+_TIMED = (probes.Probe((128, *(1,) * 8)), probes.Probe((16, *(1,) * 8)))
+_TIMED_ALONE = probes.Probe((1,) * 24)
 
 
 class Prover:
@@ -43,7 +50,9 @@ class Prover:
         self.manner = manner
         self.form = form
 
-    def first_right(self, source: Path, record: StepRecord) -> tuple[StatefulEngine, StepRecord]:
+    def first_right(
+        self, source: Path, record: StepRecord, entry: Entry | None
+    ) -> tuple[StatefulEngine, StepRecord]:
         """The graph compiled in the first of several ways that is proved.
 
         Raises:
@@ -56,13 +65,11 @@ class Prover:
             most=window if wide else None,
             conventions=self.manner.conventions(self.job.call, self.form),
         )
-        asked = list(self.manner.probes(None if wide else window))
         first: BuildStopped | None = None
         for properties in _LADDER:
             record = dataclasses.replace(record, properties=properties)
             try:
-                engine = self.engine(source, record)
-                return engine, self.proved(engine, record, asked)
+                return self._right(source, record, entry)
             except BuildStopped as stopped:
                 if stopped.reason.code not in ("proof-failed", "infer-failed"):
                     raise first or stopped from None
@@ -71,11 +78,81 @@ class Prover:
         assert first is not None
         raise first
 
-    def engine(self, source: Path, record: StepRecord) -> StatefulEngine:
+    def still_right(
+        self, entry: Entry, record: StepRecord
+    ) -> tuple[StatefulEngine, StepRecord, Entry]:
+        """An entry's graph, and what is known of it then: it was proved, and is asked one thing
+        again; or everything, where it was never proved with floats in bf16 and is faster so here.
+
+        Raises:
+            BuildStopped: it is right no more.
+        """
+        engine = self.engine(entry.file("model.xml"), record, entry)
+        if not may_be_refused(self.job, self.job.hint) or self.job.hint in record.proved_in:
+            return engine, self.proved(engine, record, [probes.small_probe()]), entry
+        record = self._wholly_proved(engine, record)
+        return engine, record, self.job.store.amend(entry, "proof", record.proof_to_json())
+
+    def _wholly_proved(self, engine: StatefulEngine, record: StepRecord) -> StepRecord:
+        window = self.form.window if record.most is None else None
+        record = self.proved(engine, record, list(self.manner.probes(window)))
+        return dataclasses.replace(record, proved_in=(*record.proved_in, self.job.hint))
+
+    def _right(
+        self, source: Path, record: StepRecord, entry: Entry | None
+    ) -> tuple[StatefulEngine, StepRecord]:
+        """The graph compiled and proved; where bf16 around its integers is not exact enough, both
+        are done anew without."""
+        while True:
+            engine = self.engine(source, record, entry)
+            try:
+                return engine, self._wholly_proved(engine, record)
+            except BuildStopped as stopped:
+                inexact = stopped.reason.code == "proof-failed"
+                if not inexact or not may_be_refused(self.job, self.job.hint):
+                    raise
+                log.info("%s, floats in bf16: %s", type(self.job.module).__qualname__, stopped)
+                rest = in_fp32(self.job, record.rest, partial(self._keep, entry))
+                record = dataclasses.replace(record, rest=rest)
+
+    def engine(self, source: Path, record: StepRecord, entry: Entry | None) -> StatefulEngine:
         """The compiled graph. Raises BuildStopped where OpenVINO cannot."""
         job = self.job
-        compressed = job.precision in ("int8_weights", "int4_weights")
-        wanted = job.own_precision if compressed else job.precision
+        if job.precision in COMPRESSED:
+            keep = partial(self._keep, entry)
+            job.hint = floats_of(job, record.rest, keep, lambda: self._ways(source, record))
+        else:
+            job.hint = job.precision
+        return self._compiled(source, record, job.hint)
+
+    def _ways(
+        self, source: Path, record: StepRecord
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """A conversation with the graph compiled in fp32, and with that in bf16."""
+        manner = self.manner
+        ends = [n for n in (manner.longest, record.most) if n is not None]
+        fitting = [probe for probe in _TIMED if all(probe.length <= n for n in ends)]
+        timed = _TIMED_ALONE if manner.probed_source else next(iter(fitting), _TIMED[-1])
+
+        def through(engine: StatefulEngine) -> Callable[[], None]:
+            def run() -> None:
+                way = manner.candidate(self.job.call, self.form, engine, timed)
+                for _ in probes.ask(timed, [way], manner.vocabulary):
+                    pass
+
+            return run
+
+        exact, lower = (
+            through(self._compiled(source, record, precision)) for precision in ("fp32", "bf16")
+        )
+        return exact, lower
+
+    def _keep(self, entry: Entry | None, rest: Mapping[str, str]) -> None:
+        if entry is not None:
+            self.job.store.amend(entry, "rest", dict(rest))
+
+    def _compiled(self, source: Path, record: StepRecord, wanted: str) -> StatefulEngine:
+        job = self.job
         with job.stage("compile"):
             safe = runtime.safe_precision(wanted, **job.placement)
             # By default the plugin keeps them in 8 bits, in every precision but fp32.
@@ -92,7 +169,9 @@ class Prover:
                     inputs = [*inputs[:-1], *[self.form.dtype] * (1 + len(self.form.cross))]
                 threads = job.placement["threads"]
                 about = inputs, states, self.form.dtype, record.checked
-                return stateful_engine_for(compiled, threads, *about)
+                engine = stateful_engine_for(compiled, threads, *about)
+                engine.keys_and_values = executed.keys_and_values(compiled)
+                return engine
             except (RuntimeError, TypeError, ValueError) as error:
                 detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
                 raise BuildStopped(reason("compile-failed", detail)) from error

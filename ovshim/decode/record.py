@@ -9,6 +9,7 @@ from typing import Any
 from ovshim.cache import Entry
 from ovshim.guards import ValueGuard, checked_size_guard, from_json, to_json
 from ovshim.reasons import TABLE, Reason
+from ovshim.record import checked_rest
 
 __all__ = ["StepRecord"]
 
@@ -29,6 +30,8 @@ class StepRecord:
         error: the largest relative L2 error found.
         met: buckets of sizes at which it was found right.
         race: medians and quartiles, by processor and threads.
+        rest: for compressed weights, what is fastest around them, by processor and threads.
+        proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
     """
 
@@ -43,6 +46,8 @@ class StepRecord:
     error: float = 0.0
     met: tuple[tuple[int, ...], ...] = ()
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
 
     @staticmethod
@@ -84,6 +89,7 @@ class StepRecord:
             "most": self.most,
             "conventions": dict(self.conventions),
             "error": self.error,
+            "proved_in": list(self.proved_in),
             "met": [list(sizes) for sizes in self.met],
         }
 
@@ -111,8 +117,10 @@ class StepRecord:
             most=None if most is None else int(most),
             conventions=dict(proof["conventions"]),
             error=float(proof["error"]),
+            proved_in=tuple(map(str, proof.get("proved_in", ()))),
             met=tuple(tuple(map(int, one)) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),
+            rest=checked_rest(entry.manifest.get("rest")),
         )
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ovshim.background import Work, pause
+from ovshim.builder import Work, pause
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
 from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
@@ -124,19 +124,25 @@ class Room:
         call = self._manner.read(args, kwargs)
         return call is not None and not isinstance(call, Reason)
 
-    def prepare(self, wait: bool = True) -> Decoding | None:
-        """Make the decoding before any call.
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], wait: bool = True
+    ) -> Decoding | None:
+        """Make the decoding before any call but this example, a step that can be served.
 
         Args:
             wait: False: None, and the decoding later, where another thread makes it.
+
+        Raises:
+            CalibrationError: there is no calibration data that can be read, or it holds no tokens.
         """
+        shown = self._shown(self._manner.read(args, kwargs))
         if self.options.background and not building_here():
-            self._start()
+            self._start(shown)
             if not wait:
                 return None
             self.wait(None)
         with self._lock:
-            return self._decoding or self._build()
+            return self._decoding or self._build(shown)
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until no other thread makes the decoding; whether that was so in time."""
@@ -296,22 +302,27 @@ class Room:
             if self._family.wait > 0:
                 self._family.wait -= 1
                 return self._in_eager(reason("stale", "it keeps changing"), args, kwargs)
+            shown = self._shown(call)  # before it is called: it may write to the tokens
             output = self.original(*args, **kwargs)
             if self.options.background:
-                self._start()
+                self._start(shown)
             made = self._decoding
             if made is None and not self.options.background:
-                made = self._build()
+                made = self._build(shown, lenient=True)
         finally:
             self._lock.release()
         self.tally.tell_precision()
         self.tally.note((made and made.reason) or reason("building"))
         return output
 
-    def _start(self) -> None:
+    def _shown(self, call: Any) -> dict[str, Any]:
+        """What the proof may look at of a call, where it looks at any."""
+        return self._manner.shown(call) if self.options.precision == "fp16" else {}
+
+    def _start(self, shown: Mapping[str, Any]) -> None:
         """Let another thread make the decoding."""
         if self._decoding is None and (self._work is None or not self._work.under_way):
-            self._work = Work(self._build)
+            self._work = Work(lambda: self._build(shown, lenient=True))
             self._work.start()
 
     def is_cached(self) -> bool:
@@ -321,14 +332,15 @@ class Room:
         with Building():
             return is_cached(self._job(), self._manner)
 
-    def _build(self) -> Decoding:
+    def _build(self, shown: Mapping[str, Any], lenient: bool = False) -> Decoding:
         from ovshim.decode.build import build
 
         job = self._job()
+        job.lenient = lenient
         if self.options.background:
             job.pause = pause
         with Building():
-            made = build(job, self.original, self._manner)
+            made = build(job, self.original, self._manner, shown)
         if made.reason is not None and made.reason.code == "stale":
             self._family.put_off()  # it changed under the build: there is nothing to keep
         else:

@@ -184,6 +184,13 @@ class Seq2Seq(Causal):
             }
         )
 
+    def shown(self, call: Any) -> dict[str, Any]:
+        given = {"decoder_input_ids": call.input_ids, "use_cache": False}
+        if call.attention_mask is not None:
+            given["attention_mask"] = call.attention_mask
+        encoded = BaseModelOutput(last_hidden_state=call.hidden.detach().clone())
+        return {**copy.deepcopy(given), "encoder_outputs": encoded}
+
     def eager_arguments(
         self, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:

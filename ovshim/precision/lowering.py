@@ -39,12 +39,10 @@ class Lowering:
         """Whether operations get floating types of their own."""
         return bool({"bf16", "fp16"} & set(self.modules.values()))
 
-    def hint(self, own: str) -> str:
-        """The precision to compile with. `own`: the module's, in which compressed weights are
-        computed with."""
-        if self.has_islands:
-            return "dynamic"
-        return "fp32" if self.modules else own
+    @property
+    def hint(self) -> str:
+        """The precision to compile with, for rules."""
+        return "dynamic" if self.has_islands else "fp32"
 
     def to_prove_with(self, pattern: Pattern) -> list[Sequence[torch.Tensor]]:
         """Inputs on which a graph of these sizes has to be right, in the place of random ones: what

@@ -103,6 +103,8 @@ class Patient(Dispatcher):
             return self.in_eager(reason("too-many-plans"), args, kwargs)
         if not self._finds_due(lambda: self._is_due(args, kwargs)):
             return self._waited(stale or _SELDOM, args, kwargs)
+        if self._is_to_look_out(flatten_call(args, kwargs)[0]):
+            return self._looking_out(args, kwargs)
         # The next kind of call has to earn its plan as well, and more than this one had to; and in
         # other threads, meanwhile, no call is due.
         self._changed()
@@ -157,7 +159,7 @@ class Patient(Dispatcher):
     def _meet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sizes in which calls differ are left open by the first plan."""
         leaves, structure = flatten_call(args, kwargs)
-        kind = known_kind(leaves, structure)
+        kind = known_kind(leaves, structure, torch.is_grad_enabled())
         if not isinstance(kind, Reason):
             self._planner.meet(kind, sizes_of(leaves))
         elif any(isinstance(leaf, Mapping) for leaf in leaves) and not self._planner.plans:
@@ -167,10 +169,11 @@ class Patient(Dispatcher):
 
     def _is_cached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         leaves, structure = flatten_call(args, kwargs)
-        kind = known_kind(leaves, structure)
+        grad = torch.is_grad_enabled()
+        kind = known_kind(leaves, structure, grad)
         with contextlib.suppress(Exception):  # the build will meet it again, and say so
             if not isinstance(kind, Reason):
-                return self._planner.is_cached(Given(args, kwargs, kind, leaves))
+                return self._planner.is_cached(Given(args, kwargs, kind, leaves, grad))
         return False
 
     def _price(self) -> float:

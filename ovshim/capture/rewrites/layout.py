@@ -109,6 +109,27 @@ def _nearest_exact(node: Node) -> None:
             node.kwargs = {**node.kwargs, "mode": "nearest"}
 
 
+def pad_around(x: torch.Tensor, pad: Sequence[int], *_: Any) -> torch.Tensor:
+    """Circular padding, from the last dimension on; less than nothing cuts off."""
+    made = x
+    for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        dim = x.dim() - 1 - n
+        made = made[(*_all(dim, x), slice(max(0, -before), min(0, after) or None))]
+        parts = [made]
+        if before > 0:
+            parts.insert(0, made[(*_all(dim, x), slice(-before, None))])
+        if after > 0:
+            parts.append(made[(*_all(dim, x), slice(None, after))])
+        made = torch.cat(parts, dim) if len(parts) > 1 else made
+    return made
+
+
+def _circular(node: Node) -> Function | None:
+    pad: Any = argument(node, 1, "pad")
+    plain = isinstance(pad, (tuple, list)) and all(isinstance(size, int) for size in pad)
+    return pad_around if plain and argument(node, 2, "mode") == "circular" else None
+
+
 _NONE = "has no counterpart"
 
 TABLE = (
@@ -121,5 +142,7 @@ TABLE = (
     Rewrite((torch.diag_embed, "diag_embed"), _diag_embed, _NONE),
     Rewrite((torch.msort, "msort"), always(msort), _NONE),
     Rewrite((torch.take, "take"), _take, _NONE),
+    # By way of ONNX, torch's exporter damages memory where there is no batch.
+    Rewrite((torch._C._nn.pad,), _circular, "has no counterpart for circular"),
     Rewrite((F.interpolate,), _nearest_exact, "has no counterpart for nearest-exact"),
 )

@@ -1,0 +1,69 @@
+"""The code that was captured: which functions, what their defaults hold, which variables of the
+environment they read."""
+
+from __future__ import annotations
+
+import copy
+import dis
+import types
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+__all__ = ["copied_defaults", "is_torchs", "methods", "variables"]
+
+
+def methods(
+    classes: Iterable[type], code: Collection[str] | None
+) -> Iterator[tuple[type, list[str], list[types.FunctionType]]]:
+    """For each class: the names of its captured methods, and those functions. A method may be
+    patched on a class or on one below it, and its code or its defaults replaced where they are."""
+    for cls in dict.fromkeys(classes):
+        found = {"forward": getattr(cls, "forward", None)}
+        for base in reversed(cls.__mro__):
+            if not is_torchs(base) and base is not object:
+                found.update(_captured_functions(base, code))
+        functions = [f for f in found.values() if isinstance(f, types.FunctionType)]
+        yield cls, [name for name in found if hasattr(cls, name)], functions
+
+
+def _captured_functions(base: type, code: Collection[str] | None) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in base.__dict__.items()
+        if isinstance(value, types.FunctionType)
+        and (code is None or value.__code__.co_qualname in code)
+    }
+
+
+def copied_defaults(found: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Defaults and keyword defaults: with what mutable ones hold now."""
+    defaults, keywords = found
+    held = (list, dict, set)
+    if defaults is not None:
+        defaults = tuple(copy.copy(x) if isinstance(x, held) else x for x in defaults)
+    if keywords is not None:
+        keywords = {k: copy.copy(x) if isinstance(x, held) else x for k, x in keywords.items()}
+    return defaults, keywords
+
+
+def variables(codes: Iterable[types.CodeType]) -> list[str] | None:
+    """The variables of the environment that these read; None where not all are named in place."""
+    found: dict[str, None] = {}
+    for code in codes:
+        if "environ" not in code.co_names and "getenv" not in code.co_names:
+            continue
+        steps = list(dis.get_instructions(code))
+        for n, step in enumerate(steps):
+            if step.argval not in ("environ", "getenv"):
+                continue
+            rest = (s for s in steps[n + 1 :] if s.argval != "get" and s.opname != "PUSH_NULL")
+            name = next(rest, None)
+            if name is None or name.opname != "LOAD_CONST" or not isinstance(name.argval, str):
+                return None
+            found[name.argval] = None
+    return list(found)
+
+
+def is_torchs(cls: type) -> bool:
+    """Whether it is one of torch's own modules."""
+    return cls.__module__.startswith("torch.nn.")
