@@ -187,9 +187,9 @@ class Ran:
         self.threads: list[str] = []
         run = Engine.run
 
-        def running(engine: Engine, tensors: Any) -> list[torch.Tensor]:
+        def running(engine: Engine, *given: Any, **kwargs: Any) -> list[torch.Tensor]:
             self.threads.append(threading.current_thread().name)
-            return run(engine, tensors)
+            return run(engine, *given, **kwargs)
 
         monkeypatch.setattr(Engine, "run", running)
 
