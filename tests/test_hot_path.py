@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ovshim
-from ovshim import api, conditions, dict_versions, generation, runtime, tiny, untouched, verdict
+from ovshim import conditions, dict_versions, generation, parts, runtime, tiny, untouched, verdict
 from ovshim.bound import installed
 from ovshim.matcher import compile_glance
 from ovshim.race import Finish
@@ -247,7 +247,7 @@ def test_memory_is_never_shown() -> None:
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every race is lost by OpenVINO, and no part of a module is tried by itself."""
-    monkeypatch.setattr(api, "divide", lambda job, plan: plan)
+    monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
     monkeypatch.setattr(verdict, "race", lambda *_: Finish(1.0, 2.0, 0.5, 0.5))
 
 
