@@ -102,6 +102,21 @@ def test_sizes_that_keep_coming_have_a_graph_of_their_own(
     assert calls[1] < calls[0] - rival._PAIRS
 
 
+def test_what_few_calls_do_not_tell_more_do(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rival.Finish, "decided", False)
+    module = make(Mlp)
+    calls = []
+    for seconds in (60.0, 0.0):  # what they may take together
+        monkeypatch.setattr(rival, "_SECONDS", seconds)
+        fast = accelerate(module)
+        calls.append(settle(fast, module, calls=100))
+        assert plan_of(fast).served.engine.exact is not None
+    more = 2 * (rival._MOST_PAIRS - rival._PAIRS)
+    assert abs(calls[0] - calls[1] - more) <= 1
+
+
 def test_one_that_loses_is_not_tried_again(
     compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
