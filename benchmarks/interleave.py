@@ -17,12 +17,13 @@ __all__ = ["Effort", "Ratio", "Turns", "compare", "interleave"]
 
 # A sample lasts at least this long, in a loop where one call does not: neither the clock nor one
 # interruption shall decide it.
-_SAMPLE_SECONDS = 0.005
+_SAMPLE_SECONDS = 0.020
 # Threads of the way before (libgomp's, ONNX Runtime's) spin for some milliseconds after their last
 # call. Without this pause each sample would measure its predecessor's thread pool as well.
 _PAUSE_SECONDS = 0.010
-# Calls before the clock starts: they wake a way's own threads and fill the caches.
-_LEAD_SECONDS = 0.003
+# Calls before the clock starts: they wake a way's own threads and fill the caches. One call does
+# not fill the third level with weights of int8 that just fit into it.
+_LEAD_SECONDS = 0.010
 # To a call of this length neither matters.
 _LONG_SECONDS = 0.1
 _WARM_SECONDS = 0.2
