@@ -8,7 +8,7 @@ print(ovshim.explain(fast))
 
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ovshim.api import accelerate, explain
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ovshim.runtime import Device, devices
     from ovshim.scope import Scope, disable, disabled, enable, enabled
 
+from ovshim.lazy import attach
 from ovshim.version import __version__ as __version__
 
 __all__ = [
@@ -55,9 +56,12 @@ __all__ = [
     "load",
 ]
 
-# Where each name is, but for the errors. Imported when asked for: `ovshim run` may not import torch
-# before the script does, which may set variables that torch reads.
+_MODULES = ("cache", "errors", "options", "precision", "reasons", "runtime", "serve")
+_WITHOUT_TORCH = frozenset({"errors", "options", "reasons", "runtime"})
+# Imported when asked for: `ovshim run` may not import torch before the script does, which may set
+# variables that torch reads.
 _PLACES = {
+    **dict.fromkeys(__all__, "errors"),  # but for these
     "Device": "runtime",
     "Options": "options",
     "Scope": "scope",
@@ -70,29 +74,17 @@ _PLACES = {
     "explain": "api",
     "from_onnx": "foreign",
     "load": "loaded",
+    **{module: module for module in _MODULES},
 }
-_MODULES = frozenset({"cache", "errors", "options", "precision", "reasons", "runtime", "serve"})
-_WITHOUT_TORCH = frozenset({"errors", "options", "reasons", "runtime"})
+
+
+def _torch_first(place: str) -> None:
+    if place not in _WITHOUT_TORCH:
+        # On its own: what it loads in turn, by OVSHIM=1, must not find us half imported.
+        importlib.import_module("torch")
 
 
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
-
-    def __getattr__(name: str) -> Any:
-        place = name if name in _MODULES else _PLACES.get(name)
-        if place is None and name in __all__:
-            place = "errors"
-        if place is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if place not in _WITHOUT_TORCH:
-            # On its own: what it loads in turn, by OVSHIM=1, must not find us half imported.
-            importlib.import_module("torch")
-        module = importlib.import_module(f"{__name__}.{place}")
-        value = module if name in _MODULES else getattr(module, name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, *_MODULES})
-
+    __getattr__, __dir__ = attach(globals(), _PLACES, _torch_first)
 
 logging.getLogger("ovshim").addHandler(logging.NullHandler())

@@ -17,8 +17,7 @@ pickle from a shared directory would run what others wrote.
       StoreError    the entry could not be written; nothing of it is left behind
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ovshim.cache.admin import (
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 from ovshim.cache.entry import Entry
 from ovshim.cache.files import Lease
 from ovshim.cache.store import Store, StoreError
+from ovshim.lazy import attach
 
 __all__ = [
     "Difference",
@@ -57,14 +57,5 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
-
-    def __getattr__(name: str) -> Any:
-        # What is for operators: a program that only runs a module does without.
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.admin"), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    # What is for operators: a program that only runs a module does without.
+    __getattr__, __dir__ = attach(globals(), dict.fromkeys(__all__, "admin"))

@@ -10,8 +10,9 @@ overflow      where values leave float16's range
 sensitive     which modules suffer, and rules that spare them: `sensitivity`, for users
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ovshim.lazy import attach
 
 if TYPE_CHECKING:
     from ovshim.precision.sensitive import Sensitivity, sensitivity
@@ -19,13 +20,4 @@ if TYPE_CHECKING:
 __all__ = ["Sensitivity", "sensitivity"]
 
 if not TYPE_CHECKING:  # type checkers would take every misspelt name for one of these
-
-    def __getattr__(name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.sensitive"), name)
-        globals()[name] = value
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = attach(globals(), dict.fromkeys(__all__, "sensitive"))
