@@ -59,7 +59,7 @@ def floats_of(
         keep: is given the same with what was found out now.
         ways: gives two calls that compute the same, with that in fp32 and in bf16.
     """
-    own, here = job.own_precision, _here(job)
+    own, here = job.own_precision, job.measured_on
     if own != "fp32" or runtime.safe_precision("bf16", **job.placement) != "bf16":
         return own
     if any(name in _OF_FP32 and _OF_FP32[name](v) for name, v in job.options.properties.items()):
@@ -94,13 +94,9 @@ def may_be_refused(job: Job, chosen: str) -> bool:
 
 def in_fp32(job: Job, known: Mapping[str, str], keep: Keep) -> Mapping[str, str]:
     """What is known once bf16 was found too inexact: fp32, on this processor."""
-    found = {**known, _here(job): "fp32"}
+    found = {**known, job.measured_on: "fp32"}
     keep(found)
     return found
-
-
-def _here(job: Job) -> str:
-    return f"{runtime.processor()} threads={job.placement['threads']}"
 
 
 def _has_bf16(device: str) -> bool:

@@ -325,6 +325,11 @@ def processor() -> str:
     return "-".join([*words, digest])
 
 
+def measured_on(threads: int) -> str:
+    """What a measurement holds for, as entries keep it: this sort of processor, so many threads."""
+    return f"{processor()} threads={threads}"
+
+
 def _cpuinfo() -> dict[str, str]:
     """Model numbers and instruction sets as Linux tells them; elsewhere the name must do."""
     found: dict[str, str] = {}

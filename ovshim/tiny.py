@@ -68,7 +68,7 @@ def fastest(
     pinned = not runtime.leaves_cores(torch.get_num_threads())
     if asked or not plain or not pinned or not _is_small(source):
         return compiled({})
-    known = record.ways.get(_where(job), "").removesuffix(_EXACT)
+    known = record.ways.get(job.measured_on, "").removesuffix(_EXACT)
     if known in _WAYS:
         job.way = known
         return compiled(_WAYS[known])
@@ -102,7 +102,7 @@ def add_exact(
         compiled: compiles the graph with further properties and for these sizes of its inputs.
         prove: raises where that is wrong.
     """
-    known = record.ways.get(_where(job), "").endswith(_EXACT)
+    known = record.ways.get(job.measured_on, "").endswith(_EXACT)
     is_open = any(n is None for dims in record.pattern for n in dims)
     if (
         job.way is None
@@ -132,15 +132,11 @@ def add_exact(
     _keep(job, record, entry, job.way + _EXACT)
 
 
-def _where(job: Job) -> str:
-    return f"{runtime.processor()} threads={job.placement['threads']}"
-
-
 def _keep(job: Job, record: Record, entry: Entry | None, way: str) -> None:
     job.way = way
-    known = record.ways.get(_where(job))
+    known = record.ways.get(job.measured_on)
     if entry is not None and known != way:
-        job.store.amend(entry, "ways", {**record.ways, _where(job): way})
+        job.store.amend(entry, "ways", {**record.ways, job.measured_on: way})
 
 
 def _is_tiny(call: Callable[[], Any]) -> bool:

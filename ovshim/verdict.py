@@ -121,13 +121,13 @@ def _where(bucket: Bucket, grad: bool) -> str:
     """A race is valid on one sort of processor, for one number of threads, for like sizes, in one
     grad mode: recording takes eager's time, and ours."""
     mode = " grad" if grad else ""
-    return f"{runtime.processor()} threads={torch.get_num_threads()} bucket={bucket}{mode}"
+    return f"{runtime.measured_on(torch.get_num_threads())} bucket={bucket}{mode}"
 
 
 def _alone(sizes: Sequence[Sequence[int]]) -> str:
     """The same, for these very sizes."""
     exactly = list(map(list, sizes))
-    return f"{runtime.processor()} threads={torch.get_num_threads()} alone={exactly}"
+    return f"{runtime.measured_on(torch.get_num_threads())} alone={exactly}"
 
 
 def _known_finish(stored: Any) -> Finish | None:

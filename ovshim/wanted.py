@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from ovshim import runtime
 from ovshim.cache.store import Store
 from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
@@ -73,6 +74,11 @@ class Wanted:
             "streams": options.streams,
             "threads": options.threads or torch.get_num_threads(),
         }
+
+    @property
+    def measured_on(self) -> str:
+        """What a measurement of a graph that is placed so holds for."""
+        return runtime.measured_on(self.placement["threads"])
 
     @property
     def tolerance(self) -> float | None:

@@ -78,7 +78,7 @@ def _finish(
     ready, generation = made.ready, made.generation
     assert ready is not None
     assert generation is not None
-    where = f"{runtime.processor()} threads={torch.get_num_threads()} prompt={raced.pieces[0]}"
+    where = f"{runtime.measured_on(torch.get_num_threads())} prompt={raced.pieces[0]}"
     stored = known.get(where)
     if isinstance(stored, list) and len(stored) == 4:
         return Finish(*map(float, stored))
