@@ -37,6 +37,17 @@ class Finish:
         low, _, high = statistics.quantiles(ratios, n=4)
         return Finish(statistics.median(eager), statistics.median(candidate), low, high)
 
+    def to_json(self) -> list[float]:
+        """As entries keep it."""
+        return list(dataclasses.astuple(self))
+
+    @staticmethod
+    def of_json(stored: Any) -> Finish | None:
+        """None where it is nothing of the sort."""
+        if not isinstance(stored, list) or len(stored) != 4:
+            return None
+        return Finish(*stored) if all(isinstance(number, float) for number in stored) else None
+
     @property
     def decided(self) -> bool:
         return self.low > 1.0 or self.high < 1.0

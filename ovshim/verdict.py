@@ -3,7 +3,6 @@ was found is kept with the entry."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.unmet import Unmet
 
-__all__ = ["EntryNotes", "decide"]
+__all__ = ["EntryNotes", "decide", "slower"]
 
 
 class EntryNotes:
@@ -48,16 +47,16 @@ class EntryNotes:
         """A race in this bucket came out so. What was not decided is run again by the next
         process, on a quieter machine perhaps."""
         if finish.decided:
-            self._race[_where(bucket, self._grad)] = list(dataclasses.astuple(finish))
+            self._race[_where(bucket, self._grad)] = finish.to_json()
             self._write("race", dict(self._race))
 
     def known_alone(self, sizes: Sequence[Sequence[int]]) -> Finish | None:
         """How the graph for these sizes alone has done against the open one."""
-        return _known_finish(self._race.get(_alone(sizes)))
+        return Finish.of_json(self._race.get(_alone(sizes)))
 
     def raced_alone(self, sizes: Sequence[Sequence[int]], finish: Finish) -> None:
         """It has done so; the open one is the "eager" of the finish."""
-        self._race[_alone(sizes)] = list(dataclasses.astuple(finish))
+        self._race[_alone(sizes)] = finish.to_json()
         self._write("race", dict(self._race))
 
     def condemn(self, why: Reason) -> None:
@@ -79,7 +78,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
     if plan.raced:
         for bucket in plan.lanes:
-            known = _known_finish(record.race.get(_where(bucket, job.grad)))
+            known = Finish.of_json(record.race.get(_where(bucket, job.grad)))
             if known is not None:
                 plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
         bucket = of_sizes(sizes_of(job.leaves))
@@ -92,7 +91,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
 
 def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple[float, float]:
     """The medians of eager and of OpenVINO, in seconds."""
-    finish = _known_finish(record.race.get(_where(bucket, job.grad)))
+    finish = Finish.of_json(record.race.get(_where(bucket, job.grad)))
     if finish is None:
         args, kwargs = job.arguments()
 
@@ -112,9 +111,14 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
     plan.speedup = finish.eager / finish.candidate
     plan.lanes[bucket] = Lane(True, raced=True, eager=finish.lost)
     if finish.lost:
-        text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
-        plan.reason = reason("slower", text)
+        plan.reason = slower(finish)
     return finish.eager, finish.candidate
+
+
+def slower(finish: Finish) -> Reason:
+    """Why eager serves that has won so."""
+    text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
+    return reason("slower", text)
 
 
 def _where(bucket: Bucket, grad: bool) -> str:
@@ -128,9 +132,3 @@ def _alone(sizes: Sequence[Sequence[int]]) -> str:
     """The same, for these very sizes."""
     exactly = list(map(list, sizes))
     return f"{runtime.measured_on(torch.get_num_threads())} alone={exactly}"
-
-
-def _known_finish(stored: Any) -> Finish | None:
-    if not isinstance(stored, list) or len(stored) != 4:
-        return None
-    return Finish(*stored) if all(isinstance(number, float) for number in stored) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from ovshim.decode.record import StepRecord
 from ovshim.generation import Generation
 from ovshim.job import Job
 from ovshim.race import Finish, race
-from ovshim.reasons import Reason, reason
+from ovshim.reasons import Reason
 from ovshim.signature import Pattern, flatten_call, kind_of
+from ovshim.verdict import slower
 
 __all__ = ["by_eager", "finished", "run_race"]
 
@@ -61,8 +61,7 @@ def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> No
     made.medians = (finish.eager / steps, finish.candidate / steps)
     made.speedup = finish.eager / finish.candidate
     if finish.lost:
-        text = f"{finish.eager * 1e3:.3g} ms against {finish.candidate * 1e3:.3g} ms"
-        made.reason = reason("slower", text)
+        made.reason = slower(finish)
         return
     # What an encoder-decoder model goes on from is a token or two.
     ends = [n for n in (manner.longest, record.most) if n is not None]
@@ -79,9 +78,9 @@ def _finish(
     assert ready is not None
     assert generation is not None
     where = f"{runtime.measured_on(torch.get_num_threads())} prompt={raced.pieces[0]}"
-    stored = known.get(where)
-    if isinstance(stored, list) and len(stored) == 4:
-        return Finish(*map(float, stored))
+    stored = Finish.of_json(known.get(where))
+    if stored is not None:
+        return stored
 
     def eager() -> None:
         way = manner.eager(job.call, ready.form, raced)
@@ -96,7 +95,7 @@ def _finish(
     with job.stage("race"):
         finish = race(eager, candidate, job.race_seconds())
     if made.entry is not None and finish.decided:
-        known[where] = list(dataclasses.astuple(finish))
+        known[where] = finish.to_json()
         job.store.amend(made.entry, "race", dict(known))
     return finish
 
