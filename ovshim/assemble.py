@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ __all__ = [
     "eager_plan",
     "engine_of",
     "generation_of",
-    "keep_rest",
     "matcher_of",
     "plan_of",
     "served_by",
@@ -77,13 +75,7 @@ def _floats_of(job: Job, source: Path, record: Record, entry: Entry | None) -> s
         exact, lower = (_compiled(job, source, record, p, entry) for p in ("fp32", "bf16"))
         return lambda: exact.run(inputs), lambda: lower.run(inputs)
 
-    return floats_of(job, record.rest, partial(keep_rest, job, entry), ways)
-
-
-def keep_rest(job: Job, entry: Entry | None, rest: Mapping[str, str]) -> None:
-    """Keep with the entry what `floats` has found."""
-    if entry is not None:
-        job.store.amend(entry, "rest", dict(rest))
+    return floats_of(job, record.rest, entry, ways)
 
 
 def _compiled(

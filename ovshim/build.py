@@ -18,7 +18,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,6 @@ from ovshim.assemble import (
     eager_plan,
     engine_of,
     generation_of,
-    keep_rest,
     plan_of,
     served_by,
 )
@@ -395,7 +393,7 @@ def _served_and_proved(
             if not may_be_refused(job, job.hint):
                 raise BuildStopped(reason("proof-failed", str(failed))) from failed
             log.info("%s, its rest in bf16: %s", type(job.module).__qualname__, failed)
-            rest = in_fp32(job, record.rest, partial(keep_rest, job, entry))
+            rest = in_fp32(job, record.rest, entry)
             record = dataclasses.replace(record, rest=rest)
         except EngineDead as dead:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ovshim import runtime
+from ovshim.cache import Entry
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.race import race
@@ -43,20 +44,18 @@ _OF_FP32: Mapping[str, Callable[[Any], bool]] = {
     ),
 }
 
-Keep = Callable[[Mapping[str, str]], Any]
-
 
 def floats_of(
     job: Job,
     known: Mapping[str, str],
-    keep: Keep,
+    entry: Entry | None,
     ways: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]],
 ) -> str:
     """The precision of what stays in floats, as the hint to compile with.
 
     Args:
         known: what was found out before, by processor and threads.
-        keep: is given the same with what was found out now.
+        entry: where the same is kept, with what is found out now.
         ways: gives two calls that compute the same, with that in fp32 and in bf16.
     """
     own, here = job.own_precision, job.measured_on
@@ -83,7 +82,7 @@ def floats_of(
         return "fp32"
     chosen = "bf16" if finish.low > 1.0 and finish.eager > _MARGIN * finish.candidate else "fp32"
     if finish.decided:
-        keep({**known, here: chosen})
+        _keep(job, entry, {**known, here: chosen})
     return chosen
 
 
@@ -92,11 +91,16 @@ def may_be_refused(job: Job, chosen: str) -> bool:
     return chosen == "bf16" and job.own_precision == "fp32" and job.precision in INTEGERS
 
 
-def in_fp32(job: Job, known: Mapping[str, str], keep: Keep) -> Mapping[str, str]:
+def in_fp32(job: Job, known: Mapping[str, str], entry: Entry | None) -> Mapping[str, str]:
     """What is known once bf16 was found too inexact: fp32, on this processor."""
     found = {**known, job.measured_on: "fp32"}
-    keep(found)
+    _keep(job, entry, found)
     return found
+
+
+def _keep(job: Job, entry: Entry | None, found: Mapping[str, str]) -> None:
+    if entry is not None:
+        job.store.amend(entry, "rest", dict(found))
 
 
 def _has_bf16(device: str) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -112,15 +111,14 @@ class Prover:
                 if not inexact or not may_be_refused(self.job, self.job.hint):
                     raise
                 log.info("%s, floats in bf16: %s", type(self.job.module).__qualname__, stopped)
-                rest = in_fp32(self.job, record.rest, partial(self._keep, entry))
+                rest = in_fp32(self.job, record.rest, entry)
                 record = dataclasses.replace(record, rest=rest)
 
     def engine(self, source: Path, record: StepRecord, entry: Entry | None) -> StatefulEngine:
         """The compiled graph. Raises BuildStopped where OpenVINO cannot."""
         job = self.job
         if job.precision in COMPRESSED:
-            keep = partial(self._keep, entry)
-            job.hint = floats_of(job, record.rest, keep, lambda: self._ways(source, record))
+            job.hint = floats_of(job, record.rest, entry, lambda: self._ways(source, record))
         else:
             job.hint = job.precision
         return self._compiled(source, record, job.hint)
@@ -146,10 +144,6 @@ class Prover:
             through(self._compiled(source, record, precision)) for precision in ("fp32", "bf16")
         )
         return exact, lower
-
-    def _keep(self, entry: Entry | None, rest: Mapping[str, str]) -> None:
-        if entry is not None:
-            self.job.store.amend(entry, "rest", dict(rest))
 
     def _compiled(self, source: Path, record: StepRecord, wanted: str) -> StatefulEngine:
         job = self.job
