@@ -108,8 +108,7 @@ def _compiled(
             job.modules_run, job.warnings = warnings_of(job, compiled)
         elif executed.precision_run(compiled) != job.precision_run:
             raise ValueError("for these sizes it runs in another precision")
-        verdict = (torch.bool,) if record.checked else ()
-        return engine_for(compiled, job.placement["threads"], inputs, (*record.dtypes, *verdict))
+        return engine_for(compiled, job.placement["threads"], inputs, record.computed)
     except (RuntimeError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         raise BuildStopped(reason("compile-failed", detail)) from error

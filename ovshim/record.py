@@ -149,6 +149,11 @@ class Record:
         )
         return dataclasses.replace(self, pattern=pattern, pinned=places | self.pinned)
 
+    @property
+    def computed(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of all that the graph computes: the outputs, and whether they may be used."""
+        return (*self.dtypes, torch.bool) if self.checked else self.dtypes
+
     def opens(self, asked: Dims) -> bool:
         """Whether all the dimensions are open that should be, but for those that cannot."""
         return all(
