@@ -224,10 +224,10 @@ def _small_call(
     with torch.no_grad():
         leaves = small_leaves(wanted.kind, wanted.leaves, record.pattern, record.sizes)
     tensors = [leaves[i] for i in distinct_tensors(wanted.kind)]
-    outputs = (*record.dtypes, *((torch.bool,) if record.checked else ()))
+    inputs, outputs = [tensor.dtype for tensor in tensors], record.computed
 
     def call(compiled: Any) -> list[torch.Tensor]:
-        return engine_for(compiled, threads, [t.dtype for t in tensors], outputs).run(tensors)
+        return engine_for(compiled, threads, inputs, outputs).run(tensors)
 
     return leaves, call
 
