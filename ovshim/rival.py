@@ -85,6 +85,7 @@ class Rival:
         self._calls, self._spent = 0, 0.0
         self._work: Work | None = None
         self._candidate: Engine | None = None
+        self._has_won = False  # in an earlier process
         self._alike = 0
         self._samples: tuple[list[float], list[float]] = ([], [])
 
@@ -140,6 +141,7 @@ class Rival:
         if known is not None and not _won(known):
             self._withdraw(engine)
             return
+        self._has_won = known is not None
         sizes, checked = list(self._sizes), engine.checked
 
         def make() -> None:
@@ -164,8 +166,7 @@ class Rival:
             self._withdraw(engine)
             return outputs
         self._alike += 1
-        known = self._notes.known_alone(self._sizes) if self._notes is not None else None
-        if self._alike >= _COMPARED and known is not None:
+        if self._alike >= _COMPARED and self._has_won:
             self._settle(engine, candidate)
         return outputs
 
@@ -239,8 +240,7 @@ def add_rival(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None
         return
     device, threads, precision_run = options.device, job.placement["threads"], job.precision_run
     inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
-    outputs = (*record.dtypes, *((torch.bool,) if record.checked else ()))
-    store, of_plan = job.store, weakref.ref(plan)
+    outputs, store, of_plan = record.computed, job.store, weakref.ref(plan)
 
     def make(sizes: Sizes) -> Engine:
         compiled = runtime.compile_model(source, device, settings, sizes)
