@@ -91,8 +91,9 @@ class Engine:
     float16, bfloat16, int8 to int64, uint8 and bool; TypeError for others, ValueError when the
     numbers do not match the model's.
 
-    ``dead`` is None, or why the engine cannot be used any more; ``exact``, the engine that calls of
-    some sizes are left to; ``rival``, what answers until it is known whether there is to be one.
+    ``dead`` is None, or why the engine cannot be used any more; ``checked``, the inputs whose
+    values are looked at; ``exact``, the engine that calls of some sizes are left to; ``rival``,
+    what answers until it is known whether there is to be one.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Engine:
         ]
         self._alone = len(outputs) == 1
         self._bindable = self._own_outputs()
-        self._checked: frozenset[int] = frozenset()
+        self.checked: frozenset[int] = frozenset()
         self.exact: Engine | None = None
         self.rival: Rival | None = None
         self._wake: Callable[[], Any] | None = None
@@ -146,16 +147,16 @@ class Engine:
     def check(self, inputs: Collection[int]) -> None:
         """Look at the values of these inputs in each call to come: float32, by index. The buffer
         that an input was copied into is looked at in half of the time that the tensor takes."""
-        checked = self._checked.union(i for i in inputs if self._dtypes[i] == torch.float32)
-        if checked != self._checked:  # two plans may share it
-            self._checked = checked
+        checked = self.checked.union(i for i in inputs if self._dtypes[i] == torch.float32)
+        if checked != self.checked:  # two plans may share it
+            self.checked = checked
             self._forget_slots()
         if self.exact is not None:
             self.exact.check(inputs)
 
     def leave(self, sizes: Sequence[Sequence[int]], engine: Engine) -> None:
         """Leave the calls of just these sizes to another engine, of the same graph."""
-        engine.check(self._checked)
+        engine.check(self.checked)
         scope = {f"s{i}": torch.Size(size) for i, size in enumerate(sizes)}
         same = " and ".join(f"tensors[{i}].shape == s{i}" for i in range(len(sizes)))
         self.exact = engine
@@ -166,11 +167,6 @@ class Engine:
         self._wake = wake
         self._compiled = None
         self._forget_slots()
-
-    @property
-    def checked(self) -> frozenset[int]:
-        """The inputs whose values are looked at."""
-        return self._checked
 
     def run(self, tensors: Sequence[torch.Tensor], alone: bool = False) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.
@@ -295,14 +291,14 @@ class Engine:
             tensor, copy = entry
             copy(x)
             slot.shapes[index], slot.copies[index] = shape, copy
-            if index in self._checked:
+            if index in self.checked:
                 slot.arrays[index] = tensor.data
         else:
             # So that a smaller input, next time, is bound anew.
             slot.shapes[index] = slot.copies[index] = None
             slot.arrays.pop(index, None)
             array, tensor = self._wrapped(index, x)
-            if index in self._checked and not _vdot(array, array) < math.inf:
+            if index in self.checked and not _vdot(array, array) < math.inf:
                 raise SpecialValuesError
         slot.checked = list(slot.arrays.values())
         try:
