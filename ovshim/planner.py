@@ -68,7 +68,6 @@ class Planner:
         on_change: called, under the lock, with the plans for each grad mode whenever they change.
         on_gone: called with plans that serve no longer.
         divide: makes a mixed plan of one that eager serves, where that gains something.
-
         backward: notices backward passes, where others do as well.
 
     Attributes:
