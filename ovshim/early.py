@@ -217,7 +217,7 @@ def _small_call(
     """The input of the short proof, and what calls a compiled graph with it."""
     # Not before the compilation is under way.
     from ovshim.capture import distinct_tensors
-    from ovshim.proof import small_leaves
+    from ovshim.inputs import small_leaves
     from ovshim.single import engine_for
 
     threads = wanted.placement["threads"]

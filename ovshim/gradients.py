@@ -32,10 +32,10 @@ from ovshim.generation import Generation
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import Builder
 from ovshim.preflight import Look, sources
-from ovshim.proof import alike
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import Backward, backward_hooks, hindrance
 from ovshim.signature import Kind, TensorLeaf, flatten, unflatten_call
+from ovshim.trial import alike
 
 __all__ = ["Recorder", "recorder_of"]
 

@@ -18,6 +18,7 @@ from ovshim.errors import OptionError
 from ovshim.floats import may_be_refused
 from ovshim.generation import GuardFailedError
 from ovshim.infer import Engine, EngineDead
+from ovshim.inputs import small_leaves
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan, Served
@@ -216,7 +217,7 @@ def keep_data(job: Job, entry: Entry, data: str) -> None:
 
 def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     """A small input, and one look at what eager makes of it."""
-    small = proof.small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
+    small = small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
     try:
         seen = trial(job, small)
         if seen.reason is not None and seen.reason.code == "mutates-attribute":

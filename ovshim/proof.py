@@ -18,22 +18,11 @@ from ovshim.buckets import open_groups
 from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
 from ovshim.infer import EngineDead
+from ovshim.inputs import other_sizes, redraw_all, resize_all
 from ovshim.plan import OutOfRangeError
-from ovshim.signature import (
-    Kind,
-    Pattern,
-    TensorLeaf,
-    flatten,
-    sizes_of,
-)
+from ovshim.signature import Pattern, flatten, sizes_of
 from ovshim.values import WIDEST
-from ovshim.verify import (
-    Mismatch,
-    compare,
-    compare_flat,
-    redraw,
-    resize,
-)
+from ovshim.verify import Mismatch, compare
 
 if TYPE_CHECKING:
     from ovshim.preflight import Look
@@ -41,11 +30,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Proof",
     "ProofFailedError",
-    "alike",
     "prove",
     "prove_small",
     "redrawn",
-    "small_leaves",
     "tied",
 ]
 
@@ -266,36 +253,6 @@ def prove_small(
         raise ProofFailedError(f"on a small input: {mismatch}") from mismatch
 
 
-def small_leaves(kind: Kind, leaves: Sequence[Any], pattern: Pattern, sizes: Sizes) -> list[Any]:
-    """The example at the smallest sizes that the whole proof has seen."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    new = {(t, d): n for t, dims in enumerate(sizes) for d, n in enumerate(dims)}
-    small = iter([t.clone() for t in resize_all(tensors, pattern, new)])
-    drawn = [next(small) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    return [
-        drawn[leaf.same_as] if isinstance(leaf, TensorLeaf) else drawn[i]
-        for i, leaf in enumerate(kind.leaves)
-    ]
-
-
-def alike(first: Look, second: Look) -> bool:
-    """Whether two calls of eager with equal inputs gave the same. Sums may be ordered otherwise
-    from run to run, which shows in the last digits."""
-    tolerance = 1e-5 if all(_is_wide(leaf) for leaf in first.leaves) else 1e-2
-    try:
-        mine, other = (first.leaves, first.structure), (second.leaves, second.structure)
-        compare_flat(*mine, *other, tolerance)
-    except Mismatch as mismatch:
-        log.debug("eager answered otherwise the second time: %s", mismatch)
-        return False
-    return True
-
-
-def _is_wide(leaf: Any) -> bool:
-    narrow = (torch.bfloat16, torch.float16)
-    return not (isinstance(leaf, torch.Tensor) and leaf.dtype in narrow)
-
-
 def redrawn(
     eager: Eager, tensors: Sequence[torch.Tensor], generator: torch.Generator
 ) -> tuple[Answer, list[torch.Tensor]]:
@@ -334,7 +291,7 @@ def _prove_group(
     """The error at another size of this group, or None where none can be proved. With a generator
     the values are drawn anew."""
     t, d = group[0]
-    for size in _other_sizes(tensors[t].shape[d]):
+    for size in other_sizes(tensors[t].shape[d]):
         other = resize_all(tensors, pattern, dict.fromkeys(group, size))
         if not sizes_hold(size_guards, sizes_of(other)):
             continue
@@ -351,20 +308,6 @@ def _prove_group(
             log.debug("size %d at %s is not served: %s", size, group, error)
             return None, ()
     return None, ()
-
-
-def _other_sizes(size: int) -> Iterator[int]:
-    """Other sizes to try, small ones first: guards may demand multiples, minimums, or evenness.
-
-    Of a large one a quarter, for each hit is proved on the smallest; not less, or kernels and
-    pooling might leave nothing to compare."""
-    tried = {size, 0}
-    quarter = [size // 4 + 1] if size >= 16 else []
-    near = (size - 1, size + 1, size + 2, 2 * size, size // 2, size + 8, size + 32, 1)
-    for other in (*quarter, *near):
-        if other not in tried and (other > 1 or size > 1):
-            tried.add(other)
-            yield other
 
 
 def tied(
@@ -387,28 +330,6 @@ def tied(
                 guards.append(f"s{t}[{d}] == s{match[0][0]}[{d}]")
                 break
     return tuple(guards)
-
-
-def redraw_all(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
-    return _once_each(tensors, lambda t, tensor: redraw(tensor, generator))
-
-
-def resize_all(
-    tensors: Sequence[torch.Tensor], pattern: Pattern, new: dict[tuple[int, int], int]
-) -> list[torch.Tensor]:
-    resized = resize(tensors, pattern, new)
-    return _once_each(tensors, lambda t, tensor: resized[t])
-
-
-def _once_each(
-    tensors: Sequence[torch.Tensor], make: Callable[[int, torch.Tensor], torch.Tensor]
-) -> list[torch.Tensor]:
-    """One object that stands at two places of a call stays one object."""
-    made: dict[int, torch.Tensor] = {}
-    for t, tensor in enumerate(tensors):
-        if id(tensor) not in made:
-            made[id(tensor)] = make(t, tensor)
-    return [made[id(tensor)] for tensor in tensors]
 
 
 def _amount(sizes: Sizes) -> int:

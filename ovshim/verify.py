@@ -1,4 +1,4 @@
-"""Eager against a candidate: how far apart two outputs are, and what to feed both of them."""
+"""Eager against a candidate: how far apart two outputs are."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from typing import Any
 
 import torch
 
-from ovshim.signature import Pattern, Structure, flatten
+from ovshim.signature import Structure, flatten
 
-__all__ = [
-    "Mismatch",
-    "compare",
-    "compare_flat",
-    "redraw",
-    "relative_errors",
-    "resize",
-    "sample_error",
-]
+__all__ = ["Mismatch", "compare", "compare_flat", "relative_errors", "sample_error"]
 
 
 class Mismatch(Exception):
@@ -141,52 +133,3 @@ def _relative_error(i: int, mine: torch.Tensor, other: torch.Tensor) -> float:
         norm = torch.linalg.vector_norm(mine[finite], dtype=torch.float64).item()
         distance = torch.linalg.vector_norm(difference[finite.flatten()]).item()
     return float(distance / norm if norm > 0 else distance)
-
-
-def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Other values of the same distribution: never outside the range seen.
-
-    Floats and masks (two values or fewer) are permuted; integers are drawn anew between the
-    smallest and the largest seen, so that an index stays within its table (but bytes over their
-    whole range). A single integer, which shows no range, becomes the next. A constant float tensor
-    says nothing of its distribution: it gets standard normal values added, unless it looks like a
-    mask (all zeros or all ones stay possible as one: it is then left alone in every second draw).
-    """
-    if tensor.numel() == 0:
-        return tensor.clone()
-    flat = tensor.detach().reshape(-1)
-    order = torch.randperm(flat.numel(), generator=generator)
-    if tensor.dtype.is_floating_point:
-        if bool((flat == flat[0]).all()):
-            noise = torch.randn(flat.shape, generator=generator).to(flat.dtype)
-            return (flat + noise).reshape(tensor.shape)
-        return flat[order].reshape(tensor.shape)
-    if tensor.dtype is torch.bool:
-        return flat[order].reshape(tensor.shape)
-    low, high = int(flat.min()), int(flat.max())
-    if low == high and tensor.dim() == 0:
-        return torch.tensor(low + 1, dtype=tensor.dtype)
-    if high - low <= 1:
-        return flat[order].reshape(tensor.shape)
-    if tensor.dtype in (torch.uint8, torch.int8):
-        # Pixels and the like use their whole range, and arithmetic on them wraps around.
-        info = torch.iinfo(tensor.dtype)
-        low, high = info.min, info.max
-    drawn = torch.randint(low, high + 1, flat.shape, generator=generator)
-    return drawn.to(tensor.dtype).reshape(tensor.shape)
-
-
-def resize(
-    tensors: Sequence[torch.Tensor], pattern: Pattern, new: dict[tuple[int, int], int]
-) -> list[torch.Tensor]:
-    """The tensors with other sizes: `new` gives them by (tensor, dimension), for dimensions that
-    the pattern leaves open. Elements repeat cyclically, so that every value stays a valid one."""
-    resized = []
-    for t, tensor in enumerate(tensors):
-        for d in range(tensor.dim()):
-            size = new.get((t, d))
-            if size is not None and pattern[t][d] is None and tensor.shape[d] > 0:
-                index = torch.arange(size) % tensor.shape[d]
-                tensor = tensor.index_select(d, index)
-        resized.append(tensor)
-    return resized

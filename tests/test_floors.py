@@ -42,7 +42,7 @@ FLOORS: dict[str, set[str]] = {
         "waiting",
     },
     "2a": {"runtime", "executed"},
-    "2b": {"preflight", "verify", "race", "generation", "child", "frozen", "mapped"},
+    "2b": {"preflight", "inputs", "verify", "race", "generation", "child", "frozen", "mapped"},
     "2c": {"infer", "pool", "single", "slots", "capture", "precision"},
     "3": {
         "artifact",

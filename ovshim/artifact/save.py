@@ -29,9 +29,10 @@ from ovshim.cache import files
 from ovshim.cache.entry import listed
 from ovshim.eager import Answer, Eager
 from ovshim.errors import ArtifactError, FallbackWarning
+from ovshim.inputs import small_leaves
 from ovshim.plan import OutOfRangeError, Plan
 from ovshim.planner import Building
-from ovshim.proof import redrawn, small_leaves
+from ovshim.proof import redrawn
 from ovshim.signature import describe
 from ovshim.verify import Mismatch
 from ovshim.version import __version__

@@ -23,9 +23,9 @@ from ovshim.capture import (
     frontend,
     readers,
 )
+from ovshim.inputs import redraw, resize
 from ovshim.reasons import reason
 from ovshim.signature import Pattern
-from ovshim.verify import redraw, resize
 
 __all__ = ["capture"]
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ovshim.dispatch import Dispatcher
+from ovshim.inputs import redraw
 from ovshim.plan import Plan, Served
 from ovshim.serve import sizing
 from ovshim.serve.flight import FAILURES, Flight, take_off
 from ovshim.signature import flatten, flatten_call, unflatten_call
-from ovshim.verify import Mismatch, compare, redraw
+from ovshim.verify import Mismatch, compare
 
 __all__ = ["Call", "NoPlanError", "Rows", "call_of"]
 

@@ -108,7 +108,7 @@ def _try_sample(op: Any, sample: Any, found: Found) -> None:
     from torch import nn
 
     import ovshim
-    from ovshim.verify import redraw
+    from ovshim.inputs import redraw
 
     class Operator(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
