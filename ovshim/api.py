@@ -80,8 +80,9 @@ def accelerate(
             `background=True` the next such call raises it.)
     """
     chosen = resolve(options, dict(fields))
+    has_example = example_input is not None or example_kwargs is not None
     if module is None:
-        if example_input is not None or example_kwargs is not None:
+        if has_example:
             raise OptionError(
                 "module", None, "an nn.Module", "Give the module before its example input."
             )
@@ -90,21 +91,12 @@ def accelerate(
     # A CPU there is everywhere; to look for other devices takes time.
     if enabled_in_environment() and chosen.device != "CPU":
         runtime.check_device(chosen.device)
-    call = (
-        None
-        if example_input is None and example_kwargs is None
-        else as_call(example_input, example_kwargs)
-    )
-    ahead = None if call is None else _begun(module, chosen, call)
-    from ovshim.twin import make_twin
-
-    fast = module if chosen.inplace else make_twin(module)
-    _equip(fast, chosen)
-    if call is not None:
-        from ovshim.bound import installed
-
-        dispatcher: Any = installed(fast)[chosen.methods[0]].dispatcher
-        dispatcher.prepare(*call, wait=not chosen.background, ahead=ahead)
+    if not has_example:
+        return _equipped(module, chosen)
+    call = as_call(example_input, example_kwargs)
+    ahead = _begun(module, chosen, call)
+    fast = _equipped(module, chosen)
+    _prepare(fast, chosen, call, ahead)
     return fast
 
 
@@ -114,6 +106,28 @@ def _begun(
     """What can be begun of a plan, where one is going to be made here and now."""
     idle = options.background or options.prefer == "eager" or module.training
     return None if idle or not enabled_in_environment() else early.begin_for(module, options, *call)
+
+
+def _equipped(module: nn.Module, options: Options) -> nn.Module:
+    """The module, or a twin of it, with our callables in front of its methods."""
+    from ovshim.twin import make_twin
+
+    fast = module if options.inplace else make_twin(module)
+    _equip(fast, options)
+    return fast
+
+
+def _prepare(
+    fast: nn.Module,
+    options: Options,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    ahead: early.Ahead | None,
+) -> None:
+    """Make the plan for an example, which is one of the first method's."""
+    from ovshim.bound import installed
+
+    dispatcher: Any = installed(fast)[options.methods[0]].dispatcher
+    dispatcher.prepare(*call, wait=not options.background, ahead=ahead)
 
 
 def explain(
