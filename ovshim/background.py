@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ovshim.builder import Work, pause
+from ovshim.building import building_here
 from ovshim.families import Family
 from ovshim.generation import Generation
 from ovshim.job import Job
 from ovshim.plan import Plan
-from ovshim.planner import Given, Planner, building_here
+from ovshim.planner import Given, Planner
 from ovshim.reasons import Reason, reason
 
 __all__ = ["LatePlanner", "apart"]

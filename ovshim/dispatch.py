@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovshim import planner
+from ovshim import building
 from ovshim.background import LatePlanner
 from ovshim.buckets import Bucket
+from ovshim.building import Backward, building_here, switched_off
 from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
 from ovshim.generation import obstacle
@@ -20,15 +21,7 @@ from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import OutOfRangeError, Plan
-from ovshim.planner import (
-    Backward,
-    Given,
-    Planner,
-    building_here,
-    known_kind,
-    switched_off,
-    unfit,
-)
+from ovshim.planner import Given, Planner, known_kind, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import look_out, unrecordable
 from ovshim.rest import Rest
@@ -104,7 +97,7 @@ class Dispatcher:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""
-        if planner.running:
+        if building.running:
             if building_here():
                 return self.original(*args, **kwargs)
             if self._yields and switched_off():
@@ -170,7 +163,7 @@ class Dispatcher:
         """
         if building_here() or self.module.training or in_special_mode():
             return None
-        if planner.running and self._yields and switched_off():
+        if building.running and self._yields and switched_off():
             return None
         for plan in self._plans[_grad_enabled()]:
             tensors = plan.match(args, kwargs)

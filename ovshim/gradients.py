@@ -28,12 +28,13 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
+from ovshim.building import Backward
 from ovshim.generation import Generation
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import Builder
 from ovshim.preflight import Look, sources
 from ovshim.reasons import Reason, reason
-from ovshim.recordable import Backward, backward_hooks, hindrance
+from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import Kind, TensorLeaf, flatten, unflatten_call
 from ovshim.trial import alike
 

@@ -49,7 +49,7 @@ class Job(Wanted):
     Attributes:
         call: the user's own method, bound to `module`.
         dynamic: the dimensions of each tensor that should be able to change.
-        backward: told when a backward pass reaches an answer (see `recordable.Backward`).
+        backward: told when a backward pass reaches an answer (see `building.Backward`).
         siblings: plans of the module for the other grad mode, whose graphs may do for this one.
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module

@@ -22,6 +22,7 @@ from torch import nn
 
 from ovshim import proof
 from ovshim.bound import install, installed, uninstall
+from ovshim.building import Backward, serving
 from ovshim.dispatch import Dispatcher
 from ovshim.eager import Eager
 from ovshim.errors import OptionError
@@ -30,7 +31,6 @@ from ovshim.job import BuildStopped, Job
 from ovshim.matcher import compile_matcher
 from ovshim.options import Options
 from ovshim.plan import Plan
-from ovshim.planner import Backward, serving
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
 from ovshim.reasons import Reason

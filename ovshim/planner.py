@@ -7,15 +7,14 @@ changed drops its plans, and one that changes again and again waits longer and l
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ovshim import stays
+from ovshim.building import Backward, Building
 from ovshim.cache import Store
 from ovshim.families import Families, Family
 from ovshim.job import Job
@@ -27,18 +26,7 @@ from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 from ovshim.waiting import look_at
 
-__all__ = [
-    "Backward",
-    "Building",
-    "Given",
-    "Planner",
-    "building_here",
-    "known_kind",
-    "look_aside",
-    "serving",
-    "switched_off",
-    "unfit",
-]
+__all__ = ["Given", "Planner", "known_kind", "unfit"]
 
 # One kind of call is captured for at most so many sets of sizes or guards, then eager serves.
 _PLANS_PER_KIND = 8
@@ -312,68 +300,3 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_complex()
         and not tensor.is_nested
     )
-
-
-# --- threads inside a build -----------------------------------------------------------------------
-
-_here = threading.local()
-_count_lock = threading.Lock()
-running = 0
-"""How many builds run in this process, and how many blocks of `disabled()`. The hot path reads it
-before it asks for the thread and its context."""
-
-
-def building_here() -> bool:
-    """Whether this thread is inside a build: what it calls has to be eager, for eager is the
-    measure there, also where one accelerated module calls another."""
-    return getattr(_here, "depth", 0) > 0
-
-
-def switched_off() -> bool:
-    """Whether eager is to answer in this context: it is in a block of `disabled()`."""
-    return stays.switched_off() and not getattr(_here, "serving", False)
-
-
-@contextlib.contextmanager
-def serving() -> Iterator[None]:
-    """Within a build: calls are served here as they will be, for what is measured are plans."""
-    depth, _here.depth = getattr(_here, "depth", 0), 0
-    outer, _here.serving = getattr(_here, "serving", False), True
-    try:
-        yield
-    finally:
-        _here.depth, _here.serving = depth, outer
-
-
-def look_aside(more: int) -> None:
-    """Have the hot path ask for threads and contexts, so many times more (or less, if negative)."""
-    global running
-    with _count_lock:
-        running += more
-
-
-class Building:
-    """Marks this thread as one that builds."""
-
-    def __enter__(self) -> Self:
-        _here.depth = getattr(_here, "depth", 0) + 1
-        look_aside(1)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _here.depth -= 1
-        look_aside(-1)
-
-
-class Backward(Building):
-    """Entered while a backward pass runs the module again.
-
-    Attributes:
-        seen: whether one ever did.
-    """
-
-    seen = False
-
-    def __enter__(self) -> Self:
-        self.seen = True
-        return super().__enter__()

@@ -4,17 +4,17 @@ those of which somebody looks at how they are recorded."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ovshim.building import Backward
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten
 
-__all__ = ["Backward", "backward_hooks", "hindrance", "look_out", "unrecordable"]
+__all__ = ["backward_hooks", "hindrance", "look_out", "unrecordable"]
 
 _BACKWARD = reason("backward")
 _SPECIAL_MODE = reason("special-mode")
@@ -23,16 +23,6 @@ _INNER_HOOKS = reason("inner-hooks", "for the backward pass")
 _saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _may_save: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled")  # noqa: B009 # no stub has it
 _anomalies = torch.is_anomaly_enabled
-
-
-class Backward(AbstractContextManager[Any], Protocol):
-    """Entered while a backward pass runs the module again.
-
-    Attributes:
-        seen: whether one ever did.
-    """
-
-    seen: bool
 
 
 def unrecordable(leaves: Sequence[Any], module: nn.Module, backward: Backward) -> Reason | None:

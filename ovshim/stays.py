@@ -39,6 +39,6 @@ def current() -> Entry | None:
 
 def switched_off() -> bool:
     """Whether eager is to answer everything here. Only asked where something is switched off
-    somewhere in the process: see `planner.running`."""
+    somewhere in the process: see `building.running`."""
     entry = current()
     return entry is not None and entry.off

@@ -26,6 +26,7 @@ FLOORS: dict[str, set[str]] = {
         "values",
         "watch",
         "stays",
+        "building",
         "conditions",
         "deferred",
         "captured_code",

@@ -24,7 +24,7 @@ from modules import Mlp, Scaled, make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import planner
+from ovshim import building
 from ovshim.scope import Summary, calls, found, patient
 
 CALL = nn.Module.__call__
@@ -330,7 +330,7 @@ def test_eager_answers_everything_in_disabled() -> None:
     with torch.no_grad():
         other(x())
     assert told(other).calls["openvino"] == 1
-    assert planner.running == 0
+    assert building.running == 0
 
 
 def test_what_has_no_eager_goes_on_in_disabled(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ from ovshim.artifact.structure import (
     structure_to_json,
 )
 from ovshim.artifact.tensors import Writer
+from ovshim.building import Building
 from ovshim.cache import files
 from ovshim.cache.entry import listed
 from ovshim.eager import Answer, Eager
 from ovshim.errors import ArtifactError, FallbackWarning
 from ovshim.inputs import small_leaves
 from ovshim.plan import OutOfRangeError, Plan
-from ovshim.planner import Building
 from ovshim.proof import redrawn
 from ovshim.signature import describe
 from ovshim.verify import Mismatch

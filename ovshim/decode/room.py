@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ovshim.builder import Work, pause
+from ovshim.building import Building, building_here
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
 from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
@@ -33,7 +34,7 @@ from ovshim.infer import EngineDead
 from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import OutOfRangeError
-from ovshim.planner import Building, building_here, unfit
+from ovshim.planner import unfit
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 from ovshim.tally import Tally

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ovshim import planner
+from ovshim import building
 from ovshim.stays import Entry, current, here
 
 __all__ = ["end", "enter", "forward_all", "inside", "is_torchs", "last_here", "unseen"]
@@ -107,7 +107,7 @@ def enter(entry: Entry, in_context: bool, everywhere: bool) -> None:
                 _install()
             _open += 1
         if entry.off:
-            planner.look_aside(1)
+            building.look_aside(1)
         if everywhere:
             _everywhere = (*(known for known in _everywhere if known.live), entry)
     if in_context:
@@ -127,7 +127,7 @@ def end(entry: Entry) -> None:
             if _open == 0:
                 _restore()
         if entry.off:
-            planner.look_aside(-1)
+            building.look_aside(-1)
     here.set(tuple(known for known in here.get() if known.live))
 
 

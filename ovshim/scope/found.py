@@ -23,10 +23,10 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
-from ovshim import planner
+from ovshim import building
 from ovshim.bound import Original
+from ovshim.building import building_here
 from ovshim.options import Options
-from ovshim.planner import building_here
 from ovshim.scope import calls
 from ovshim.scope.calls import forward_all, inside
 from ovshim.scope.patient import Patient
@@ -199,7 +199,7 @@ class _Served(Found):
             _compiler._is_compiling_flag
             or _symbolic_trace._is_fx_tracing_flag
             or _tracing_state() is not None
-            or (planner.running and building_here())
+            or (building.running and building_here())
         ):
             return forward_all(module, args, kwargs)
         if _has_hooks(held) or not calls.is_torchs():
