@@ -13,13 +13,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ovshim.job import BuildStopped
 from ovshim.reasons import reason
 
-__all__ = ["Work", "pause"]
+__all__ = ["Work", "pause", "wait_for"]
 
 log = logging.getLogger("ovshim")
 
@@ -79,6 +79,16 @@ class Work:
 def pause() -> None:
     """What `Job.pause` is for what that thread makes."""
     _builder.pause()
+
+
+def wait_for(waits: Iterable[Callable[[float | None], bool]], timeout: float | None) -> bool:
+    """Wait for several things in turn; whether all of them came about within `timeout` seconds.
+
+    Args:
+        waits: each waits for so many seconds at the most, and says the same of itself.
+    """
+    ends = None if timeout is None else time.monotonic() + timeout
+    return all(wait(None if ends is None else max(0.0, ends - time.monotonic())) for wait in waits)
 
 
 class _Builder:

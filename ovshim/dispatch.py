@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from ovshim import building
 from ovshim.background import LatePlanner
 from ovshim.buckets import Bucket
+from ovshim.builder import wait_for
 from ovshim.building import Backward, building_here, switched_off
 from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
@@ -363,16 +363,12 @@ class Dispatcher:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in another thread; whether that was so in time."""
-        deadline = None if timeout is None else time.monotonic() + timeout
         engines = [plan.served.engine for plan in self._planner.plans if plan.served]
         rivals = [engine.rival for engine in engines if engine.rival is not None]
         waits = [self._planner.wait, *(rival.wait for rival in rivals)]
         if self._room is not None:
             waits.append(self._room.wait)
-        return all(
-            wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            for wait in waits
-        )
+        return wait_for(waits, timeout)
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the module raises on the example by itself, with nobody looking on."""

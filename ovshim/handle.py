@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from ovshim.bound import installed
+from ovshim.builder import wait_for
 from ovshim.dispatch import Dispatcher
 from ovshim.errors import ArtifactError, OptionError
 from ovshim.example import as_call
@@ -88,12 +88,7 @@ class Handle:
 
         Returns whether that was so within `timeout` seconds; None: however long it takes.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for dispatcher in self._dispatchers:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not dispatcher.wait(left):
-                return False
-        return True
+        return wait_for((dispatcher.wait for dispatcher in self._dispatchers), timeout)
 
     def map(self, items: Iterable[Any], in_flight: int | None = None) -> Iterator[Any]:
         """The module's answers to `items`, in order, with several calls under way at once.
