@@ -26,7 +26,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.recordable import look_out, unrecordable
 from ovshim.rest import Rest
 from ovshim.signature import describe, flatten_call, sizes_of
-from ovshim.special_mode import autocast_on, function_modes, in_special_mode
+from ovshim.special_mode import function_modes, in_special_mode, mode_reason
 from ovshim.tally import Tally
 from ovshim.turns import NOT_ANSWERED, Asked, take_turn
 
@@ -44,6 +44,7 @@ _OUT_OF_RANGE = reason("out-of-range")
 _SELDOM = reason("seldom")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
+_TRAINING = reason("training")
 
 
 class Dispatcher:
@@ -113,7 +114,8 @@ class Dispatcher:
             rest.count()
             return self.original(*args, **kwargs)
         if self.module.training or in_special_mode():
-            return self.in_eager(self._mode(), args, kwargs)
+            state = _TRAINING if self.module.training else mode_reason()
+            return self.in_eager(state, args, kwargs)
         if self._room is not None and not self._off:
             answer = self._room.answer(args, kwargs)
             if answer is not NOT_OURS:
@@ -219,12 +221,6 @@ class Dispatcher:
             plan.served, plan.reason = None, why
         self.tally.note(why)
 
-    def _mode(self) -> Reason:
-        """The reason for the state that torch or the module is in."""
-        if self.module.training:
-            return reason("training")
-        return reason("autocast" if autocast_on() else "special-mode")
-
     def _without_graph(
         self,
         plan: Plan,
@@ -297,8 +293,9 @@ class Dispatcher:
     def _is_to_look_out(self, leaves: Sequence[Any]) -> bool:
         if not self._looks_out or self._planner.backward.seen or not _grad_enabled():
             return False
-        tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        return any(tensor.requires_grad and not tensor.is_leaf for tensor in tensors)
+        return any(
+            isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf for x in leaves
+        )
 
     def _looking_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Eager's answer to the first call with an input that was computed of what requires grad:
@@ -339,23 +336,38 @@ class Dispatcher:
                 self.tally.tell(decoding.reason)
             return
         kind = known_kind(leaves, structure, grad)
-        if why is None and isinstance(kind, Reason):
-            why = kind
-        if why is None and not isinstance(kind, Reason):
-            plan = self._planner.prepare(Given(args, kwargs, kind, leaves, grad, ahead), wait)
-            if plan is None:
-                return
-            self.tally.tell_precision()
-            why = None if plan.path == "openvino" else plan.reason
-            if why is not None and why.code == "eager-refuses" and self._refuses(args, kwargs):
-                raise OptionError(
-                    "example_input",
-                    describe(kind, sizes_of(leaves)),
-                    "what the module itself accepts",
-                    f"{why.message} Correct the example.",
-                ) from plan.trouble
+        if isinstance(kind, Reason):
+            why = kind if why is None else why
+        elif why is None:
+            why = self._planned(Given(args, kwargs, kind, leaves, grad, ahead), wait)
         if why is not None and wait:
             self.tally.tell(why)
+
+    def _planned(self, given: Given, wait: bool) -> Reason | None:
+        """Make the plan; why eager serves by it, or None. Raises OptionError, see `prepare`."""
+        plan = self._planner.prepare(given, wait)
+        if plan is None:
+            return None
+        self.tally.tell_precision()
+        why = None if plan.path == "openvino" else plan.reason
+        if why is not None and why.code == "eager-refuses" and self._refuses(given):
+            raise OptionError(
+                "example_input",
+                describe(given.kind, sizes_of(given.leaves)),
+                "what the module itself accepts",
+                f"{why.message} Correct the example.",
+            ) from plan.trouble
+        return why
+
+    def _refuses(self, given: Given) -> bool:
+        """Whether the module raises on the example by itself, with nobody looking on."""
+        try:
+            with torch.no_grad():
+                self.original(*given.args, **given.kwargs)
+        except Exception as error:  # whatever the user's module raises
+            log.debug("the module refuses its example: %s", error)
+            return True
+        return False
 
     def share(self, plans: Sequence[Plan]) -> None:
         """Let these plans' graphs, of the same module elsewhere, do for the other grad mode."""
@@ -369,16 +381,6 @@ class Dispatcher:
         if self._room is not None:
             waits.append(self._room.wait)
         return wait_for(waits, timeout)
-
-    def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the module raises on the example by itself, with nobody looking on."""
-        try:
-            with torch.no_grad():
-                self.original(*args, **kwargs)
-        except Exception as error:  # whatever the user's module raises
-            log.debug("the module refuses its example: %s", error)
-            return True
-        return False
 
     # --- for handles and reports --------------------------------------------------------------
 

@@ -7,9 +7,14 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-__all__ = ["autocast_on", "function_modes", "in_special_mode"]
+from ovshim.reasons import Reason, reason
 
-autocast_on = torch._C._is_any_autocast_enabled
+__all__ = ["function_modes", "in_special_mode", "mode_reason"]
+
+_AUTOCAST = reason("autocast")
+_SPECIAL_MODE = reason("special-mode")
+
+_autocast_on = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
@@ -20,10 +25,15 @@ def in_special_mode() -> bool:
     return bool(
         (function_modes() and not _only_cpu_devices())
         or _dispatch_modes()
-        or autocast_on()
+        or _autocast_on()
         or _functorch() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def mode_reason() -> Reason:
+    """Why eager serves in such a mode."""
+    return _AUTOCAST if _autocast_on() else _SPECIAL_MODE
 
 
 def _only_cpu_devices() -> bool:
