@@ -208,9 +208,6 @@ class _Unchanging(Generation):
     def holds(self) -> bool:
         return True
 
-    def grad_wanted(self) -> bool:
-        return False
-
 
 def _no_eager(why: Reason) -> FallbackError:
     remedy = why.remedy
