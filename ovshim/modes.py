@@ -27,20 +27,24 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies parameters before this thread writes to them."""
+class _Lasting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that operators of higher order do not end."""
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
+
+
+class Writes(_Lasting):
+    """Copies parameters before this thread writes to them."""
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         plain = [p for p in parameters if p.layout is torch.strided and not p.is_inference()]
         self._parameters = {p.untyped_storage().data_ptr(): p for p in plain}
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -72,18 +76,12 @@ class Drawing(BaseException):
     """An operator was about to draw random numbers. No Exception: users' code catches those."""
 
 
-class _NoDrawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NoDrawing(_Lasting):
     """Stops this thread before it draws a random number."""
-
-    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.drew = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
