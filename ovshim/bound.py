@@ -20,7 +20,6 @@ A module that is copied by its `__dict__` takes the entries along, so three thin
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from sys import _getframe, getrefcount
 from types import FrameType, FunctionType, MethodType
@@ -29,6 +28,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace
+
+from ovshim.holders import holders, the_one
 
 _compiler = torch.compiler
 _tracing_state = torch._C._get_tracing_state
@@ -166,18 +167,18 @@ class BoundMethod:
         if not self._seal.loose:
             if getrefcount(self._seal) == self._seal.usual:
                 return self
-            if not (copies := [m for m in _holders(self, caller) if m is not self._seal.module]):
+            if not (copies := [m for m in holders(self, caller) if m is not self._seal.module]):
                 # Something else keeps it: a debugger, somebody's copy of the attributes.
                 self._seal.usual = getrefcount(self._seal)
                 return self
             owners = [self._seal.module, *copies]
-        elif copies := _holders(self, caller):
+        elif copies := holders(self, caller):
             owners = copies
         else:
             return self
         for module in copies:
             claim(module)
-        return installed(_the_one(owners, caller, 1)).get(self._original.name, self)
+        return installed(the_one(owners, caller, 1)).get(self._original.name, self)
 
     # A copy gets the copied module through the memo of deepcopy or pickle.  The module travels in
     # the state and not in constructor arguments, because it refers back to this object.
@@ -266,12 +267,12 @@ class _Seal:
         module = self.module
         # Whether a copy holds it too is looked up and not counted: how many references a call
         # of `__getstate__` adds depends on who makes it.
-        holders = _holders(self, None)
-        copies = [m for m in holders if self.loose or m is not module]
+        owners = holders(self, None)
+        copies = [m for m in owners if self.loose or m is not module]
         for copied in copies:
             claim(copied)
         if copies:
-            module = _the_one(holders, _getframe(1), 8)
+            module = the_one(owners, _getframe(1), 8)
         state = type(module).__getstate__(module)  # type: ignore[no-untyped-call]
         if not isinstance(state, dict):
             return state
@@ -352,49 +353,3 @@ def claim(module: nn.Module) -> None:
         elif getattr(type(value), "_ovshim_transparent", False) and hasattr(value, "renewed"):
             entries[key] = value.renewed(module)
     entries[_SEAL] = seal
-
-
-def _holders(thing: object, caller: FrameType | None) -> list[nn.Module]:
-    """Returns the modules that have `thing` in their `__dict__`.
-
-    Asks the garbage collector, some milliseconds: done once after a copy, not per call.  The
-    locals of the calling frame are looked at too, because the collector does not see what
-    `gc.freeze()` has put aside.
-    """
-    dicts: list[Any] = []
-    modules: list[Any] = list(caller.f_locals.values()) if caller is not None else []
-    for referrer in gc.get_referrers(thing):
-        (dicts if type(referrer) is dict else modules).append(referrer)
-    modules += gc.get_referrers(*dicts) if dicts else []
-    found = {
-        id(module): module
-        for module in modules
-        if issubclass(type(module), nn.Module)
-        and any(value is thing for value in module.__dict__.values())
-    }
-    return list(found.values())
-
-
-def _the_one(owners: list[nn.Module], frame: FrameType | None, depth: int) -> nn.Module:
-    """Returns the only owner, or the only one that a frame near the call has among its locals.
-
-    `nn.Module._call_impl` has `self` there, so every `module(...)` is told apart; what is not
-    is a direct `copied.method(...)` as the first use of a hand-made copy beside its original.
-    Raises RuntimeError then: guessing could answer with the wrong module's attributes.
-    """
-    for _ in range(depth if len(owners) > 1 else 0):
-        if frame is None:
-            break
-        values = list(frame.f_locals.values())
-        near = [owner for owner in owners if any(owner is value for value in values)]
-        if len(near) == 1:
-            return near[0]
-        frame = frame.f_back
-    if len(owners) > 1:
-        names = ", ".join(type(owner).__name__ for owner in owners)
-        raise RuntimeError(
-            f"{len(owners)} modules ({names}) were copied from one accelerated module by their "
-            "__dict__, and this use does not tell which is meant. They have been told apart now: "
-            "do the same again, or call a copied module as module(...) first."
-        )
-    return owners[0]

@@ -89,6 +89,7 @@ FLOORS: dict[str, set[str]] = {
         "cli",
         "foreign",
         "handle",
+        "holders",
         "loaded",
         "parts",
         "scope",

@@ -1020,7 +1020,7 @@ def test_ordinary_calls_never_search(
     def refuse(*_: object) -> list[nn.Module]:
         raise AssertionError("searched")
 
-    monkeypatch.setattr(bound, "_holders", refuse)
+    monkeypatch.setattr(bound, "holders", refuse)
     for each in [fast, *others]:
         forward = each.forward
         for call in (each, forward, each.forward, each.encode, each.predict, each.__call__):
@@ -1042,8 +1042,8 @@ def test_somebody_elses_reference_is_searched_for_once(
     fast = accelerated(module)
     kept = dict(vars(fast))
     searches = []
-    holders = bound._holders
-    monkeypatch.setattr(bound, "_holders", lambda *a: searches.append(a) or holders(*a))
+    holders = bound.holders
+    monkeypatch.setattr(bound, "holders", lambda *a: searches.append(a) or holders(*a))
     for _ in range(3):
         fast(x)
     assert len(searches) == 1
