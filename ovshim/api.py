@@ -13,7 +13,7 @@ from torch import nn
 from ovshim import early, runtime
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
-from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
+from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
 from ovshim.shapes import check_names
 
 # The rest is imported by who needs it: a compilation may be under way by then.
@@ -197,9 +197,7 @@ def _check_precision(module: nn.Module, options: Options) -> None:
         from ovshim.precision import rules
 
         rules.check(asked, module)
-    wanted = set(asked.values()) if isinstance(asked, Mapping) else {asked}
-    by_auto = asked == "auto" and options.calibration is not None
-    if by_auto or wanted & {"int8", "int8_weights", "int4_weights"}:
+    if quantizes(options):
         from ovshim.precision import quantize
 
         quantize.require(asked)

@@ -11,9 +11,10 @@ import torch
 from ovshim import blobs, executed, runtime
 from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
+from ovshim.checks import INTEGERS
 from ovshim.eager import Eager
 from ovshim.early import settings_of
-from ovshim.floats import INTEGERS, floats_of
+from ovshim.floats import floats_of
 from ovshim.generation import Generation
 from ovshim.gradients import recorder_of
 from ovshim.guards import roots_of

@@ -19,6 +19,10 @@ from .errors import CalibrationError, OptionError
 
 Scalar = str | int | float | bool
 
+# Precisions in which a graph has integers; of the first set, in its weights alone.
+COMPRESSED = frozenset({"int8_weights", "int4_weights"})
+INTEGERS = COMPRESSED | {"int8"}
+
 _PRECISIONS: Mapping[str, str] = MappingProxyType(
     {"fp32": "fp32", "f32": "fp32", "float32": "fp32", "float": "fp32", "single": "fp32"}
     | {"bf16": "bf16", "bfloat16": "bf16"}

@@ -13,21 +13,12 @@ from typing import Any
 
 from ovshim import runtime
 from ovshim.cache import Entry
+from ovshim.checks import INTEGERS
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.race import race
 
-__all__ = [
-    "COMPRESSED",
-    "INTEGERS",
-    "floats_of",
-    "in_fp32",
-    "may_be_refused",
-]
-
-# Precisions in which a graph has integers; of the second set, in its weights alone.
-COMPRESSED = frozenset({"int8_weights", "int4_weights"})
-INTEGERS = COMPRESSED | {"int8"}
+__all__ = ["floats_of", "in_fp32", "may_be_refused"]
 
 # How much faster the less exact one has to be, and what finding out may take, in seconds.
 _MARGIN = 1.1

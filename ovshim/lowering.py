@@ -14,6 +14,7 @@ from typing import Any
 
 from ovshim import executed, runtime
 from ovshim.capture import Captured, distinct_tensors, names
+from ovshim.checks import COMPRESSED, INTEGERS
 from ovshim.errors import PrecisionWarning
 from ovshim.job import BuildStopped, Job
 from ovshim.precision import calibration, graphs, islands, quantize, rules
@@ -67,7 +68,7 @@ def lowered(job: Job, captured: Captured) -> tuple[Captured, dict[str, Any]]:
     told: dict[str, Any] = {}
     if lowering.marked and all(names.path_of(node) is None for node in model.get_ops()):
         raise BuildStopped(reason("no-module-paths", f"captured by {captured.route}"))
-    if lowering.precision in ("int8_weights", "int4_weights"):
+    if lowering.precision in COMPRESSED:
         model = quantize.compress(model, lowering.precision)
     elif lowering.samples is not None:
         model, told = _quantized(job, lowering, captured, model)
@@ -134,7 +135,7 @@ def lowering_of(job: Job) -> Lowering | None:
         if runtime.safe_precision("bf16", **job.placement) == "fp32":
             floats = {"bf16": "fp32", "fp16": "fp32"}
             modules = {path: floats.get(p, p) for path, p in modules.items()}
-    elif job.precision not in ("int8", "int8_weights", "int4_weights"):
+    elif job.precision not in INTEGERS:
         return None
     key: list[Any] = [sorted(modules.items())]
     samples = None

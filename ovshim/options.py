@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict
 
 from .checks import (
     CHECKS,
+    INTEGERS,
     TOLERANCES,
     FrozenDict,
     Scalar,
@@ -193,6 +194,13 @@ def resolve(options: Options | None, fields: Mapping[str, Any]) -> Options:
             "Give ovshim.Options(...), or the options by name.",
         )
     return dataclasses.replace(options, **fields) if fields else options
+
+
+def quantizes(options: Options) -> bool:
+    """Whether anything may become integers by these options: then NNCF is needed."""
+    asked = options.precision
+    wanted = set(asked.values()) if isinstance(asked, Mapping) else {asked}
+    return bool(wanted & INTEGERS) or (asked == "auto" and options.calibration is not None)
 
 
 def enabled_in_environment() -> bool:

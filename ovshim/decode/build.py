@@ -26,6 +26,7 @@ import torch
 from ovshim import runtime
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
+from ovshim.checks import COMPRESSED
 from ovshim.child import try_in_child
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
 from ovshim.decode.engine import StatefulEngine
@@ -39,7 +40,6 @@ from ovshim.decode.record import StepRecord
 from ovshim.decode.states import make_stateful
 from ovshim.decode.step import Unfit
 from ovshim.errors import OptionError
-from ovshim.floats import COMPRESSED
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.hit import keep_data, known_data

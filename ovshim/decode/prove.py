@@ -11,6 +11,7 @@ import torch
 
 from ovshim import executed, runtime
 from ovshim.cache import Entry
+from ovshim.checks import COMPRESSED
 from ovshim.decode import probes
 from ovshim.decode.decoding import compile_fits
 from ovshim.decode.engine import StatefulEngine, stateful_engine_for
@@ -19,7 +20,7 @@ from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed
 from ovshim.decode.record import StepRecord
 from ovshim.decode.step import Form
-from ovshim.floats import COMPRESSED, floats_of, in_fp32, may_be_refused
+from ovshim.floats import floats_of, in_fp32, may_be_refused
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import warnings_of

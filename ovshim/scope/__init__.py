@@ -8,14 +8,14 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, ParamSpec, Self, TypeVar, Unpack
 
 from torch.utils._contextlib import _wrap_generator
 
 from ovshim import runtime
 from ovshim.errors import OptionError
-from ovshim.options import OptionFields, Options, enabled_in_environment, resolve
+from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
 from ovshim.scope.calls import end, enter, last_here
 from ovshim.scope.found import Finder
 from ovshim.scope.summary import Summary
@@ -289,12 +289,9 @@ def _check(options: Options, min_speedup: Any, all_threads: Any, report: Any) ->
     if report is not None and not callable(report) and not isinstance(report, (str, os.PathLike)):
         remedy = "Give the name of a file, or a function that takes the report."
         raise OptionError("report", report, "a path, a function or None", remedy)
-    asked = options.precision
-    wanted = set(asked.values()) if isinstance(asked, Mapping) else {asked}
-    by_auto = asked == "auto" and options.calibration is not None
-    if by_auto or wanted & {"int8", "int8_weights", "int4_weights"}:
+    if quantizes(options):
         from ovshim.precision import quantize
 
-        quantize.require(asked)
+        quantize.require(options.precision)
     if enabled_in_environment() and options.device != "CPU":
         runtime.check_device(options.device)
