@@ -5,7 +5,7 @@ assumption that the graph rests on, or refuses and says why: on 281 modules it w
 beyond its example, where a bare trace was on 22 and torch.export on 18. Its own guard manager
 takes 29 to 110 µs a call, so its guards are read here and kept as data (`ovshim.guards`).
 
-Every private interface of torch that ovshim uses is in this file, written for torch 2.13;
+The private interfaces of torch that this stands on are those of torch 2.13:
 `tests/test_dynamo_interface.py` fails when one of them moves.
 """
 
