@@ -41,7 +41,7 @@ from ovshim.floats import in_fp32, may_be_refused
 from ovshim.generation import Generation
 from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
 from ovshim.infer import EngineDead
-from ovshim.job import BuildStopped, Job, versions
+from ovshim.job import MOVED, BuildStopped, Job, versions
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look, used_up
@@ -75,7 +75,7 @@ def build(job: Job) -> Plan:
             why = stopped.reason
             if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
-                why = reason("stale", "weights changed while the plan was made")
+                why = MOVED
             plan = eager_plan(job, why)
             plan.trouble = _without_frames(stopped.__cause__)
         except OptionError:
@@ -290,15 +290,9 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         source, entry, keep = _publish(job, family, captured, record)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
-    try:
+    with job.proving(entry):
         served, record = _served_and_proved(job, source, record, entry, generation, seen)
         weakref.finalize(served.engine, keep)
-        if job.weights_moved():
-            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
-    except BuildStopped:
-        if entry is not None:
-            job.store.discard(entry)
-        raise
     if entry is not None:
         found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}
         entry = job.store.amend(entry, "proof", found_out)

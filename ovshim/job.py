@@ -1,4 +1,4 @@
-"""A job: what is to be built, for which calls, and how long it may take."""
+"""A job: what is to be built, for which calls, how long it may take, and what was found so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ovshim import runtime
-from ovshim.cache.entry import write_details
+from ovshim.cache.entry import Entry, write_details
 from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
 from ovshim.generation import Generation
@@ -29,7 +29,10 @@ from ovshim.wanted import Wanted
 if TYPE_CHECKING:
     from ovshim.plan import Plan
 
-__all__ = ["BuildStopped", "Job", "versions"]
+__all__ = ["MOVED", "BuildStopped", "Job", "versions"]
+
+MOVED = reason("stale", "weights changed while the plan was made")
+"""Of a build whose module is not what it was when the job was made."""
 
 _RACE_SECONDS = 0.5
 
@@ -61,16 +64,19 @@ class Job(Wanted):
         lowering: what is to be made of the graph, beyond a hint to OpenVINO.
         ahead: what was begun before it was known what to build (`early.Ahead`); None: nobody has
             tried yet.
-        imported: whether the compiled graph was in the cache as well (`blobs`); settings, what it
-            was compiled with; model, itself, until it is kept.
+
+    Found on the way:
         fingerprint: all that decides the graph; None where nothing is cached.
         details: of the fingerprint, once it is known to be a miss.
         source, hint: the IR that was compiled, and the precision that OpenVINO was told.
+        imported: whether the compiled graph was in the cache as well (`blobs`); settings, what it
+            was compiled with; model, itself, until it is kept.
         in_range: the data that float16 was seen to hold; None where nothing runs in it.
         precision_run, modules_run: what the compiled graph runs in, most of it and by module.
         warnings: where that is not what was asked for.
         way: how a small graph is run, where other ways than the usual may have been tried.
         tiny: whether they were now.
+        seconds: what each stage took; started, when the job was made.
     """
 
     call: Callable[..., Any]
@@ -85,13 +91,14 @@ class Job(Wanted):
     candidate: bool = False
     lowering: Lowering | None = None
     ahead: Any = None
-    imported: bool = False
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    model: Any = None
+    # What is found on the way:
     fingerprint: Fingerprint | None = None
     details: Mapping[str, Mapping[str, str]] | None = None
     source: Path | None = None
     hint: str = ""
+    imported: bool = False
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Any = None
     in_range: str | None = None
     precision_run: str | None = None
     modules_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -114,6 +121,19 @@ class Job(Wanted):
         fingerprint says nor of what stands now."""
         changed = self.began is not None and not self.began.holds()
         return changed or self._versions() != self._weights
+
+    @contextlib.contextmanager
+    def proving(self, entry: Entry | None) -> Iterator[None]:
+        """A published graph is proved inside; where that ends in BuildStopped, and where weights
+        have moved meanwhile, its entry goes again."""
+        try:
+            yield
+            if self.weights_moved():
+                raise BuildStopped(MOVED)
+        except BuildStopped:
+            if entry is not None:
+                self.store.discard(entry)
+            raise
 
     def _versions(self) -> list[tuple[int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]

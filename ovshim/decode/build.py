@@ -43,7 +43,7 @@ from ovshim.errors import OptionError
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.hit import keep_data, known_data
-from ovshim.job import BuildStopped, Job
+from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
@@ -72,7 +72,7 @@ def build(job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> 
         except BuildStopped as stopped:
             why = stopped.reason
             if job.weights_moved():
-                why = reason("stale", "weights changed while the plan was made")
+                why = MOVED
             made = by_eager(job, why)
             made.trouble = stopped.__cause__
         except OptionError as error:
@@ -219,15 +219,9 @@ class _Build:
             make_stateful(model, self._names(), len(self.form.sizes))
             source, entry, keep = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
-        try:
+        with job.proving(entry):
             engine, record = self.prover.first_right(source, record, entry)
             weakref.finalize(engine, keep)
-            if job.weights_moved():
-                raise BuildStopped(reason("stale", "weights changed while the plan was made"))
-        except BuildStopped:
-            if entry is not None:
-                job.store.discard(entry)
-            raise
         if entry is not None:
             entry = job.store.amend(entry, "proof", record.proof_to_json())
             if job.in_range is not None:
