@@ -19,7 +19,7 @@ from ovshim.floats import may_be_refused
 from ovshim.generation import GuardFailedError
 from ovshim.infer import Engine, EngineDead
 from ovshim.inputs import small_leaves
-from ovshim.job import BuildStopped, Job
+from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
@@ -131,11 +131,11 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
             if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
                 record, entry = _wholly_proved(job, served, record, entry)
         if job.weights_moved():
-            raise BuildStopped(reason("stale", "weights changed while the plan was made"))
+            raise BuildStopped(MOVED)
     except (BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead) as trouble:
         lease.release()
         if job.weights_moved():  # the entry is as good as before
-            raise BuildStopped(reason("stale", "weights changed while the plan was made")) from None
+            raise BuildStopped(MOVED) from None
         if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
             raise
         # What an older processor, driver or torch has left does not prove here: build anew.
