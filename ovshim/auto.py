@@ -17,6 +17,7 @@ import torch
 
 from ovshim import runtime
 from ovshim.build import build
+from ovshim.building import own_modes
 from ovshim.cache import Entry
 from ovshim.infer import EngineDead
 from ovshim.job import Job
@@ -51,8 +52,7 @@ def build_auto(job: Job) -> Plan:
         CalibrationError: see `build`.
         whatever the user's own function of tolerance raises.
     """
-    modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
-    with modes[0], modes[1], torch.autocast("cpu", enabled=False):
+    with own_modes(job.grad):
         samples = None if job.options.calibration is None else samples_of(job)
         own = _built(job, job.own_precision)
         if own.reason is not None and own.reason.code not in _OWN_ALONE:

@@ -32,6 +32,7 @@ from ovshim.assemble import (
     plan_of,
     served_by,
 )
+from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.child import try_in_child
@@ -66,9 +67,7 @@ _OF_ONE_MODULE = frozenset(
 def build(job: Job) -> Plan:
     """The plan for a job. Never raises but for KeyboardInterrupt and its like, and OptionError for
     calibration data that is none."""
-    # Under inference mode every tensor made here would be one for ever, and without versions.
-    modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
-    with modes[0], modes[1], torch.autocast("cpu", enabled=False):
+    with own_modes(job.grad):
         try:
             plan = _build(job)
         except BuildStopped as stopped:

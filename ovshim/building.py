@@ -1,4 +1,4 @@
-"""Which threads are inside a build: what is called there is eager's, for eager is the measure."""
+"""Threads inside a build: what they call is eager's, for eager is the measure; and their modes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ import threading
 from collections.abc import Iterator
 from typing import Self
 
+import torch
+
 from ovshim import stays
 
-__all__ = ["Backward", "Building", "building_here", "look_aside", "serving", "switched_off"]
+__all__ = [
+    "Backward",
+    "Building",
+    "building_here",
+    "look_aside",
+    "own_modes",
+    "serving",
+    "switched_off",
+]
 
 _here = threading.local()
 _count_lock = threading.Lock()
@@ -45,6 +55,22 @@ def look_aside(more: int) -> None:
     global running
     with _count_lock:
         running += more
+
+
+@contextlib.contextmanager
+def own_modes(grad: bool) -> Iterator[None]:
+    """The modes of torch that a build runs in, whatever its caller is in.
+
+    Args:
+        grad: whether gradients are recorded.
+    """
+    # Under inference mode every tensor made here would be one for ever, and without versions.
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield
 
 
 class Building:

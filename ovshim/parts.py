@@ -22,7 +22,7 @@ from torch import nn
 
 from ovshim import proof
 from ovshim.bound import install, installed, uninstall
-from ovshim.building import Backward, serving
+from ovshim.building import Backward, own_modes, serving
 from ovshim.dispatch import Dispatcher
 from ovshim.eager import Eager
 from ovshim.errors import OptionError
@@ -114,8 +114,7 @@ def divide(job: Job, whole: Plan) -> Plan:
     plain = job.options.precision in (None, "fp32", "bf16", "fp16")
     if not divisible or not plain or job.options.strict or job.module.training:
         return whole
-    modes = torch.inference_mode(False), torch.set_grad_enabled(job.grad)
-    with modes[0], modes[1], torch.autocast("cpu", enabled=False):
+    with own_modes(job.grad):
         try:
             return _divided(job, whole)
         except (BuildStopped, ProofFailedError, EngineDead) as stopped:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import ovshim
 from ovshim import build as build_module
+from ovshim.building import own_modes
 from ovshim.capture.hush import hushed
 from ovshim.job import Job
 
@@ -510,3 +511,16 @@ def test_counts_are_whole() -> None:
         fast(x)
     assert sum(counts(fast).values()) == 21
     assert counts(fast)["openvino"] >= 1
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_build_leaves_the_modes_of_its_thread_as_they_were(grad: bool, inference: bool) -> None:
+    def modes() -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    with torch.inference_mode(inference), torch.set_grad_enabled(not grad):
+        before = modes()
+        with own_modes(grad):
+            assert modes() == (grad, False)
+        assert modes() == before

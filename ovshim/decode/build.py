@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ovshim import runtime
+from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
 from ovshim.checks import COMPRESSED
@@ -65,8 +66,7 @@ def build(job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> 
     Raises:
         OptionError: calibration data that is none, unless a call of the user's began it.
     """
-    modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
-    with modes[0], modes[1], modes[2]:
+    with own_modes(job.grad):
         try:
             made = _Build(job, original, manner, shown).run()
         except BuildStopped as stopped:
