@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import ovshim
+from ovshim.bound import installed
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +89,12 @@ def plans(fast: nn.Module) -> list[dict[str, Any]]:
     return found
 
 
+def standing(fast: nn.Module) -> list[Any]:
+    """The plans themselves, where a test is about what no report tells."""
+    found: list[Any] = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    return found
+
+
 def paths(fast: nn.Module) -> list[str]:
     return [plan["path"] for plan in plans(fast)]
 
@@ -143,6 +150,19 @@ def check(
     same(actual, expected, tolerance)
     same(for_fast, for_eager, 0.0, "argument")
     return actual
+
+
+def check_alone(fast: nn.Module, module: nn.Module, engine: Any, rows: int) -> None:
+    """Assert that this engine runs the calls of so many rows of 8 and no others, and that their
+    values are looked at all the same."""
+    run, ran = engine.run, []
+    engine.run = lambda tensors: ran.append(len(tensors[0])) or run(tensors)
+    for n in (rows, 8 - rows, rows, 1):
+        check(fast, module, torch.randn(n, 8))
+    assert ran == [rows, rows]
+    bad = torch.randn(rows, 8)
+    bad[0, 0] = float("nan")
+    check(fast, module, bad, path="eager", reason="special-values")
 
 
 def settle(

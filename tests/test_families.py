@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, quietly
+from checks import check, quietly, standing
 from modules import make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim.bound import installed
 from ovshim.families import WORTH_BUILDING
 
 
@@ -40,11 +39,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def accelerated(cache: Any, most: int) -> tuple[nn.Module, Any]:
     module = make(Scaled)
     return module, ovshim.accelerate(module, prefer="openvino", max_plans=most, cache_dir=cache)
-
-
-def standing(fast: nn.Module) -> list[Any]:
-    found: list[Any] = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
-    return found
 
 
 def call(fast: Any, *scales: float) -> None:

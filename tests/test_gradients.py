@@ -21,6 +21,7 @@ from checks import (
     same,
     served,
     settle,
+    standing,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -708,8 +709,7 @@ def test_a_forward_without_gradients() -> None:
 
 
 def engines(fast: nn.Module) -> list[Any]:
-    (bound,) = installed(fast).values()
-    return [plan.served.engine for plan in bound.dispatcher.plans if plan.served]  # type: ignore[attr-defined]
+    return [plan.served.engine for plan in standing(fast) if plan.served]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, counts, eager_reasons, paths, quietly, same
+from checks import check, check_alone, counts, eager_reasons, paths, quietly, same, standing
 from modules import Mlp, make
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -318,12 +318,12 @@ def test_a_module_that_changes_at_rest_is_looked_at_again(lost: None) -> None:
     module = make(Mlp)
     fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
     check(fast, module, torch.randn(3, 8), path="eager")
-    (before,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    (before,) = standing(fast)
     with torch.no_grad():
         module.first.weight.mul_(2)  # type: ignore[union-attr, operator]
     for _ in range(20):
         check(fast, module, torch.randn(3, 8), path="eager")
-    (after,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    (after,) = standing(fast)
     assert after is not before
 
 
@@ -402,7 +402,7 @@ def exact_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def plan_of(fast: nn.Module) -> Any:
-    (plan,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    (plan,) = standing(fast)
     return plan
 
 
@@ -420,16 +420,7 @@ def test_the_examples_sizes_have_a_graph_of_their_own(
         assert plan.way == "not pinned, exact sizes"
         assert exact_wins.pop() == [(3, 8)]
         assert not exact_wins
-        own = plan.served.engine.exact
-        asked = []
-        run = own.run
-        own.run = lambda tensors, run=run, asked=asked: asked.append(1) or run(tensors)
-        for rows in (3, 5, 3, 1):
-            check(fast, module, torch.randn(rows, 8))
-        assert len(asked) == 2
-        bad = torch.randn(3, 8)
-        bad[0, 0] = float("nan")
-        check(fast, module, bad, path="eager", reason="special-values")
+        check_alone(fast, module, plan.served.engine.exact, rows=3)
         check(fast, module, torch.randn(3, 8))
 
 

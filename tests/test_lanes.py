@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, counts, falls_back, paths, plans, run_python, same
+from checks import check, counts, falls_back, paths, plans, run_python, same, standing
 from hypothesis import given
 from hypothesis import strategies as st
 from modules import Mlp, make
@@ -155,7 +155,7 @@ def test_exceptions_of_the_module_are_its_own_at_new_sizes() -> None:
 def test_turns_are_taken_and_the_faster_one_serves() -> None:
     module = make(Mlp)
     fast = accelerated(module, prefer="faster")
-    (plan,) = fast.__dict__["forward"].dispatcher.plans
+    (plan,) = standing(fast)
     x = torch.randn(40, 8)
     with torch.inference_mode():
         answers = [fast(x) for _ in range(400)]
@@ -224,7 +224,7 @@ def test_first_calls_cost_a_tenth_of_eagers_time(
 def test_sizes_that_come_again_are_served() -> None:
     module = make(Mlp)
     fast = accelerated(module)
-    (plan,) = fast.__dict__["forward"].dispatcher.plans
+    (plan,) = standing(fast)
     plan.raced = True
     plan.lanes = {plan.bucket([torch.empty(3, 8)]): Lane(True, raced=True)}
     plan.unmet = Unmet(3, plan.bucket([torch.empty(3, 8)]), 10.0, 10.0)

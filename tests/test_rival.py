@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, run_python
+from checks import check, check_alone, run_python, standing
 from modules import Mlp, make
 from torch import nn
 
 import ovshim
 from ovshim import blobs, rival, runtime
-from ovshim.bound import installed
 from ovshim.deferred import later
 
 
@@ -58,7 +57,7 @@ def accelerate(module: nn.Module, directory: Any = None, **options: Any) -> Any:
 
 
 def plan_of(fast: nn.Module) -> Any:
-    (plan,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    (plan,) = standing(fast)
     return plan
 
 
@@ -88,16 +87,7 @@ def test_sizes_that_keep_coming_have_a_graph_of_their_own(
         calls.append(settle(fast, module, rows=5))  # not the example's
         assert compiled.sizes.pop() == [(5, 8)]
         assert plan.way == "usual, exact sizes"
-        own = plan.served.engine.exact
-        asked: list[int] = []
-        run = own.run
-        own.run = lambda tensors, run=run, asked=asked: asked.append(1) or run(tensors)
-        for rows in (5, 3, 5, 1):
-            check(fast, module, torch.randn(rows, 8))
-        assert len(asked) == 2
-        bad = torch.randn(5, 8)
-        bad[0, 0] = float("nan")
-        check(fast, module, bad, path="eager", reason="special-values")
+        check_alone(fast, module, plan.served.engine.exact, rows=5)
     # What is known from the first time is not raced again.
     assert calls[1] < calls[0] - rival._PAIRS
 
@@ -143,7 +133,7 @@ def test_plans_of_both_grad_modes_have_one(
     settle(fast, module)
     for _ in range(20):
         check(fast, module, torch.randn(3, 8), path=None, under=torch.enable_grad)
-    one, other = (plan.served.engine for plan in installed(fast)["forward"].dispatcher.plans)  # type: ignore[attr-defined]
+    one, other = (plan.served.engine for plan in standing(fast))
     assert one is other
     assert one.rival is None
     assert (one.exact is not None) is wins
@@ -264,7 +254,6 @@ _FORK = """
 import os, torch, ovshim
 from modules import Mlp, make
 from ovshim import rival
-from ovshim.bound import installed
 rival._CALLS, rival._TIMES = 3, 0
 module = make(Mlp)
 fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino", cache_dir=False)
