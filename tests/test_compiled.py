@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,19 +204,37 @@ def test_the_proof_takes_the_call_that_was_made_early(
     check(fast, "hit")
 
 
+Call = Callable[[Any], list[torch.Tensor]]
+
+
+def change_early_call(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Any], Call], Call]
+) -> None:
+    """Have another call made early.
+
+    Args:
+        change: gives it, for the leaves of the input and the call that there is; may change those.
+    """
+    small_call = early._small_call
+
+    def changed(*given: Any) -> tuple[list[Any], Call]:
+        leaves, call = small_call(*given)
+        return leaves, change(leaves, call)
+
+    monkeypatch.setattr(early, "_small_call", changed)
+
+
 def test_a_call_of_something_else_proves_nothing(
     seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(fast_net(tmp_path), "miss")
     ran = Ran(monkeypatch)
-    small_call = early._small_call
 
-    def other(*given: Any) -> Any:
-        leaves, call = small_call(*given)
+    def other(leaves: list[Any], call: Call) -> Call:
         leaves[0].add_(1)  # they are what the call reads
-        return leaves, call
+        return call
 
-    monkeypatch.setattr(early, "_small_call", other)
+    change_early_call(monkeypatch, other)
     fast = fast_net(tmp_path)
     assert ran.threads == ["ovshim-compile", threading.current_thread().name]
     check(fast, "hit")
@@ -226,14 +244,10 @@ def test_a_wrong_answer_to_the_early_call_never_serves(
     seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(fast_net(tmp_path), "miss")
-    small_call = early._small_call
-
-    def wrong(*given: Any) -> Any:
-        leaves, call = small_call(*given)
-        return leaves, lambda compiled: [tensor + 1 for tensor in call(compiled)]
-
     with monkeypatch.context() as patched:
-        patched.setattr(early, "_small_call", wrong)
+        change_early_call(
+            patched, lambda _, call: lambda compiled: [tensor + 1 for tensor in call(compiled)]
+        )
         check(fast_net(tmp_path), "miss")
     check(fast_net(tmp_path), "hit")
 
@@ -242,17 +256,11 @@ def test_an_early_call_that_fails_costs_the_graph(
     seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(fast_net(tmp_path), "miss")
-    small_call = early._small_call
 
-    def failing(*given: Any) -> Any:
-        leaves, _ = small_call(*given)
+    def failing(compiled: Any) -> list[torch.Tensor]:
+        raise EngineDead("it failed")
 
-        def call(compiled: Any) -> list[torch.Tensor]:
-            raise EngineDead("it failed")
-
-        return leaves, call
-
-    monkeypatch.setattr(early, "_small_call", failing)
+    change_early_call(monkeypatch, lambda *_: failing)
     seen.forget()
     check(fast_net(tmp_path), "hit")
     # The one that has failed is not used any more.
