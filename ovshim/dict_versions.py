@@ -1,4 +1,5 @@
-"""Dictionaries that nobody has written to need not be compared.
+"""Dictionaries that nobody has written to need not be compared: how it is known where memory does
+not tell (`untouched`), and the test that a count of writes has to pass in either.
 
 CPython counts the writes to a dictionary, and torch hands the count out for its own guards: before
 Python 3.12 it is read off the dictionary, later the dictionary is watched. Comparing the attributes
