@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from modules import (
     UsesHistc,
     make,
 )
+from test_docs import GUIDE, rows
 from torch import nn
 
 import ovshim
@@ -99,6 +101,13 @@ def test_the_promised_form_of_a_fallback(fallen_back: nn.Module) -> None:
         "seconds",
         "calls",
     }
+
+
+def test_every_key_is_in_the_guide(served_one: nn.Module) -> None:
+    cells = " ".join(row[0] for row in rows(GUIDE, "Reading a report"))
+    documented = set(re.findall(r"\w+", cells)) - {"i"}
+    told = ovshim.explain(served_one).to_dict()
+    assert documented == {*told, *told["plans"][0], "keys_and_values"}  # the last of decodings
 
 
 def test_it_is_plain_data(served_one: nn.Module, fallen_back: nn.Module) -> None:
