@@ -47,6 +47,12 @@ __all__ = [
 
 
 def generation_of(job: Job, record: Record) -> Generation:
+    """The module as it is now, and what the graph read beside it.
+
+    Raises:
+        BuildStopped: nobody could tell when a weight changes.
+        GuardFailedError: the graph was captured of something else.
+    """
     roots = roots_of(job.module, job.call)
     try:
         return Generation(job.module, record.value_guards, roots, record.code, job.grad)
@@ -55,6 +61,11 @@ def generation_of(job: Job, record: Record) -> Generation:
 
 
 def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
+    """The graph compiled, in the way that is fastest here.
+
+    Raises:
+        BuildStopped: OpenVINO cannot.
+    """
     if job.precision in INTEGERS:
         precision = _floats_of(job, source, record, entry)
     else:
@@ -154,6 +165,7 @@ def served_by(
 
 
 def eager_of(job: Job) -> Eager:
+    """What the job's graph is compared with."""
     return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance)
 
 
@@ -187,15 +199,19 @@ def plan_of(
     cache: str,
     entry: Entry | None,
 ) -> Plan:
-    ordered = ordered_keywords(job.call, job.arguments()[1])
-    assert job.source is not None
-    _add_exact(job, served, record, entry, job.source)
+    """The plan of a graph that is proved, after its race.
+
+    Args:
+        cache: "hit" or "miss"; "off" without an entry.
+    """
+    graph = _graph_of(job, served, record)
+    _add_exact(job, served, record, entry, graph.source)
     inputs = range(len(job.tensors)) if served.inputs is None else served.inputs
     by_engine = {i: n for n, i in enumerate(inputs) if i in usual(job.tensors, record.limits)}
     plan = Plan(
         kind=job.kind,
         pattern=record.pattern,
-        match=matcher_of(job.kind, record.pattern, record.size_guards, ordered),
+        match=matcher_of(job.kind, record.pattern, record.size_guards, graph.ordered),
         values_fit=compile_value_check(job.tensors, record.limits),
         other_values_fit=compile_value_check(job.tensors, record.limits, beside=by_engine),
         served=served,
@@ -219,26 +235,31 @@ def plan_of(
         size_guards=record.size_guards,
         value_guards=record.value_guards,
         pinned=record.pinned,
-        graph=Graph(
-            source=job.source,
-            hint=job.hint,
-            properties=record.rung.properties,
-            structure=served.structure,
-            outputs=served.outputs,
-            dtypes=record.dtypes,
-            limits=record.limits,
-            ordered=tuple(ordered),
-            leaves=job.leaves,
-            met=record.met,
-            # int8 is right within the range that calibration has shown it.
-            drawn=job.lowering is None or job.lowering.samples is None,
-        ),
+        graph=graph,
         seconds=job.seconds,
     )
     served.engine.check(by_engine.values())
     decide(job, plan, record, entry)
     add_rival(job, plan, record, entry)
     return plan
+
+
+def _graph_of(job: Job, served: Served, record: Record) -> Graph:
+    assert job.source is not None
+    return Graph(
+        source=job.source,
+        hint=job.hint,
+        properties=record.rung.properties,
+        structure=served.structure,
+        outputs=served.outputs,
+        dtypes=record.dtypes,
+        limits=record.limits,
+        ordered=tuple(ordered_keywords(job.call, job.arguments()[1])),
+        leaves=job.leaves,
+        met=record.met,
+        # int8 is right within the range that calibration has shown it.
+        drawn=job.lowering is None or job.lowering.samples is None,
+    )
 
 
 def eager_plan(

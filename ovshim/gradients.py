@@ -262,14 +262,7 @@ def recorder_of(
     foreign = weights.keys() - set(map(id, generation.tensors))
     if foreign or not all(weight.is_leaf for weight in weights.values()):
         raise BuildStopped(reason("grad", "the output depends on a tensor beside the module's own"))
-    call: Any = job.call if job.apart is None else job.apart.resolve()
-    if getattr(call, "__self__", None) is not (job.apart or job).module:
-        raise BuildStopped(reason("grad", f"its {job.method} is no method of the module's class"))
-    held = _tensors_of(call.__self__)
-    try:
-        snapshot = copy.deepcopy(call, {id(tensor): tensor for tensor in held})
-    except Exception as error:  # whatever the attributes of users' modules raise
-        raise BuildStopped(reason("grad", f"the module cannot be copied: {error}")) from error
+    snapshot, held = _snapshot(job)
     made = Recorder(
         builder=builder,
         call=snapshot,
@@ -290,6 +283,18 @@ def recorder_of(
     except Exception as error:
         raise BuildStopped(reason("grad", f"a copy of the module raised: {error}")) from error
     return made
+
+
+def _snapshot(job: Job) -> tuple[Any, list[torch.Tensor]]:
+    """The method, bound to a copy of the module as it is, and the tensors that the two share."""
+    call: Any = job.call if job.apart is None else job.apart.resolve()
+    if getattr(call, "__self__", None) is not (job.apart or job).module:
+        raise BuildStopped(reason("grad", f"its {job.method} is no method of the module's class"))
+    held = _tensors_of(call.__self__)
+    try:
+        return copy.deepcopy(call, {id(tensor): tensor for tensor in held}), held
+    except Exception as error:  # whatever the attributes of users' modules raise
+        raise BuildStopped(reason("grad", f"the module cannot be copied: {error}")) from error
 
 
 def _nodes(seen: Look, outputs: Sequence[int]) -> Iterator[Node]:

@@ -208,15 +208,24 @@ class Room:
         except (EngineDead, RuntimeError, ValueError) as error:
             raise LeftToEager(self._failed(made, error)) from error
         if expected is not None:
-            try:
-                error_of(expected.logits, logits, made.tolerance, ids=False)
-            except ProbeFailed as failed:
-                why = reason("first-use-mismatch", f"{sizes}: {failed}")
+            why = self._mismatch(made, sizes, expected, logits)
+            if why is not None:
                 return self._condemned(made, why, call, expected)
-            made.met.add(bucket(*sizes))
-            self._keep(made, "met", [list(one) for one in sorted(made.met)])
         made.calls.add()
         return manner.output(ready.form, logits, call, whole)
+
+    def _mismatch(
+        self, made: Decoding, sizes: tuple[int, ...], expected: Any, logits: torch.Tensor
+    ) -> Reason | None:
+        """Why a step of sizes that are met for the first time is wrong. If it is right, take note
+        of them."""
+        try:
+            error_of(expected.logits, logits, made.tolerance, ids=False)
+        except ProbeFailed as failed:
+            return reason("first-use-mismatch", f"{sizes}: {failed}")
+        made.met.add(bucket(*sizes))
+        self._keep(made, "met", [list(one) for one in sorted(made.met)])
+        return None
 
     def _condemned(self, made: Decoding, why: Reason, call: Any, expected: Any) -> Any:
         """The graph is wrong: it never serves again, and the caller gets what eager answered."""
