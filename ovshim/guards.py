@@ -207,6 +207,7 @@ def sizes_hold(size_guards: Sequence[str], sizes: Sequence[Sequence[int]]) -> bo
 
 
 def to_json(guards: Sequence[ValueGuard]) -> list[dict[str, Any]]:
+    """Guards as manifests keep them."""
     return [
         {"root": g.root, "path": [list(s) for s in g.path], "test": g.test, "expected": g.expected}
         for g in guards

@@ -66,6 +66,7 @@ class Writes(_Lasting):
 
 
 def draws(call: Callable[[], Any]) -> bool:
+    """Whether a call draws random numbers. It is made."""
     seen = Operators()
     with seen:
         call()
@@ -106,6 +107,7 @@ def _would_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def without_drawing(call: Callable[[], Any]) -> Any:
+    """What a call gives that draws no random numbers. Raises Drawing before it would."""
     mode = _NoDrawing()
     with mode:
         output = call()

@@ -132,6 +132,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list
 def unflatten_call(
     leaves: Sequence[Any], structure: Structure
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments whose leaves and structure `flatten_call` has given."""
     args, kwargs = unflatten(leaves, structure)
     return args, kwargs
 

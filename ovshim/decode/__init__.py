@@ -1,4 +1,4 @@
-"""Stateful decoding: `generate()` of transformers' causal language models.
+"""Stateful decoding: `generate()` of transformers' language models, causal or with an encoder.
 
     step        the module's forward as a function of tensors alone, its past among them
     states      the captured step, with its keys and values kept inside OpenVINO
@@ -6,9 +6,11 @@
     cache       what the caller holds of it: a `DynamicCache`, until somebody looks into it
     calls       which calls are steps
     manner      what steps are given, and what eager is asked; `seq2seq` with an encoder
-    build       capture, and the entry in the cache, by its `key`
+    experts     mixtures of experts, in the form of which a graph can be made
+    build       capture, and the entry in the cache, by its `key`, with its `record`
     overflow    whether float16 holds the values
     prove       compiling, and the proof by `probes`; `finish`: what a build ends in, and the race
+    decoding    the plan that comes of it
     room        who serves a call: what the dispatcher asks
 
 Nothing here is imported, but for this file, before a module is called that transformers' own

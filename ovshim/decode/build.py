@@ -1,4 +1,4 @@
-"""From a causal language model to a decoding: capture of one step, proof, race.
+"""From a language model to a decoding: capture of one step, proof, race.
 
     fingerprint → entry in the cache
         hit:   guards hold? → compile → one short probe

@@ -246,6 +246,7 @@ class StatefulCache(DynamicCache):  # type: ignore[misc] # transformers is not l
 
 
 def session_of(cache: StatefulCache) -> Session:
+    """The conversation that a bound cache stands for."""
     session: Session = cache.__dict__[_SESSION]
     return session
 

@@ -49,6 +49,7 @@ class Probe:
 
 
 def small_probe() -> Probe:
+    """What a graph out of the cache is asked: two rows, the first padded, which goes on twice."""
     return Probe((4, 1, 2), (2, 0), reorders=0)
 
 

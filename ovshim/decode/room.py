@@ -1,4 +1,4 @@
-"""Who serves the steps of a causal language model: what the dispatcher asks before anything else.
+"""Who serves the steps of a language model: what the dispatcher asks before anything else.
 
 A call that brings a cache, or asks for one, is a step. The first is answered by eager, and the
 decoding is made; from then on a step runs in the request that its cache is bound to, where the
