@@ -1,29 +1,29 @@
-"""Things given on the command line by name: `pkg.module:function`."""
+"""Modules and examples that commands are given by name: `pkg.module:function`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["add_example", "add_module", "named"]
+from ovshim.report import Report
+
+__all__ = ["add_arguments", "named", "show"]
 
 
-def add_module(command: argparse.ArgumentParser) -> None:
-    """The argument that names a module."""
+def add_arguments(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The arguments that name a module and an example of a call (with `several`, one or more), and
+    say how it is to be built and told of."""
     command.add_argument(
         "module",
         metavar="pkg.module:factory",
         type=named,
         help="called without arguments, gives the torch.nn.Module, in evaluation mode",
     )
-
-
-def add_example(command: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """The argument that names an example of a call; with `several` it may come more than once."""
     command.add_argument(
         "--example",
         metavar="pkg.module:function",
@@ -33,6 +33,16 @@ def add_example(command: argparse.ArgumentParser, *, several: bool = False) -> N
         help="called without arguments, gives the arguments of a call: a tensor, a tuple "
         f"(positional) or a mapping (keywords){'; may be given more than once' if several else ''}",
     )
+    command.add_argument(
+        "--device", default="CPU", help="as `ovshim devices` names it (%(default)s)"
+    )
+    command.add_argument("--precision", help="fp32, bf16 or fp16 (the module's own)")
+    command.add_argument("--json", action="store_true", help="print explain(...).to_dict() instead")
+
+
+def show(report: Report, chosen: argparse.Namespace) -> None:
+    """Print a report, as was chosen."""
+    print(json.dumps(report.to_dict(), indent=2) if chosen.json else report)
 
 
 def named(text: str) -> Callable[[], Any]:

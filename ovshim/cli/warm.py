@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 
 import ovshim
-from ovshim.cli.named import add_example, add_module
+from ovshim.cli.named import add_arguments, show
 
 __all__ = ["add"]
 
@@ -21,14 +20,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "cache, so that no later process has to. The cache may be mounted read-only afterwards. "
         "Exit code 1 where something is not in the cache at the end; the report says why.",
     )
-    add_module(command)
-    add_example(command, several=True)
+    add_arguments(command, several=True)
     command.add_argument("--cache-dir", metavar="DIR", help="the cache (OVSHIM_CACHE_DIR)")
-    command.add_argument(
-        "--device", default="CPU", help="as `ovshim devices` names it (%(default)s)"
-    )
-    command.add_argument("--precision", help="fp32, bf16 or fp16 (the module's own)")
-    command.add_argument("--json", action="store_true", help="print explain(...).to_dict() instead")
     command.set_defaults(run=run)
 
 
@@ -45,7 +38,7 @@ def run(chosen: argparse.Namespace) -> int:
         for example in chosen.example:
             fast.ovshim.warm(example())
     report = ovshim.explain(fast)
-    print(json.dumps(report.to_dict(), indent=2) if chosen.json else report)
+    show(report, chosen)
     # A plan that eager serves because it is faster here is in the cache: elsewhere it may win.
     kept = [plan["cache_path"] is not None and plan["error"] is not None for plan in report.plans]
     return 0 if kept and all(kept) else 1
