@@ -231,7 +231,6 @@ def plan_of(
         family=None if entry is None else entry.family,
         bytes=None if entry is None else sum(f["size"] for f in entry.manifest["files"].values()),
         route=record.route,
-        rung=record.rung.name or None,
         size_guards=record.size_guards,
         value_guards=record.value_guards,
         pinned=record.pinned,

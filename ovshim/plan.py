@@ -168,6 +168,7 @@ class Plan:
     """How one signature is served, and everything a report says of it.
 
     Attributes:
+        kind, pattern: what calls it is for look like, and their sizes.
         match: tells whether a call has this signature, and gives its tensors.
         glance: tells whether a call looks as if it had; made when first needed.
         values_fit: tells whether the tensors' values are such as OpenVINO computes rightly;
@@ -186,6 +187,9 @@ class Plan:
         generation: the state of the module that the plan was made for.
         grad: whether it is for calls in grad mode.
         example: sizes of the call that it was made for.
+        route: how its graph was captured.
+        size_guards, value_guards, pinned: what the graph takes for granted, as in its `Record`.
+        precision, precision_run: as asked for, and what most of the compiled graph runs in.
         error: the largest relative L2 error found in the proof; None where nothing was proved.
         raced: whether buckets are raced against eager before OpenVINO serves them.
         lowered, modules: how the graph was lowered, and what each module of it runs in, by path,
@@ -194,9 +198,11 @@ class Plan:
         candidates: what was tried for `precision="auto"`, one row each.
         way: how a tiny graph is run (`tiny`).
         given_back: bytes of torch's weights that were given back for it (`memory="lean"`).
-        family, bytes: of its entry in the cache, the key and the size on disk.
-        speedup: eager's median over ours, None where no race was run.
         cache: "hit", "miss" or "off".
+        cache_path, family, bytes: of its entry in the cache, where it lies, the key and the size on
+            disk.
+        speedup, medians: of the race, eager's median over ours, and both in seconds a call; None
+            where none was run.
         trouble: the exception behind the reason, where there was one.
         calls, eager_calls: served by OpenVINO (or with parts in it), and given to eager.
         used, counted: for `families`: at which look calls were last seen to have come here, and how
@@ -222,7 +228,6 @@ class Plan:
     cache: str = "off"
     cache_path: str | None = None
     route: str | None = None
-    rung: str | None = None
     lowered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[PrecisionWarning] = ()

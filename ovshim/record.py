@@ -59,6 +59,8 @@ class Record:
 
     Attributes:
         pattern: the sizes that it may be asked for: those captured, less those pinned by the proof.
+        size_guards, value_guards: what the capture has taken for granted.
+        route, rung: how it was captured, and by which rung of the ladder it was built.
         checked: whether the graph's last output says whether all indices were in range.
         any_mode: whether it would be the same with grad mode switched over.
         code: qualified names of the functions that were captured; None: not known.

@@ -35,7 +35,8 @@ class Wanted:
     """What a plan is wanted for.
 
     Attributes:
-        method: name of the method.
+        module, method: whose calls: the module, and the name of its method.
+        options, store: how they are to be served, and the cache.
         kind, leaves: the example, flattened.
         grad: whether grad mode is on in the calls that the plan is for.
     """
