@@ -117,10 +117,6 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "An index lies outside of its table.",
             "Nothing needs doing: eager raises its usual error for it.",
         ),
-        "compiling": Sentence(
-            "torch.compile, torch.export, torch.jit or torch.fx is running over the module.",
-            "Nothing needs doing: they see the original module, and so does what they produce.",
-        ),
         "autocast": Sentence(
             "Autocast is on, which changes the precision of each operator.",
             "Leave the autocast block and give precision='bf16' or 'fp16' instead.",

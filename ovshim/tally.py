@@ -16,7 +16,7 @@ __all__ = ["Tally"]
 
 # Reasons that `strict` does not object to: the user's own doing, or better so.
 _FINE_WITH_STRICT = frozenset(
-    {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "compiling", "building"}
+    {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "building"}
     | {"backward", "first-step", "seldom", "stale", "special-values", "out-of-range"}
     | {"taking-turns", "new-sizes", "empty-tensor"}
 )

@@ -1,5 +1,6 @@
 """The table of reasons, and the page that documents it."""
 
+import ast
 import dataclasses
 import pickle
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ovshim import reasons
 from ovshim.reasons import TABLE, Reason, reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "reasons.md"
@@ -23,6 +25,17 @@ def test_the_page_has_every_row_of_the_table_and_no_other() -> None:
     rows = rows_of_the_page()
     assert len({code for code, _, _ in rows}) == len(rows)
     assert {code: (message, remedy) for code, message, remedy in rows} == dict(TABLE)
+
+
+def test_every_code_is_given_somewhere() -> None:
+    """As a string in the first argument of a call of `reason`."""
+    given: set[Any] = set()
+    for path in Path(reasons.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "reason":
+                strings = (n for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant))
+                given.update(constant.value for constant in strings)
+    assert set(TABLE) <= given
 
 
 @pytest.mark.parametrize("code", TABLE)
