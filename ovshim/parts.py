@@ -303,10 +303,8 @@ class _Candidate:
     checked: bool = True
 
     def answer(self, values: Sequence[torch.Tensor]) -> Any:
-        given = iter(values)
-        leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self.job.leaves]
         with serving(), _seeded(self.job):
-            return self.parts(*self.job.arguments(leaves))
+            return self.parts(*self.job.arguments(self.job.leaves_with(values)))
 
 
 def _proved(job: Job, parts: Parts) -> float:

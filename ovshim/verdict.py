@@ -84,8 +84,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
         bucket = of_sizes(sizes_of(job.leaves))
         plan.medians = _race_example(job, plan, record, bucket)
         plan.key = compile_sizes(record.pattern, record.size_guards)
-        example = [leaf for leaf in job.leaves if isinstance(leaf, torch.Tensor)]
-        plan.unmet = Unmet(plan.key(example), bucket, *plan.medians)
+        plan.unmet = Unmet(plan.key(job.tensors), bucket, *plan.medians)
     plan.settle()
 
 
