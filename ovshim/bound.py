@@ -1,9 +1,9 @@
 """What stands in a module's instance `__dict__` where the class's `forward` would be found.
 
-`install(module, "forward", make)` puts a `BoundMethod` into `module.__dict__["forward"]`.  Python
+`install(module, "forward", make)` puts a `BoundMethod` into `module.__dict__["forward"]`. Python
 looks there before it looks at the class, so `module(x)`, `self(x)` inside the user's own methods
 and `module.forward(x)` all reach it, while the class, `isinstance`, hooks, `state_dict` and `repr`
-stay as they were.  Everything else that asks about it (inspect, Dynamo, `torch.jit`, transformers'
+stay as they were. Everything else that asks about it (inspect, Dynamo, `torch.jit`, transformers'
 look at signatures) is shown the user's own method.
 
 A module that is copied by its `__dict__` takes the entries along, so three things are kept right:
@@ -12,7 +12,7 @@ A module that is copied by its `__dict__` takes the entries along, so three thin
 * `copy.copy` asks the instance for `__getstate__` first, where a `_Seal` answers with entries that
   find out at their first call whose they are;
 * any other copy of the `__dict__` (data parallel replicas, `clone.__dict__.update(...)`) gives the
-  seal one reference more than it should have.  The seal is an object that calls never touch, so
+  seal one reference more than it should have. The seal is an object that calls never touch, so
   its count does not depend on who calls, from where, or how many threads do; the count of the
   `BoundMethod` itself would.
 """
@@ -101,8 +101,8 @@ class Original:
 class BoundMethod:
     """A callable that serves `module.name(...)` by a dispatcher made at its first call.
 
-    Picklable and copyable with its module.  `original` runs the user's own method in eager;
-    while torch compiles, exports or traces, only that runs.  It holds its module strongly:
+    Picklable and copyable with its module. `original` runs the user's own method in eager;
+    while torch compiles, exports or traces, only that runs. It holds its module strongly:
     `f = accelerate(m).forward` must go on working when nothing else holds the module.
     """
 
@@ -180,7 +180,7 @@ class BoundMethod:
             claim(module)
         return installed(the_one(owners, caller, 1)).get(self._original.name, self)
 
-    # A copy gets the copied module through the memo of deepcopy or pickle.  The module travels in
+    # A copy gets the copied module through the memo of deepcopy or pickle. The module travels in
     # the state and not in constructor arguments, because it refers back to this object.
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -302,7 +302,7 @@ def install(module: nn.Module, name: str, make: Make) -> BoundMethod:
     """Puts a `BoundMethod` in front of `module.name` and returns it.
 
     An instance attribute of that name is called instead of the class's as before; an earlier
-    `BoundMethod` is replaced.  Raises AttributeError when the module has no such method.
+    `BoundMethod` is replaced. Raises AttributeError when the module has no such method.
     """
     before = module.__dict__.get(name)
     beneath = before._original.beneath if isinstance(before, BoundMethod) else before
@@ -336,8 +336,8 @@ def installed(module: nn.Module) -> dict[str, BoundMethod]:
 def claim(module: nn.Module) -> None:
     """Gives `module` entries of its own for those in its `__dict__` that are ours.
 
-    Theirs may belong to the module that it was copied from.  A `BoundMethod` of the module
-    itself keeps its dispatcher.  Handles (transparent objects with `renewed`) are renewed.
+    Theirs may belong to the module that it was copied from. A `BoundMethod` of the module
+    itself keeps its dispatcher. Handles (transparent objects with `renewed`) are renewed.
     """
     methods = installed(module)
     entries = module.__dict__

@@ -63,7 +63,7 @@ _OWNED_PROPERTIES: Mapping[str, str] = MappingProxyType(
 
 
 class FrozenDict(Mapping[Any, Any]):
-    """A read-only mapping that pickles, which ``MappingProxyType`` does not."""
+    """A read-only mapping that pickles, which `MappingProxyType` does not."""
 
     __slots__ = ("_data",)
 

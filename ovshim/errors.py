@@ -22,7 +22,7 @@ _LONGEST_VALUE = 200
 
 
 def _shown(value: object) -> str:
-    """``repr`` of a value, cut: a module or tensor given by mistake may be screens long."""
+    """`repr` of a value, cut: a module or tensor given by mistake may be screens long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
@@ -43,8 +43,8 @@ class OvshimWarning(UserWarning):
 class OptionError(OvshimError, ValueError):
     """A configuration mistake: it raises at once and never falls back.
 
-    ``name``: the option or argument; ``value``: what was given; ``allowed``: what may be given,
-    as a phrase; ``remedy``: a sentence.
+    `name`: the option or argument; `value`: what was given; `allowed`: what may be given,
+    as a phrase; `remedy`: a sentence.
     """
 
     def __init__(self, name: str, value: object, allowed: str, remedy: str) -> None:
@@ -73,7 +73,7 @@ class CalibrationError(OptionError):
 
 
 class FallbackError(OvshimError, RuntimeError):
-    """With ``strict=True``: what would have run in eager. ``reason`` says why."""
+    """With `strict=True`: what would have run in eager. `reason` says why."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
@@ -86,7 +86,7 @@ class FallbackError(OvshimError, RuntimeError):
 class FallbackWarning(OvshimWarning):
     """A module, a part of it, or some of its calls run in eager: once per module and reason.
 
-    ``reason`` says why, ``module`` is the name of the module's class or its path.
+    `reason` says why, `module` is the name of the module's class or its path.
     """
 
     def __init__(self, reason: Reason, module: str) -> None:
@@ -112,12 +112,12 @@ class _About(Exception):
 
 
 class ArtifactError(_About, OvshimError):
-    """A file or directory that cannot be loaded or saved; ``value`` is its path."""
+    """A file or directory that cannot be loaded or saved; `value` is its path."""
 
 
 class PrecisionWarning(_About, OvshimWarning):
-    """Computed in another precision than asked for; ``value`` is the precision asked for."""
+    """Computed in another precision than asked for; `value` is the precision asked for."""
 
 
 class DeviceWarning(_About, OvshimWarning):
-    """Computed on another device than asked for; ``value`` is the device asked for."""
+    """Computed on another device than asked for; `value` is the device asked for."""

@@ -38,10 +38,10 @@ _SCAFFOLDING = frozenset({"Const", "Convert", "Input", "Output", "Parameter", "R
 
 
 def precision_run(compiled: Any) -> str:
-    """What most of the compute nodes run in: ``f32``, ``bf16``, ``f16``, ``i8``, ...
+    """What most of the compute nodes run in: `f32`, `bf16`, `f16`, `i8`, ...
 
     Read from the execution graph: the property of the compiled model says what was asked for.
-    Where there is nothing to multiply, the other nodes count; ``unknown`` when the device shows
+    Where there is nothing to multiply, the other nodes count; `unknown` when the device shows
     no graph.
     """
     compute: Counter[str] = Counter()

@@ -14,7 +14,7 @@ __all__ = ["holders", "the_one"]
 def holders(thing: object, caller: FrameType | None) -> list[nn.Module]:
     """Returns the modules that have `thing` in their `__dict__`.
 
-    Asks the garbage collector, some milliseconds: done once after a copy, not per call.  The
+    Asks the garbage collector, some milliseconds: done once after a copy, not per call. The
     locals of the calling frame are looked at too, because the collector does not see what
     `gc.freeze()` has put aside.
     """

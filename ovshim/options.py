@@ -1,7 +1,7 @@
 """Every option of ovshim, defined once and checked when it is given.
 
-:class:`Options` is the record, :class:`OptionFields` the same names for
-``**options: Unpack[OptionFields]``, :func:`resolve` makes the one out of the other.
+`Options` is the record, `OptionFields` the same names for
+`**options: Unpack[OptionFields]`, `resolve` makes the one out of the other.
 """
 
 import dataclasses
@@ -38,19 +38,19 @@ class Options:
     """
 
     device: str = "CPU"
-    """OpenVINO's name of the device: ``CPU``, ``GPU``, ``GPU.1``, ``NPU``, ``AUTO``,
-    ``AUTO:GPU,CPU``, ``HETERO:GPU,CPU``, ``MULTI:GPU,CPU``. Stored in upper case."""
+    """OpenVINO's name of the device: `CPU`, `GPU`, `GPU.1`, `NPU`, `AUTO`,
+    `AUTO:GPU,CPU`, `HETERO:GPU,CPU`, `MULTI:GPU,CPU`. Stored in upper case."""
 
     precision: str | Mapping[str, str] | None = None
-    """``fp32``, ``bf16`` or ``fp16`` (``float32``, ``bfloat16``, ``half``, ... are understood);
-    ``int8``, which needs ``calibration``; ``int8_weights`` and ``int4_weights``, which do not; what
+    """`fp32`, `bf16` or `fp16` (`float32`, `bfloat16`, `half`, ... are understood);
+    `int8`, which needs `calibration`; `int8_weights` and `int4_weights`, which do not; what
     stays in floats with these three runs in bf16 where that is faster and exact enough;
-    ``auto``: the fastest within ``tolerance``; or rules: a mapping from patterns of module paths
-    to fp32, bf16, fp16 or int8, in which the last match wins and ``default`` is for the rest.
+    `auto`: the fastest within `tolerance`; or rules: a mapping from patterns of module paths
+    to fp32, bf16, fp16 or int8, in which the last match wins and `default` is for the rest.
     None: the module's own."""
 
     tolerance: float | Literal["strict", "loose"] | Callable[..., Any] | None = None
-    """Largest relative L2 error per output against eager, above 0; ``strict`` is 0.002, ``loose``
+    """Largest relative L2 error per output against eager, above 0; `strict` is 0.002, `loose`
     0.05. None: 1e-4 for fp32, 0.03 for bf16, fp16 and int8_weights, 0.1 for int8, 0.15 for
     int4_weights, 0.02 for auto. For auto also a function: it is called with the outputs of a
     candidate, those of eager, and the items of calibration data, three lists, and says whether
@@ -61,10 +61,10 @@ class Options:
     )
     """Example inputs for int8 and auto: a DataLoader, a dataset, a list or a generator (of which
     the first 300 items are kept). Each item is a tensor, a tuple or a mapping, as
-    ``example_input`` is; entries of a mapping that are no arguments (labels) are left out."""
+    `example_input` is; entries of a mapping that are no arguments (labels) are left out."""
 
     transform: Callable[[Any], Any] | None = None
-    """Takes an item of ``calibration`` and gives the example input in it."""
+    """Takes an item of `calibration` and gives the example input in it."""
 
     dynamic_batch: bool = True
     """Whether dimension 0 of every tensor input may change from call to call."""
@@ -72,29 +72,29 @@ class Options:
     dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = dataclasses.field(
         default=None, hash=False
     )
-    """Which other sizes may change, in the forms of ``torch.export`` or by plain names:
-    ``{"x": {0: "batch", 2: "length"}}``. Stored as read-only mappings and tuples."""
+    """Which other sizes may change, in the forms of `torch.export` or by plain names:
+    `{"x": {0: "batch", 2: "length"}}`. Stored as read-only mappings and tuples."""
 
     prefer: Prefer = "faster"
-    """``faster``: whichever wins a race; ``openvino``: OpenVINO where it is right; ``eager``."""
+    """`faster`: whichever wins a race; `openvino`: OpenVINO where it is right; `eager`."""
 
     hint: Hint = "latency"
-    """Whether OpenVINO arranges itself for one caller (``latency``) or many (``throughput``)."""
+    """Whether OpenVINO arranges itself for one caller (`latency`) or many (`throughput`)."""
 
     streams: int | None = None
-    """Number of inferences that OpenVINO runs side by side, above 0; None: as ``hint`` says."""
+    """Number of inferences that OpenVINO runs side by side, above 0; None: as `hint` says."""
 
     threads: int | None = None
     """Number of threads that OpenVINO computes with, above 0; None: as many as torch."""
 
     properties: Mapping[str, Scalar] = FrozenDict()
-    """Further properties for OpenVINO's ``compile_model``, name to text, number or bool. Those
+    """Further properties for OpenVINO's `compile_model`, name to text, number or bool. Those
     that another option sets are refused."""
 
     memory: Memory = "shared"
-    """``shared``: torch's weights stay in memory beside OpenVINO's; ``lean``: once a plan serves,
+    """`shared`: torch's weights stay in memory beside OpenVINO's; `lean`: once a plan serves,
     they lie in a file of the cache and are read from it when somebody asks for them. Needs
-    ``inplace``: a twin shares its tensors with the original."""
+    `inplace`: a twin shares its tensors with the original."""
 
     background: bool = False
     """Make plans in another thread; eager answers until they are proved."""
@@ -110,8 +110,8 @@ class Options:
     or because eager is faster)."""
 
     cache_dir: str | os.PathLike[str] | Literal[False] | None = None
-    """Directory of the cache; None: ``OVSHIM_CACHE_DIR`` or the user's cache directory; False:
-    nothing is kept. Stored as an absolute ``Path``."""
+    """Directory of the cache; None: `OVSHIM_CACHE_DIR` or the user's cache directory; False:
+    nothing is kept. Stored as an absolute `Path`."""
 
     max_plans: int = 16
     """How many plans each method keeps, above 0: a plan is for one structure, set of dtypes, ranks
@@ -137,7 +137,7 @@ class Options:
         return dataclasses.replace(self, calibration=tuple(items), transform=None)
 
     def tolerance_for(self, precision: str) -> float:
-        """Largest relative L2 error accepted of that precision (``fp32``, ``bf16``, ...).
+        """Largest relative L2 error accepted of that precision (`fp32`, `bf16`, ...).
 
         Raises KeyError for a precision without a default where no number was given.
         """
@@ -147,7 +147,7 @@ class Options:
 
 
 class OptionFields(TypedDict, total=False):
-    """The fields of :class:`Options` as keyword arguments; their meaning is told there."""
+    """The fields of `Options` as keyword arguments; their meaning is told there."""
 
     device: str
     precision: str | Mapping[str, str] | None
@@ -173,10 +173,10 @@ class OptionFields(TypedDict, total=False):
 
 
 def resolve(options: Options | None, fields: Mapping[str, Any]) -> Options:
-    """The options meant by ``options=`` and single fields together; a field beats the whole.
+    """The options meant by `options=` and single fields together; a field beats the whole.
 
-    Raises OptionError for an unknown field, for an ``options`` of another type, and for whatever
-    :class:`Options` refuses.
+    Raises OptionError for an unknown field, for an `options` of another type, and for whatever
+    `Options` refuses.
     """
     known = [field.name for field in dataclasses.fields(Options)]
     for name, value in fields.items():
@@ -204,7 +204,7 @@ def quantizes(options: Options) -> bool:
 
 
 def enabled_in_environment() -> bool:
-    """Whether the environment leaves ovshim on; ``OVSHIM=0`` switches it off.
+    """Whether the environment leaves ovshim on; `OVSHIM=0` switches it off.
 
     Read on every call, so that a running program can be switched.
     """

@@ -1,6 +1,6 @@
 """Why a call or a module runs in eager: one table of codes, sentences and remedies.
 
-Every fallback names one code of :data:`TABLE`. ``docs/reasons.md`` lists the same table for
+Every fallback names one code of `TABLE`. `docs/reasons.md` lists the same table for
 readers, and a test compares the two.
 """
 
@@ -19,7 +19,7 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One fallback: a stable ``code``, a ``message`` for people and a concrete ``remedy``."""
+    """One fallback: a stable `code`, a `message` for people and a concrete `remedy`."""
 
     code: str
     message: str
@@ -34,9 +34,9 @@ class Reason:
 
 
 def reason(code: str, detail: str = "") -> Reason:
-    """Make the reason of that code; ``detail`` (where, which) is put after the sentence.
+    """Make the reason of that code; `detail` (where, which) is put after the sentence.
 
-    Raises KeyError for a code that :data:`TABLE` does not have: that is a mistake of ours, and a
+    Raises KeyError for a code that `TABLE` does not have: that is a mistake of ours, and a
     code made up on the way would be missing from the documentation.
     """
     message, remedy = TABLE[code]

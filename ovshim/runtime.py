@@ -1,6 +1,6 @@
 """OpenVINO itself: the core, its devices, the properties a model is compiled with.
 
-OpenVINO is imported inside the functions: ``import ovshim`` must not pay for it.
+OpenVINO is imported inside the functions: `import ovshim` must not pay for it.
 """
 
 import functools
@@ -47,7 +47,7 @@ def openvino() -> Any:
 
 
 def core() -> Any:
-    """The process's one ``openvino.Core``."""
+    """The process's one `openvino.Core`."""
     global _core
     if _core is None:
         with _core_lock:
@@ -79,7 +79,7 @@ def version() -> str:
 class Device:
     """A device OpenVINO can use here.
 
-    ``name``: as options take it; ``full_name``: the maker's; ``precisions``: those the plugin says
+    `name`: as options take it; `full_name`: the maker's; `precisions`: those the plugin says
     it is fast in, which is a claim (a plugin went on saying bf16 with the instructions switched
     off): what a compiled model really runs in is `precision_run`'s answer.
     """
@@ -112,7 +112,7 @@ def devices() -> list[Device]:
 
 
 def members(device: str) -> list[str]:
-    """The devices that a name stands for: ``HETERO:GPU,CPU`` is GPU and CPU, ``AUTO`` is all."""
+    """The devices that a name stands for: `HETERO:GPU,CPU` is GPU and CPU, `AUTO` is all."""
     kind, colon, listed = device.partition(":")
     named = [item.partition("(")[0] for item in listed.split(",")] if colon else []
     wanted = [item for item in named if not item.startswith("-")]
@@ -143,11 +143,11 @@ def check_device(device: str) -> None:
 def safe_precision(
     precision: str, *, device: str, hint: str, streams: int | None, threads: int | None
 ) -> str:
-    """``precision``, or fp32 where running it could end the process.
+    """`precision`, or fp32 where running it could end the process.
 
     Gated feed-forward layers in bf16 or f16 raise SIGFPE in the CPU plugin when a stream has a
     single thread: one thread in all, a throughput hint on few cores, an affinity of one core.
-    ``threads``: what is given to OpenVINO; None: as many as the process may use.
+    `threads`: what is given to OpenVINO; None: as many as the process may use.
     """
     if precision == "fp32" or not any(name == "CPU" for name in members(device)):
         return precision
@@ -198,9 +198,9 @@ def settings(
 ) -> dict[str, Any]:
     """OpenVINO's properties for `compile_model`, by name.
 
-    ``precision``: fp32, bf16, fp16, or dynamic (each operation in its own type); ``hint``: latency
-    or throughput; ``streams``, ``threads``: None leaves them to OpenVINO, and threads are pinned to
-    cores as it likes unless they leave some free; ``properties``: the user's own, which win.
+    `precision`: fp32, bf16, fp16, or dynamic (each operation in its own type); `hint`: latency
+    or throughput; `streams`, `threads`: None leaves them to OpenVINO, and threads are pinned to
+    cores as it likes unless they leave some free; `properties`: the user's own, which win.
     CACHE_DIR is never set: the key of that cache leaves the precision out,
     and its blobs carry no checksum.
     """
@@ -271,10 +271,10 @@ def compile_model(
     settings: Mapping[str, Any],
     sizes: Sequence[Sequence[int]] | None = None,
 ) -> Any:
-    """Compile the IR at ``source`` (an ``.xml`` with its ``.bin`` beside it).
+    """Compile the IR at `source` (an `.xml` with its `.bin` beside it).
 
     From the path, so that the weights are mapped from the file: by way of `read_model` or a model
-    in memory a second copy of them stays. So it does with ``sizes``, one for each input, for which
+    in memory a second copy of them stays. So it does with `sizes`, one for each input, for which
     alone the graph is compiled then. RuntimeError when OpenVINO cannot.
     """
     if sizes is None:
@@ -290,7 +290,7 @@ def export_model(compiled: Any) -> bytes:
 
 
 def import_model(blob: bytes, weights: Path, device: str, settings: Mapping[str, Any]) -> Any:
-    """A compiled model again. ``weights``: the ``.bin`` of the IR; ``settings``: those that it was
+    """A compiled model again. `weights`: the `.bin` of the IR; `settings`: those that it was
     compiled with. RuntimeError when OpenVINO cannot."""
     told = {"WEIGHTS_PATH": str(weights)} if "CACHE_MODE" in settings else {}
     return core().import_model(blob, device, {**settings, **told})
@@ -299,7 +299,7 @@ def import_model(blob: bytes, weights: Path, device: str, settings: Mapping[str,
 def hides_failures(compiled: Any, threads: int | None) -> bool:
     """Whether `infer` may fail without a word: on a CPU, in one stream of one thread.
 
-    ``threads``: what was given to OpenVINO, for devices that hand on to others and do not tell.
+    `threads`: what was given to OpenVINO, for devices that hand on to others and do not tell.
     """
     try:
         return int(compiled.get_property("INFERENCE_NUM_THREADS")) <= 1

@@ -1,6 +1,6 @@
 """The copy that carries an acceleration, so that the user's own module is never touched.
 
-A twin is an object of the user's own class with its own tree.  Every submodule in it is a shallow
+A twin is an object of the user's own class with its own tree. Every submodule in it is a shallow
 copy over the original's `_parameters` and `_buffers`, the dictionaries themselves: tensors are one,
 and `.half()`, `load_state_dict(assign=True)` or a new parameter through either is seen by both.
 Children, hooks, flags and plain attributes are each one's own.
@@ -47,8 +47,8 @@ def make_twin(module: nn.Module) -> nn.Module:
     Modules, and methods bound to modules, that are found in plain attributes (directly, by a weak
     reference, or in lists, tuples, dicts, sets and partials) become their twins too, so that a
     reference back to a parent leads into the twin's tree; in closures and in objects that are no
-    modules they stay the original's, as in a deep copy.  A module used in two places is one
-    object in both trees.  Methods accelerated in the original are accelerated anew in the twin.
+    modules they stay the original's, as in a deep copy. A module used in two places is one
+    object in both trees. Methods accelerated in the original are accelerated anew in the twin.
 
     Raises ValueError for a module with uninitialised parameters (a lazy module), and for a class
     whose objects cannot be made without calling its constructor.
