@@ -31,8 +31,6 @@ _RESTORABLE_BYTES = 64 << 20
 # Outputs that share a storage of more elements than this are taken to overlap.
 _LARGEST_MAP = 1 << 26
 _MISSING: Any = object()
-
-
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
