@@ -13,7 +13,6 @@ from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
 from ovshim.checks import INTEGERS
 from ovshim.eager import Eager
-from ovshim.early import settings_of
 from ovshim.floats import floats_of
 from ovshim.generation import Generation
 from ovshim.gradients import recorder_of
@@ -34,6 +33,7 @@ from ovshim.single import engine_for
 from ovshim.tiny import add_exact, fastest
 from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
+from ovshim.wanted import settings_of
 
 __all__ = [
     "eager_of",

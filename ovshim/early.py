@@ -29,12 +29,12 @@ from ovshim.options import Options
 from ovshim.record import Record
 from ovshim.signature import flatten_call, kind_of, sizes_of
 from ovshim.version import __version__
-from ovshim.wanted import Wanted
+from ovshim.wanted import Wanted, settings_of
 
 if TYPE_CHECKING:
     from ovshim.job import Job
 
-__all__ = ["Ahead", "Early", "begin", "begin_for", "begin_with", "remember", "settings_of"]
+__all__ = ["Ahead", "Early", "begin", "begin_for", "begin_with", "remember"]
 
 log = logging.getLogger("ovshim")
 
@@ -199,16 +199,6 @@ def remember(job: Job, entry: Entry) -> None:
     key = None if job.ahead is None else job.ahead.hint_key
     if key is not None and blobs.is_large(entry.path):
         job.store.hint(key, entry)
-
-
-def settings_of(
-    wanted: Wanted, record: Record, precision: str, further: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What OpenVINO is told of a graph, with a precision as the hint, and further properties."""
-    safe = runtime.safe_precision(precision, **wanted.placement)
-    properties = {**dict(record.rung.properties), **wanted.options.properties}
-    settings = runtime.settings(precision=safe, **wanted.placement, properties=properties)
-    return {**settings, **(further or {})}
 
 
 def _small_call(

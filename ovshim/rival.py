@@ -24,7 +24,6 @@ from ovshim.builder import Work
 from ovshim.cache import Entry
 from ovshim.capture import distinct_tensors
 from ovshim.deferred import later
-from ovshim.early import settings_of
 from ovshim.infer import Engine
 from ovshim.job import Job
 from ovshim.plan import Plan
@@ -34,6 +33,7 @@ from ovshim.signature import flatten
 from ovshim.single import engine_for
 from ovshim.verdict import EntryNotes
 from ovshim.verify import Mismatch, compare
+from ovshim.wanted import settings_of
 
 __all__ = ["Rival", "add_rival"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -16,7 +16,10 @@ from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
 from ovshim.signature import Kind
 
-__all__ = ["Placement", "Wanted", "own_dtype"]
+if TYPE_CHECKING:
+    from ovshim.record import Record
+
+__all__ = ["Placement", "Wanted", "own_dtype", "settings_of"]
 
 _OWN_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -93,6 +96,16 @@ class Wanted:
             used = {asked.get("default", self.own_precision), *asked.values()}
             return max(self.options.tolerance_for(precision) for precision in used)
         return self.options.tolerance_for(self.precision)
+
+
+def settings_of(
+    wanted: Wanted, record: Record, precision: str, further: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What OpenVINO is told of a graph, with a precision as the hint, and further properties."""
+    safe = runtime.safe_precision(precision, **wanted.placement)
+    properties = {**dict(record.rung.properties), **wanted.options.properties}
+    settings = runtime.settings(precision=safe, **wanted.placement, properties=properties)
+    return {**settings, **(further or {})}
 
 
 def own_dtype(module: nn.Module) -> torch.dtype:
