@@ -98,9 +98,10 @@ class Handle:
 
         Args:
             items: each in the forms of `example_input`.
-            in_flight: how many calls at once; None: as many as OpenVINO advises (with
-                `hint="throughput"` or `streams=`, several), and one where calls are too short for
-                more to pay.
+            in_flight: how many calls at once; None: one more than OpenVINO advises (with
+                `hint="throughput"` or `streams=` it advises several), and one where it advises one
+                or calls are too short for more to pay. Twice as many items are read before the
+                first of them has been answered.
 
         Raises:
             OptionError: `in_flight` is no count; at its turn, an item in none of the forms.

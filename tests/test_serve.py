@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import ovshim
 from ovshim.infer import Engine, EngineDead
 from ovshim.serve import Batcher, sizing
+from ovshim.serve.flight import Kept as KeptCall
 
 
 def accelerated(module: nn.Module, example: Any, **options: Any) -> Any:
@@ -80,6 +82,71 @@ def test_several_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     xs = [torch.randn(3, 8) for _ in range(9)]
     with torch.inference_mode(), served(fast, "openvino", calls=9):
         same(list(fast.ovshim.map(xs, in_flight=3)), [module(x) for x in xs])
+
+
+def test_others_go_on_while_one_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, fast = fast_mlp()
+    others, run = threading.Semaphore(0), Engine.run
+    numbers = iter(range(8))
+
+    def hold_the_first(self: Engine, tensors: Any) -> list[Tensor]:
+        if next(numbers) == 0:
+            assert all(others.acquire(timeout=30) for _ in range(3))
+        computed = run(self, tensors)
+        others.release()
+        return computed
+
+    monkeypatch.setattr(Engine, "run", hold_the_first)
+    xs = [torch.randn(3, 8) for _ in range(8)]
+    with torch.inference_mode(), served(fast, "openvino", calls=8):
+        same(list(fast.ovshim.map(xs, in_flight=2)), [module(x) for x in xs])
+
+
+COPIED = {
+    "small": torch.randn(3, 8),
+    "large": torch.randn(1, 3, 256, 256),
+    "channels last": torch.randn(2, 3, 128, 256).contiguous(memory_format=torch.channels_last),
+    "sizes of one": torch.randn(1, 65536, 1).as_strided((1, 65536, 1), (7, 1, 3)),
+    "expanded": torch.randn(1, 256).expand(256, 256),
+    "every other": torch.randn(256, 512)[:, ::2],
+    "bfloat16": torch.randn(256, 256).bfloat16(),
+    "bool": torch.rand(256, 256) > 0.5,
+    "conjugated": torch.randn(256, 256, dtype=torch.complex64).conj(),
+    "negative": torch._neg_view(torch.randn(256, 256)),
+    "sparse": torch.eye(256).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", COPIED)
+@pytest.mark.parametrize("inference", [False, True])
+def test_copies_are_as_torch_would_make_them(kind: str, inference: bool) -> None:
+    x = COPIED[kind]
+    with torch.inference_mode(inference):
+        (copy,) = KeptCall(((x,), {})).copies([x])
+    expected = x.clone()
+    assert torch.equal(copy.to_dense(), expected.to_dense())
+    assert copy.dtype == expected.dtype
+    assert not copy.is_inference()
+    if x.layout == torch.strided:
+        assert copy.stride() == expected.stride()
+        assert copy.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.skipif(torch.get_num_threads() == 1, reason="torch has no other threads")
+def test_copies_do_not_wake_torchs_threads() -> None:
+    x = torch.randn(4_000_000)
+
+    def share(copy: Callable[[], Any]) -> float:
+        """Of the processors' time what other threads take."""
+        copy()
+        time.sleep(0.1)  # those that were woken spin on
+        own, whole = time.thread_time(), time.process_time()
+        for _ in range(10):
+            copy()
+        own, whole = time.thread_time() - own, time.process_time() - whole
+        return (whole - own) / whole
+
+    assert share(lambda: KeptCall(((x,), {}))) < 0.1 < share(x.clone)
 
 
 def test_a_tensor_that_is_filled_again_and_again() -> None:

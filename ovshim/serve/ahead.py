@@ -32,6 +32,9 @@ log = logging.getLogger("ovshim")
 
 # Below this a computation is over before another thread is awake.
 _WORTH_A_THREAD_SECONDS = 150e-6
+# So many calls a thread may have been made of which nobody has taken the answers: where one of them
+# is held up, the other threads go on.
+_AHEAD = 2
 # One or two long calls among short ones were interrupted, not long.
 _LONG_CALLS = 3
 
@@ -80,8 +83,7 @@ class _Line:
                 flight = None if self.alone else self.take_off(call)
                 if flight is not None:
                     self.waiting.append((flight, self.threads(flight).submit(self.compute, flight)))
-                    # One more than run, so that no thread waits for who takes the answers.
-                    yield from self.landed(self.in_flight or flight.advised)
+                    yield from self.landed(_AHEAD * (self.in_flight or flight.threads))
                 else:
                     # Eager's turn comes when all before it have had theirs; and nothing is read
                     # ahead beyond it, for what it does may decide what comes after.
@@ -102,7 +104,7 @@ class _Line:
 
     def threads(self, flight: Flight) -> ThreadPoolExecutor:
         if self.pool is None:
-            count = self.in_flight or flight.advised
+            count = self.in_flight or flight.threads
             self.pool = ThreadPoolExecutor(count, thread_name_prefix="ovshim-map")
         return self.pool
 
@@ -185,7 +187,7 @@ def submitted(
     lanes = _lanes_of(owner)
     flight = take_off(module, dispatcher_of(module), args, kwargs)
     if flight is not None:
-        lanes.pool(flight.advised).submit(_fly, flight, module, lanes, future)
+        lanes.pool(flight.threads).submit(_fly, flight, module, lanes, future)
     elif in_special_mode():
         _settle(future, lambda: module(*args, **kwargs))
     else:

@@ -11,6 +11,7 @@ import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace
@@ -22,12 +23,15 @@ from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.signature import flatten_call, unflatten_call
 from ovshim.special_mode import in_special_mode
 
-__all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "take_off"]
+__all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "ready", "take_off"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What may come out of a computation that eager should answer instead.
 FAILURES = (OutOfRangeError, RuntimeError, ValueError)
+
+# Torch shares out work among its threads where there are more elements.
+_MANY = 32768
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
@@ -92,7 +96,21 @@ class Kept:
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """A plain copy, whatever mode this thread is in."""
     with torch.inference_mode(False):
-        return tensor.detach().clone()
+        tensor = tensor.detach()
+        if tensor.numel() < _MANY or tensor.layout is not torch.strided:
+            return tensor.clone()
+        # Not by `clone`: torch's threads would help, and then spin for milliseconds on the cores
+        # that OpenVINO's are pinned to.
+        copy = torch.empty_like(tensor)
+        try:
+            np.copyto(_array(copy), _array(tensor))
+        except (RuntimeError, TypeError):  # conjugated, negated, or of a dtype unknown to NumPy
+            copy.copy_(tensor)
+        return copy
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 class Flight:
@@ -141,6 +159,12 @@ class Flight:
         """How many such calls OpenVINO advises to have under way."""
         return self.served.engine.advised
 
+    @property
+    def threads(self) -> int:
+        """How many threads keep OpenVINO at work: where it takes several calls at once, one more
+        than those, so that what one of them does in Python is done while all are computing."""
+        return self.advised + (self.advised > 1)
+
     def call(self, module: Callable[..., Any]) -> Any:
         """Make the call after all. Raises what the module raises."""
         assert self._kept is not None
@@ -161,10 +185,21 @@ def take_off(
         copied: see `Flight`.
         settled: see `Dispatcher.ready`.
     """
+    found = ready(module, dispatcher, args, kwargs, settled)
+    return None if found is None else Flight(*found, (args, kwargs), copied)
+
+
+def ready(
+    module: nn.Module,
+    dispatcher: Dispatcher | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    settled: bool = True,
+) -> tuple[Plan, tuple[torch.Tensor, ...]] | None:
+    """As `take_off`: what serves the call, and its tensors."""
     if dispatcher is None or not _is_plain_call(module):
         return None
-    found = dispatcher.ready(args, kwargs, settled)
-    return None if found is None else Flight(*found, (args, kwargs), copied)
+    return dispatcher.ready(args, kwargs, settled)
 
 
 def _is_plain_call(module: nn.Module) -> bool:
