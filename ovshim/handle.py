@@ -113,8 +113,9 @@ class Handle:
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call the module, and have the answer as a future.
 
-        What reaches OpenVINO runs in a thread of a pool; what eager has to answer, in one thread
-        of its own, one call after the other. Gradient and inference mode are the caller's. Under
+        What reaches OpenVINO runs in a thread of a pool, or at once where that is over before
+        another thread would have begun; what eager has to answer, in one thread of its own, one
+        call after the other. Gradient and inference mode are the caller's. Under
         modes that belong to a thread alone (autocast, a function mode) the call is made at once.
         """
         from ovshim.serve.ahead import submitted

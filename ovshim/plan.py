@@ -180,6 +180,8 @@ class Plan:
             has to be paid for (`unmet`), its sizes.
         open, closed: keys of calls that OpenVINO serves, and buckets that eager serves, beyond
             doubt.
+        long_calls: how many calls, the last ones of a key, were worth a thread of their own, as
+            `serve` has found; nothing of keys of which all are.
         tolerance: largest relative L2 error, for sizes met for the first time.
         graph: what serves, as it can be carried away; None where eager serves.
         notes: keeps with the entry what is found out later; None where nothing is cached.
@@ -245,6 +247,7 @@ class Plan:
     unmet: Unmet | None = None
     open: set[Bucket] = dataclasses.field(default_factory=set)
     closed: set[Bucket] = dataclasses.field(default_factory=set)
+    long_calls: dict[Bucket, int] = dataclasses.field(default_factory=dict)
     glance: Glance | None = None
     raced: bool = False
     tolerance: float = 0.0

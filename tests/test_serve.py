@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ovshim
 from ovshim.infer import Engine, EngineDead
-from ovshim.serve import Batcher, sizing
+from ovshim.serve import Batcher, ahead, sizing
 from ovshim.serve.flight import Kept as KeptCall
 
 
@@ -391,6 +391,83 @@ def test_exceptions_go_into_the_future() -> None:
         with pytest.raises(TypeError, match="unexpected keyword"):
             fast.ovshim.submit(y=1).result(60)
         same(fast.ovshim.submit(x=torch.ones(3, 8)).result(60), module(torch.ones(3, 8)))
+
+
+def threads_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The thread that each call of an engine ran in, from now on."""
+    seen, run = [], Engine.run
+
+    def note(self: Engine, tensors: Any) -> list[Tensor]:
+        seen.append(threading.current_thread())
+        return run(self, tensors)
+
+    monkeypatch.setattr(Engine, "run", note)
+    return seen
+
+
+def test_what_is_quick_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 30.0)
+    module, fast = fast_mlp(hint="throughput")
+    xs = [torch.randn(3, 8) for _ in range(4)]
+    seen = threads_of_calls(monkeypatch)
+    with torch.inference_mode(), served(fast, "openvino", calls=8):
+        same(fast.ovshim.submit(xs[0]).result(60), module(xs[0]))  # how long was not known
+        futures = [fast.ovshim.submit(x) for x in xs[1:]]
+        assert all(future.done() for future in futures)
+        same([future.result() for future in futures], [module(x) for x in xs[1:]])
+        same(list(fast.ovshim.map(xs)), [module(x) for x in xs])
+    here = threading.current_thread()
+    assert [thread is here for thread in seen] == [False] + [True] * 7
+
+
+def test_what_turns_out_long_gets_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 0.0)
+    monkeypatch.setattr(ahead, "_WORTH_A_TRY_SECONDS", 30.0)
+    module, fast = fast_mlp()
+    x = torch.randn(3, 8)
+    seen = threads_of_calls(monkeypatch)
+    with torch.inference_mode(), served(fast, "openvino", calls=10):
+        for _ in range(10):
+            same(fast.ovshim.submit(x).result(60), module(x))
+    here = threading.current_thread()
+    assert [thread is here for thread in seen] == [False] + [True] * 5 + [False] * 4
+
+
+def test_nothing_is_answered_at_once_behind_a_long_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 30.0)
+    module, fast = fast_mlp(dynamic_batch=True)
+    few, many = torch.randn(3, 8), torch.randn(64, 8)
+    go, run = threading.Event(), Engine.run
+
+    def hold(self: Engine, tensors: Any) -> list[Tensor]:
+        assert len(tensors[0]) == 3 or go.wait(30)
+        return run(self, tensors)
+
+    with torch.inference_mode():
+        same(fast(many), module(many))  # of sizes that are new, by eager too
+        fast.ovshim.submit(few).result(60)
+        monkeypatch.setattr(Engine, "run", hold)
+        long, quick = fast.ovshim.submit(many), fast.ovshim.submit(few)
+        assert not quick.done()
+        go.set()
+        same([long.result(60), quick.result(60)], [module(many), module(few)])
+        assert fast.ovshim.submit(few).done()
+
+
+def test_what_is_quick_and_eagers_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 30.0)
+    module = make(Looking)
+    ids, wrong = torch.randint(0, 10, (2, 3)), torch.full((2, 3), 10)
+    fast = accelerated(module, ids, hint="throughput")
+    with torch.inference_mode():
+        same(fast.ovshim.submit(ids).result(60), module(ids))
+        assert fast.ovshim.submit(ids).done()
+        with pytest.raises(IndexError, match="out of range"):
+            fast.ovshim.submit(wrong).result(60)
+        line = fast.ovshim.map([ids, wrong, ids])
+        same(next(line), module(ids))
+        with pytest.raises(IndexError, match="out of range"):
+            next(line)
 
 
 def test_a_future_that_is_cancelled_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

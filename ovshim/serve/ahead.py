@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import nn
 
 from ovshim.errors import OptionError
 from ovshim.example import as_call
-from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, dispatcher_of, take_off
+from ovshim.plan import Plan
+from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, dispatcher_of, ready
 from ovshim.special_mode import in_special_mode
 
 __all__ = ["in_order", "submitted"]
@@ -32,11 +33,14 @@ log = logging.getLogger("ovshim")
 
 # Below this a computation is over before another thread is awake.
 _WORTH_A_THREAD_SECONDS = 150e-6
+# What takes so long in another thread may be as quick as that: much of it may have been waiting for
+# Python's lock, which a caller that submits one call after the other keeps for 5 ms at a time.
+_WORTH_A_TRY_SECONDS = 10e-3
 # So many calls a thread may have been made of which nobody has taken the answers: where one of them
 # is held up, the other threads go on.
 _AHEAD = 2
-# One or two long calls among short ones were interrupted, not long.
-_LONG_CALLS = 3
+# Fewer long calls in a row were interrupted, not long.
+_LONG_CALLS = 5
 
 
 # --- map ------------------------------------------------------------------------------------------
@@ -68,10 +72,6 @@ class _Line:
         self.dispatcher = dispatcher_of(module)
         self.waiting: collections.deque[tuple[Flight, Future[Any]]] = collections.deque()
         self.pool: ThreadPoolExecutor | None = None
-        # Whether nothing is gained by more than one at once: for good, and as it seems now.
-        self.single = in_flight == 1
-        self.alone = self.single
-        self.long = 0  # calls, one after the other, that might have had a thread
 
     def answers(self, items: Iterable[Any]) -> Iterator[Any]:
         """What the module answers to each. Raises at an item's turn what it raises."""
@@ -80,27 +80,32 @@ class _Line:
                 if isinstance(call, Exception):
                     yield from self.landed(0)
                     raise call
-                flight = None if self.alone else self.take_off(call)
-                if flight is not None:
-                    self.waiting.append((flight, self.threads(flight).submit(self.compute, flight)))
+                found = None if self.in_flight == 1 else ready(self.module, self.dispatcher, *call)
+                if found is not None and self.is_worth_a_thread(*found):
+                    flight = Flight(*found, call)
+                    self.waiting.append((flight, self.threads(flight).submit(_computed, flight)))
                     yield from self.landed(_AHEAD * (self.in_flight or flight.threads))
-                else:
+                elif self.waiting:
                     # Eager's turn comes when all before it have had theirs; and nothing is read
                     # ahead beyond it, for what it does may decide what comes after.
-                    if self.waiting:
-                        yield from self.landed(0)
+                    yield from self.landed(0)
                     yield self.plainly(call)
+                else:
+                    answered = None if found is None else _at_once(*found)
+                    yield self.plainly(call) if answered is None else answered[0]
             yield from self.landed(0)
         finally:
             if self.pool is not None:
                 self.pool.shutdown(cancel_futures=True)
 
-    def take_off(self, call: Call) -> Flight | None:
-        flight = take_off(self.module, self.dispatcher, *call)
-        if flight is not None and self.in_flight is None and flight.advised == 1:
-            self.single = self.alone = True
-            return None
-        return flight
+    def is_worth_a_thread(self, plan: Plan, given: Sequence[torch.Tensor]) -> bool:
+        if self.in_flight is not None:
+            return True
+        if plan.served is None or plan.served.engine.advised == 1:
+            return False
+        # A quick one does not wait for those that are long.
+        quick = _is_quick(plan, given)
+        return not (quick and all(_is_quick(f.plan, f.given) for f, _ in self.waiting))
 
     def threads(self, flight: Flight) -> ThreadPoolExecutor:
         if self.pool is None:
@@ -108,23 +113,9 @@ class _Line:
             self.pool = ThreadPoolExecutor(count, thread_name_prefix="ovshim-map")
         return self.pool
 
-    def compute(self, flight: Flight) -> list[torch.Tensor]:
-        """In a thread of the pool."""
-        started = time.perf_counter()
-        computed = flight.compute()
-        if self.in_flight is None and time.perf_counter() - started < _WORTH_A_THREAD_SECONDS:
-            self.alone = True
-        return computed
-
     def plainly(self, call: Call) -> Any:
         args, kwargs = call
-        started = time.perf_counter()
-        answer = self.module(*args, **kwargs)
-        long = time.perf_counter() - started > 2 * _WORTH_A_THREAD_SECONDS
-        self.long = self.long + 1 if long else 0
-        if self.long == _LONG_CALLS:
-            self.alone, self.long = self.single, 0
-        return answer
+        return self.module(*args, **kwargs)
 
     def landed(self, most: int) -> Iterator[Any]:
         """The answers of those that wait, until no more than so many do."""
@@ -151,6 +142,48 @@ def _calls(items: Iterable[Any]) -> Iterator[Call | Exception]:
         yield error
 
 
+# --- calls that are quick -------------------------------------------------------------------------
+
+
+def _computed(flight: Flight) -> list[torch.Tensor]:
+    """In a thread: what OpenVINO computes. Raises one of FAILURES."""
+    started = time.perf_counter()
+    computed = flight.compute()
+    seconds = time.perf_counter() - started
+    if seconds < _WORTH_A_TRY_SECONDS:
+        key, long_calls = flight.plan.key(flight.given), flight.plan.long_calls
+        if seconds < _WORTH_A_THREAD_SECONDS:
+            long_calls[key] = 0
+        else:
+            long_calls.setdefault(key, 0)
+    return computed
+
+
+def _is_quick(plan: Plan, given: Sequence[torch.Tensor]) -> bool:
+    """Whether such calls are over sooner than another thread would have begun with them."""
+    known = plan.long_calls
+    return bool(known) and known.get(plan.key(given), _LONG_CALLS) < _LONG_CALLS
+
+
+def _at_once(plan: Plan, given: Sequence[torch.Tensor]) -> tuple[Any] | None:
+    """The module's answer, by OpenVINO, in this thread; None where eager has to give it."""
+    served = plan.served
+    if served is None:  # since a moment ago
+        return None
+    started = time.perf_counter()
+    try:
+        answer = served.answer(given)
+    except FAILURES as error:
+        log.debug("to be answered by eager: %s", error)
+        return None
+    long = time.perf_counter() - started > _WORTH_A_THREAD_SECONDS
+    plan.calls.add()
+    if plan.long_calls:
+        key = plan.key(given)
+        plan.long_calls[key] = plan.long_calls.get(key, _LONG_CALLS) + 1 if long else 0
+    return (answer,)
+
+
 # --- submit ---------------------------------------------------------------------------------------
 
 
@@ -160,6 +193,8 @@ class _Lanes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+        # Under way, and not known to be quick: nothing is to be answered at once behind them.
+        self.long: set[Flight] = set()
         self.eager = ThreadPoolExecutor(1, thread_name_prefix="ovshim-eager")
 
     def pool(self, count: int) -> ThreadPoolExecutor:
@@ -185,8 +220,15 @@ def submitted(
     """
     future: Future[Any] = Future()
     lanes = _lanes_of(owner)
-    flight = take_off(module, dispatcher_of(module), args, kwargs)
-    if flight is not None:
+    found = ready(module, dispatcher_of(module), args, kwargs)
+    if found is not None:
+        quick = _is_quick(*found)
+        if quick and not lanes.long and (answered := _at_once(*found)) is not None:
+            future.set_result(answered[0])
+            return future
+        flight = Flight(*found, (args, kwargs))
+        if not quick:
+            lanes.long.add(flight)
         lanes.pool(flight.threads).submit(_fly, flight, module, lanes, future)
     elif in_special_mode():
         _settle(future, lambda: module(*args, **kwargs))
@@ -204,13 +246,15 @@ def _lanes_of(owner: object) -> _Lanes:
 
 
 def _fly(flight: Flight, module: nn.Module, lanes: _Lanes, future: Future[Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
+    computed = None
     try:
-        computed = flight.compute()
+        if not future.set_running_or_notify_cancel():
+            return
+        computed = _computed(flight)
     except FAILURES as error:
         log.debug("submitted in vain: %s", error)
-        computed = None
+    finally:
+        lanes.long.discard(flight)
     if computed is not None and flight.holds():
         _settle(future, lambda: flight.answer(computed))
     else:

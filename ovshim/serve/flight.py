@@ -130,7 +130,7 @@ class Flight:
         plan: Plan,
         given: Sequence[torch.Tensor],
         call: Call,
-        copied: bool,
+        copied: bool = True,
     ) -> None:
         assert plan.served is not None
         self.plan = plan
