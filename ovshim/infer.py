@@ -36,6 +36,7 @@ from ovshim.slots import (
     port_dtype,
     references,
 )
+from ovshim.waiting import SHARED_OUT
 
 _log = logging.getLogger("ovshim")
 
@@ -281,7 +282,7 @@ class Engine:
     def _bind_input(self, slot: Slot, index: int, x: torch.Tensor) -> Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""
         array = None
-        if x.nbytes <= _COPY_INPUT_BYTES:
+        if x.nbytes <= _COPY_INPUT_BYTES and x.numel() < SHARED_OUT:
             shape = x.shape
             ready = slot.ready[index]
             entry = ready.pop(shape, None) or self._buffer(index, shape)

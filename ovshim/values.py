@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ovshim.waiting import SHARED_OUT
+
 __all__ = ["WIDEST", "ValueCheck", "compile_value_check", "usual"]
 
 # The square of what is larger is no float32.
@@ -73,25 +75,42 @@ def _square(x: torch.Tensor) -> float:
         square: float = np.vdot(values, values)  # in half of torch.dot's time
         return square
     flat = x.detach().reshape(-1)
-    return float(torch.dot(flat, flat).item())
+    if x.numel() < SHARED_OUT:
+        return float(torch.dot(flat, flat).item())
+    values = flat.resolve_neg().numpy()
+    # A loop of NumPy's own: of float64 `vdot` makes work for threads that spin, too.
+    return float(np.einsum("i,i", values, values))
 
 
 def _moderate(x: torch.Tensor) -> bool:
     if x.dtype is torch.float16:  # its squares overflow at 256 already
-        return bool(torch.isfinite(x).all())
+        return _largest(x) < math.inf if x.numel() >= SHARED_OUT else bool(torch.isfinite(x).all())
     if x.dtype is torch.bfloat16:
+        if x.numel() >= SHARED_OUT and _largest(x) * math.sqrt(x.numel()) < _LARGEST_NORM:
+            return True
         return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float32)) < _LARGEST_NORM
     return _square(x) < math.inf
 
 
 def _no_nan(x: torch.Tensor) -> bool:
     if x.dtype in (torch.float16, torch.bfloat16):
+        if x.numel() >= SHARED_OUT:
+            return not math.isnan(_largest(x))
         return not bool(torch.isnan(x).any())
     return not math.isnan(_square(x))
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest absolute value in 16 bits; NaN if there is one: its bits are the largest."""
+    bits = (x.detach().resolve_neg().view(torch.int16).numpy() & 0x7FFF).max()
+    return torch.tensor(int(bits), dtype=torch.int16).view(x.dtype).item()
 
 
 def _within(x: torch.Tensor, low: int, high: int) -> bool:
     if x.numel() == 0:
         return True
+    if x.numel() >= SHARED_OUT:
+        values = x.resolve_neg().numpy()
+        return bool(low <= values.min() and values.max() <= high)
     least, most = torch.aminmax(x)
     return low <= least.item() and most.item() <= high

@@ -11,7 +11,12 @@ import torch
 
 from ovshim.errors import OvshimWarning
 
-__all__ = ["look_at"]
+__all__ = ["SHARED_OUT", "look_at"]
+
+SHARED_OUT = 32768
+"""From so many elements on torch shares out work among its threads. They spin for milliseconds
+afterwards, on the cores that OpenVINO's are pinned to, so whatever is done to the tensors of a call
+beside what OpenVINO does is done without them."""
 
 _lock = threading.Lock()
 _said = False

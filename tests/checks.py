@@ -208,6 +208,19 @@ def as_it_runs() -> Iterator[None]:
         yield
 
 
+def share_of_other_threads(work: Callable[[], Any]) -> float:
+    """Of the processors' time that this work costs, what other threads of this process take."""
+    work()
+    time.sleep(0.1)  # those that it has woken spin on
+    own, whole = time.thread_time(), time.process_time()
+    for _ in range(10):
+        work()
+    own = time.thread_time() - own
+    time.sleep(0.1)
+    whole = time.process_time() - whole
+    return (whole - own) / whole
+
+
 def run_python(source: str, *arguments: str, **environment: str) -> str:
     """What a fresh Python prints that runs the source; it can import the tests' own modules."""
     process = start_python(source, *arguments, **environment)

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import counts, falls_back, quietly, run_python, same, served
+from checks import counts, falls_back, quietly, run_python, same, served, share_of_other_threads
 from modules import Attention, Branches, Mlp, make
 from torch import Tensor, nn
 
@@ -135,18 +134,8 @@ def test_copies_are_as_torch_would_make_them(kind: str, inference: bool) -> None
 @pytest.mark.skipif(torch.get_num_threads() == 1, reason="torch has no other threads")
 def test_copies_do_not_wake_torchs_threads() -> None:
     x = torch.randn(4_000_000)
-
-    def share(copy: Callable[[], Any]) -> float:
-        """Of the processors' time what other threads take."""
-        copy()
-        time.sleep(0.1)  # those that were woken spin on
-        own, whole = time.thread_time(), time.process_time()
-        for _ in range(10):
-            copy()
-        own, whole = time.thread_time() - own, time.process_time() - whole
-        return (whole - own) / whole
-
-    assert share(lambda: KeptCall(((x,), {}))) < 0.1 < share(x.clone)
+    assert share_of_other_threads(lambda: KeptCall(((x,), {}))) < 0.1
+    assert share_of_other_threads(x.clone) > 0.1
 
 
 def test_a_tensor_that_is_filled_again_and_again() -> None:

@@ -22,6 +22,7 @@ from ovshim.dispatch import Dispatcher
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.signature import flatten_call, unflatten_call
 from ovshim.special_mode import in_special_mode
+from ovshim.waiting import SHARED_OUT
 
 __all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "ready", "take_off"]
 
@@ -29,9 +30,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What may come out of a computation that eager should answer instead.
 FAILURES = (OutOfRangeError, RuntimeError, ValueError)
-
-# Torch shares out work among its threads where there are more elements.
-_MANY = 32768
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
@@ -97,10 +95,8 @@ def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """A plain copy, whatever mode this thread is in."""
     with torch.inference_mode(False):
         tensor = tensor.detach()
-        if tensor.numel() < _MANY or tensor.layout is not torch.strided:
+        if tensor.numel() < SHARED_OUT or tensor.layout is not torch.strided:
             return tensor.clone()
-        # Not by `clone`: torch's threads would help, and then spin for milliseconds on the cores
-        # that OpenVINO's are pinned to.
         copy = torch.empty_like(tensor)
         try:
             np.copyto(_array(copy), _array(tensor))
