@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ovshim
 from ovshim.infer import Engine, EngineDead
 from ovshim.serve import Batcher, ahead, sizing
+from ovshim.serve.copies import joined
 from ovshim.serve.flight import Kept as KeptCall
 
 
@@ -131,10 +132,30 @@ def test_copies_are_as_torch_would_make_them(kind: str, inference: bool) -> None
         assert copy.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("sizes", [(1, 3), (200, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("form", ["contiguous", "channels last", "strided"])
+def test_rows_are_joined_as_torch_would(
+    sizes: tuple[int, int], dtype: torch.dtype, form: str
+) -> None:
+    parts = [torch.rand(rows, 3, 8, 8).mul(9).to(dtype) for rows in sizes]
+    if form == "channels last":
+        parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
+    elif form == "strided":
+        parts = [part[..., ::2] for part in parts]
+    with torch.inference_mode():
+        whole, expected = joined(parts), torch.cat(parts)
+    assert torch.equal(whole, expected)
+    assert whole.stride() == expected.stride()
+    assert whole.dtype == dtype
+    assert whole.is_inference()
+
+
 @pytest.mark.skipif(torch.get_num_threads() == 1, reason="torch has no other threads")
 def test_copies_do_not_wake_torchs_threads() -> None:
     x = torch.randn(4_000_000)
     assert share_of_other_threads(lambda: KeptCall(((x,), {}))) < 0.1
+    assert share_of_other_threads(lambda: joined([x, x])) < 0.1
     assert share_of_other_threads(x.clone) > 0.1
 
 

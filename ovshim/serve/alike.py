@@ -15,6 +15,7 @@ from ovshim.dispatch import Dispatcher
 from ovshim.inputs import redraw
 from ovshim.plan import Plan, Served
 from ovshim.serve import sizing
+from ovshim.serve.copies import copied, joined
 from ovshim.serve.flight import FAILURES, Flight, take_off
 from ovshim.signature import flatten, flatten_call, unflatten_call
 from ovshim.verify import Mismatch, compare
@@ -167,7 +168,7 @@ class Rows:
         self, like: Call, calls: Sequence[Tensors], compared: bool
     ) -> tuple[Plan, list[list[torch.Tensor]]] | None:
         """What a batch of these tensors computes, by call; None where it cannot be told apart."""
-        together = _once_each(like.given, lambda _, i: torch.cat([given[i] for given in calls]))
+        together = _once_each(like.given, lambda _, i: joined([given[i] for given in calls]))
         plan, served, batch = like.with_rows(together)
         parts = _parted(served, served.compute(batch), [len(given[0]) for given in calls])
         if parts is None:
@@ -196,8 +197,8 @@ def _parted(
     if any(tensor.dim() == 0 or len(tensor) != sum(rows) for tensor in outputs):
         return None
     by_output = [torch.split(tensor, list(rows)) for tensor in outputs]
-    # Clones: a caller who keeps a row should not keep the whole batch, nor see others write to it.
-    return [[*(part.clone() for part in parts), *verdict] for parts in zip(*by_output, strict=True)]
+    # Copies: a caller who keeps a row should not keep the whole batch, nor see others write to it.
+    return [[*(copied(part) for part in parts), *verdict] for parts in zip(*by_output, strict=True)]
 
 
 def _other_values(given: Tensors) -> list[torch.Tensor]:

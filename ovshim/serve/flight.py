@@ -11,7 +11,6 @@ import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace
@@ -20,9 +19,9 @@ from torch.nn.modules import module as torch_module
 from ovshim.bound import installed
 from ovshim.dispatch import Dispatcher
 from ovshim.plan import OutOfRangeError, Plan, Served
+from ovshim.serve.copies import copied
 from ovshim.signature import flatten_call, unflatten_call
 from ovshim.special_mode import in_special_mode
-from ovshim.waiting import SHARED_OUT
 
 __all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "ready", "take_off"]
 
@@ -94,19 +93,7 @@ class Kept:
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """A plain copy, whatever mode this thread is in."""
     with torch.inference_mode(False):
-        tensor = tensor.detach()
-        if tensor.numel() < SHARED_OUT or tensor.layout is not torch.strided:
-            return tensor.clone()
-        copy = torch.empty_like(tensor)
-        try:
-            np.copyto(_array(copy), _array(tensor))
-        except (RuntimeError, TypeError):  # conjugated, negated, or of a dtype unknown to NumPy
-            copy.copy_(tensor)
-        return copy
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+        return copied(tensor.detach())
 
 
 class Flight:
