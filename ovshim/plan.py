@@ -15,6 +15,7 @@ from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.lanes import Lane
 from ovshim.matcher import Builder, Glance, Matcher, Output
+from ovshim.pace import Pace
 from ovshim.race import Finish
 from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, Structure, describe, fits
@@ -180,8 +181,7 @@ class Plan:
             has to be paid for (`unmet`), its sizes.
         open, closed: keys of calls that OpenVINO serves, and buckets that eager serves, beyond
             doubt.
-        long_calls: how many calls, the last ones of a key, were worth a thread of their own, as
-            `serve` has found; nothing of keys of which all are.
+        paces: how long calls take, by key, as far as `serve` has found out.
         tolerance: largest relative L2 error, for sizes met for the first time.
         graph: what serves, as it can be carried away; None where eager serves.
         notes: keeps with the entry what is found out later; None where nothing is cached.
@@ -247,7 +247,7 @@ class Plan:
     unmet: Unmet | None = None
     open: set[Bucket] = dataclasses.field(default_factory=set)
     closed: set[Bucket] = dataclasses.field(default_factory=set)
-    long_calls: dict[Bucket, int] = dataclasses.field(default_factory=dict)
+    paces: dict[Bucket, Pace] = dataclasses.field(default_factory=dict)
     glance: Glance | None = None
     raced: bool = False
     tolerance: float = 0.0
@@ -281,6 +281,11 @@ class Plan:
         if lane is None:
             lane = self.lanes.setdefault(bucket, Lane(proved=False, raced=not self.raced))
         return lane
+
+    def pace(self, tensors: Sequence[torch.Tensor]) -> Pace:
+        """How long calls take that are like one of these."""
+        key = self.key(tensors)
+        return self.paces.get(key) or self.paces.setdefault(key, Pace())
 
     def settle(self) -> None:
         """Let the lanes that are settled be found by the hot path."""

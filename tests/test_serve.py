@@ -15,8 +15,9 @@ from modules import Attention, Branches, Mlp, make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import pace
 from ovshim.infer import Engine, EngineDead
-from ovshim.serve import Batcher, ahead, sizing
+from ovshim.serve import Batcher, sizing
 from ovshim.serve.copies import joined
 from ovshim.serve.flight import Kept as KeptCall
 
@@ -416,7 +417,7 @@ def threads_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
 
 
 def test_what_is_quick_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 30.0)
+    monkeypatch.setattr(pace, "_WORTH_A_THREAD_SECONDS", 30.0)
     module, fast = fast_mlp(hint="throughput")
     xs = [torch.randn(3, 8) for _ in range(4)]
     seen = threads_of_calls(monkeypatch)
@@ -431,8 +432,8 @@ def test_what_is_quick_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_turns_out_long_gets_threads_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 0.0)
-    monkeypatch.setattr(ahead, "_WORTH_A_TRY_SECONDS", 30.0)
+    monkeypatch.setattr(pace, "_WORTH_A_THREAD_SECONDS", 0.0)
+    monkeypatch.setattr(pace, "_WORTH_A_TRY_SECONDS", 30.0)
     module, fast = fast_mlp()
     x = torch.randn(3, 8)
     seen = threads_of_calls(monkeypatch)
@@ -443,8 +444,21 @@ def test_what_turns_out_long_gets_threads_again(monkeypatch: pytest.MonkeyPatch)
     assert [thread is here for thread in seen] == [False] + [True] * 5 + [False] * 4
 
 
+def test_interruptions_make_nothing_long() -> None:
+    calls = pace.Pace()
+    assert not calls.quick  # nothing is known
+    calls.took(5e-3, here=False)
+    assert calls.quick  # or so it may be
+    for seconds in (1e-4, *[1.0] * 20):
+        calls.took(seconds, here=True)
+    assert calls.quick
+    calls = pace.Pace()
+    calls.took(0.5, here=False)
+    assert not calls.quick
+
+
 def test_nothing_is_answered_at_once_behind_a_long_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 30.0)
+    monkeypatch.setattr(pace, "_WORTH_A_THREAD_SECONDS", 30.0)
     module, fast = fast_mlp(dynamic_batch=True)
     few, many = torch.randn(3, 8), torch.randn(64, 8)
     go, run = threading.Event(), Engine.run
@@ -465,7 +479,7 @@ def test_nothing_is_answered_at_once_behind_a_long_call(monkeypatch: pytest.Monk
 
 
 def test_what_is_quick_and_eagers_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_WORTH_A_THREAD_SECONDS", 30.0)
+    monkeypatch.setattr(pace, "_WORTH_A_THREAD_SECONDS", 30.0)
     module = make(Looking)
     ids, wrong = torch.randint(0, 10, (2, 3)), torch.full((2, 3), 10)
     fast = accelerated(module, ids, hint="throughput")

@@ -23,24 +23,18 @@ from torch import nn
 
 from ovshim.errors import OptionError
 from ovshim.example import as_call
+from ovshim.pace import Pace
 from ovshim.plan import Plan
-from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, dispatcher_of, ready
+from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, Ready, dispatcher_of, ready
 from ovshim.special_mode import in_special_mode
 
 __all__ = ["in_order", "submitted"]
 
 log = logging.getLogger("ovshim")
 
-# Below this a computation is over before another thread is awake.
-_WORTH_A_THREAD_SECONDS = 150e-6
-# What takes so long in another thread may be as quick as that: much of it may have been waiting for
-# Python's lock, which a caller that submits one call after the other keeps for 5 ms at a time.
-_WORTH_A_TRY_SECONDS = 10e-3
 # So many calls a thread may have been made of which nobody has taken the answers: where one of them
 # is held up, the other threads go on.
 _AHEAD = 2
-# Fewer long calls in a row were interrupted, not long.
-_LONG_CALLS = 5
 
 
 # --- map ------------------------------------------------------------------------------------------
@@ -89,10 +83,9 @@ class _Line:
                     # Eager's turn comes when all before it have had theirs; and nothing is read
                     # ahead beyond it, for what it does may decide what comes after.
                     yield from self.landed(0)
-                    yield self.plainly(call)
+                    yield self.here(None, call)
                 else:
-                    answered = None if found is None else _at_once(*found)
-                    yield self.plainly(call) if answered is None else answered[0]
+                    yield self.here(found, call)
             yield from self.landed(0)
         finally:
             if self.pool is not None:
@@ -104,8 +97,7 @@ class _Line:
         if plan.served is None or plan.served.engine.advised == 1:
             return False
         # A quick one does not wait for those that are long.
-        quick = _is_quick(plan, given)
-        return not (quick and all(_is_quick(f.plan, f.given) for f, _ in self.waiting))
+        return not (plan.pace(given).quick and all(f.pace.quick for f, _ in self.waiting))
 
     def threads(self, flight: Flight) -> ThreadPoolExecutor:
         if self.pool is None:
@@ -113,7 +105,11 @@ class _Line:
             self.pool = ThreadPoolExecutor(count, thread_name_prefix="ovshim-map")
         return self.pool
 
-    def plainly(self, call: Call) -> Any:
+    def here(self, found: Ready | None, call: Call) -> Any:
+        """The module's answer, in this thread. `found`: what serves the call, if asked just now."""
+        answered = None if found is None else _at_once(*found, found[0].pace(found[1]))
+        if answered is not None:
+            return answered[0]
         args, kwargs = call
         return self.module(*args, **kwargs)
 
@@ -142,30 +138,18 @@ def _calls(items: Iterable[Any]) -> Iterator[Call | Exception]:
         yield error
 
 
-# --- calls that are quick -------------------------------------------------------------------------
+# --- how long calls take --------------------------------------------------------------------------
 
 
 def _computed(flight: Flight) -> list[torch.Tensor]:
     """In a thread: what OpenVINO computes. Raises one of FAILURES."""
     started = time.perf_counter()
     computed = flight.compute()
-    seconds = time.perf_counter() - started
-    if seconds < _WORTH_A_TRY_SECONDS:
-        key, long_calls = flight.plan.key(flight.given), flight.plan.long_calls
-        if seconds < _WORTH_A_THREAD_SECONDS:
-            long_calls[key] = 0
-        else:
-            long_calls.setdefault(key, 0)
+    flight.pace.took(time.perf_counter() - started, here=False)
     return computed
 
 
-def _is_quick(plan: Plan, given: Sequence[torch.Tensor]) -> bool:
-    """Whether such calls are over sooner than another thread would have begun with them."""
-    known = plan.long_calls
-    return bool(known) and known.get(plan.key(given), _LONG_CALLS) < _LONG_CALLS
-
-
-def _at_once(plan: Plan, given: Sequence[torch.Tensor]) -> tuple[Any] | None:
+def _at_once(plan: Plan, given: Sequence[torch.Tensor], pace: Pace) -> tuple[Any] | None:
     """The module's answer, by OpenVINO, in this thread; None where eager has to give it."""
     served = plan.served
     if served is None:  # since a moment ago
@@ -176,11 +160,8 @@ def _at_once(plan: Plan, given: Sequence[torch.Tensor]) -> tuple[Any] | None:
     except FAILURES as error:
         log.debug("to be answered by eager: %s", error)
         return None
-    long = time.perf_counter() - started > _WORTH_A_THREAD_SECONDS
+    pace.took(time.perf_counter() - started, here=True)
     plan.calls.add()
-    if plan.long_calls:
-        key = plan.key(given)
-        plan.long_calls[key] = plan.long_calls.get(key, _LONG_CALLS) + 1 if long else 0
     return (answer,)
 
 
@@ -222,12 +203,15 @@ def submitted(
     lanes = _lanes_of(owner)
     found = ready(module, dispatcher_of(module), args, kwargs)
     if found is not None:
-        quick = _is_quick(*found)
-        if quick and not lanes.long and (answered := _at_once(*found)) is not None:
-            future.set_result(answered[0])
-            return future
-        flight = Flight(*found, (args, kwargs))
-        if not quick:
+        plan, given = found
+        pace = plan.pace(given)
+        if pace.quick and not lanes.long:
+            answered = _at_once(plan, given, pace)
+            if answered is not None:
+                future.set_result(answered[0])
+                return future
+        flight = Flight(plan, given, (args, kwargs))
+        if not pace.quick:
             lanes.long.add(flight)
         lanes.pool(flight.threads).submit(_fly, flight, module, lanes, future)
     elif in_special_mode():

@@ -18,14 +18,26 @@ from torch.nn.modules import module as torch_module
 
 from ovshim.bound import installed
 from ovshim.dispatch import Dispatcher
+from ovshim.pace import Pace
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.serve.copies import copied
 from ovshim.signature import flatten_call, unflatten_call
 from ovshim.special_mode import in_special_mode
 
-__all__ = ["FAILURES", "Call", "Flight", "Kept", "Modes", "dispatcher_of", "ready", "take_off"]
+__all__ = [
+    "FAILURES",
+    "Call",
+    "Flight",
+    "Kept",
+    "Modes",
+    "Ready",
+    "dispatcher_of",
+    "ready",
+    "take_off",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Ready = tuple[Plan, tuple[torch.Tensor, ...]]
 
 # What may come out of a computation that eager should answer instead.
 FAILURES = (OutOfRangeError, RuntimeError, ValueError)
@@ -148,6 +160,11 @@ class Flight:
         than those, so that what one of them does in Python is done while all are computing."""
         return self.advised + (self.advised > 1)
 
+    @property
+    def pace(self) -> Pace:
+        """How long such calls take."""
+        return self.plan.pace(self.given)
+
     def call(self, module: Callable[..., Any]) -> Any:
         """Make the call after all. Raises what the module raises."""
         assert self._kept is not None
@@ -178,7 +195,7 @@ def ready(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     settled: bool = True,
-) -> tuple[Plan, tuple[torch.Tensor, ...]] | None:
+) -> Ready | None:
     """As `take_off`: what serves the call, and its tensors."""
     if dispatcher is None or not _is_plain_call(module):
         return None
