@@ -424,6 +424,24 @@ def test_the_examples_sizes_have_a_graph_of_their_own(
         check(fast, module, torch.randn(3, 8))
 
 
+def test_a_tiny_graph_runs_in_one_stream_whatever_the_hint(
+    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    for cache in ("miss", "hit"):
+        fast = accelerate(module, x, hint="throughput", cache_dir=tmp_path)
+        plan = plan_of(fast)
+        assert plan.cache == cache
+        assert plan.way == "one stream, not pinned, exact sizes"
+        assert plan.served.engine.advised == plan.served.engine.exact.advised == 1
+        for rows in (3, 5):
+            check(fast, module, torch.randn(rows, 8))
+    assert plan_of(accelerate(module, x, cache_dir=tmp_path)).way == "not pinned, exact sizes"
+    # What is as long in one stream is none of these.
+    monkeypatch.setattr(tiny, "rounds", lambda calls, *_, **__: [[9e-5, 9e-5, 9e-5]] * len(calls))
+    assert plan_of(accelerate(module, x, hint="throughput", cache_dir=None)).way == "usual"
+
+
 @pytest.mark.slow
 def test_without_it_the_open_graph_serves(
     exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch
