@@ -161,7 +161,8 @@ class Dispatcher:
 
         Args:
             settled: False: also where it is to be found out yet who serves calls of these sizes,
-                and where eager is faster.
+                and where eager is faster. Values that the engine looks for by itself are looked
+                for here then: it would refuse those of other calls with them.
         """
         if building_here() or self.module.training or in_special_mode():
             return None
@@ -178,7 +179,7 @@ class Dispatcher:
                 and (not settled or plan.key(tensors) in plan.open)
                 and plan.generation is not None
                 and plan.generation.holds()
-                and plan.values_fit(tensors)
+                and (plan.other_values_fit if settled else plan.values_fit)(tensors)
             )
             return (plan, tensors) if fits else None
         return None
