@@ -2,12 +2,11 @@
 brings, and so may sizes that are left open. Such a graph is compiled in other ways too, and the
 fastest is kept.
 
-With several streams each call is handed to a stream's thread and back, which takes longer than such
-a graph: one stream, in the thread that asks, brings more calls through as well.
-
 For the example's sizes alone it takes 2 to 8 µs less. Calls of other sizes go to the open graph, of
-which the whole proof is; the exact one is proved when the open one has been. One stream of one
-thread would save as much again, but hides failures (`single`)."""
+which the whole proof is; the exact one is proved when the open one has been. With several streams
+(`hint="throughput"`) it is in one: to hand a call to a stream's thread and back takes longer than
+such a graph. Calls of larger sizes have the open one's streams. One stream of one thread would save
+as much again, but hides failures (`single`)."""
 
 from __future__ import annotations
 
@@ -43,20 +42,15 @@ _BUDGET_SECONDS = 0.015
 _MARGIN = 1.05
 
 _EXACT = ", exact sizes"
+_IN_ONE_STREAM = ", exact sizes in one stream"
 
-_UNPINNED = {"ENABLE_CPU_PINNING": False}
-_ONE_STREAM = {"PERFORMANCE_HINT": "LATENCY"}
-# By hint.
-_WAYS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "latency": {"usual": {}, "not pinned": _UNPINNED},
-    "throughput": {
-        "usual": {},
-        "one stream": _ONE_STREAM,
-        "one stream, not pinned": {**_ONE_STREAM, **_UNPINNED},
-    },
+_WAYS: Mapping[str, Mapping[str, Any]] = {
+    "usual": {},
+    "not pinned": {"ENABLE_CPU_PINNING": False},
 }
-# How many times as long a graph that turns out to be tiny may take as `usual`.
-_HANDED_OVER = {"latency": 1, "throughput": 4}
+_ONE_STREAM = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+# With several streams what would be tiny in one may take so many times as long.
+_HANDED_OVER = 4
 
 
 def fastest(
@@ -80,24 +74,22 @@ def fastest(
     pinned = not runtime.leaves_cores(torch.get_num_threads())
     if asked or not plain or not pinned or not _is_small(source):
         return compiled({})
-    ways = _WAYS[options.hint]
-    known = record.ways.get(_where(job), "").removesuffix(_EXACT)
-    if known in ways:
+    streams = options.hint == "throughput"
+    known = record.ways.get(_where(job), "").partition(", ")[0]
+    if known in _WAYS:
         job.way = known
-        return compiled(ways[known])
+        return compiled(_WAYS[known])
     usual = compiled({})
     engine, way = usual, "usual"
     inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]
-    job.tiny = _is_tiny(lambda: usual.run(inputs), _HANDED_OVER[options.hint])
-    if job.tiny:
+    job.tiny = _is_tiny(lambda: usual.run(inputs), _HANDED_OVER if streams else 1)
+    if job.tiny and not streams:
         with job.stage("compile"):
-            engines = {way: compiled(more) if more else usual for way, more in ways.items()}
+            engines = {way: compiled(more) if more else usual for way, more in _WAYS.items()}
             calls = [lambda engine=engine: engine.run(inputs) for engine in engines.values()]
-            times = rounds(calls, _BUDGET_SECONDS)
-        medians = list(map(statistics.median, times))
+            medians = list(map(statistics.median, rounds(calls, _BUDGET_SECONDS)))
         seconds, best = min(zip(medians, engines, strict=True))
-        job.tiny = min(map(min, times)) <= _TINY_SECONDS
-        if job.tiny and medians[0] > _MARGIN * seconds:
+        if medians[0] > _MARGIN * seconds:
             engine, way = engines[best], best
     _keep(job, record, entry, way)
     return engine
@@ -117,12 +109,13 @@ def add_exact(
         compiled: compiles the graph with further properties and for these sizes of its inputs.
         prove: raises where that is wrong.
     """
-    known = record.ways.get(_where(job), "").endswith(_EXACT)
+    streams = job.options.hint == "throughput"
+    known = record.ways.get(_where(job), "").endswith((_EXACT, _IN_ONE_STREAM))
     is_open = any(n is None for dims in record.pattern for n in dims)
     if (
         job.way is None
         or isinstance(job.options.precision, Mapping)  # of which nobody would read back what runs
-        or not is_open
+        or not (is_open or streams)
         or not (known or job.tiny)
         or type(served.engine) is not Engine
         or served.engine.exact is not None  # of the other grad mode's plan
@@ -132,7 +125,7 @@ def add_exact(
     sizes = [tuple(tensor.shape) for tensor in inputs]
     try:
         with job.stage("compile"):
-            exact = compiled(_WAYS[job.options.hint][job.way], sizes)
+            exact = compiled(_ONE_STREAM if streams else _WAYS[job.way], sizes)
         with job.stage("proof"):
             prove(dataclasses.replace(served, engine=exact))
     except Exception:  # the module's own too, on values drawn anew: the open graph is proved
@@ -141,10 +134,10 @@ def add_exact(
     if not known:
         calls = [lambda engine=engine: engine.run(inputs) for engine in (served.engine, exact)]
         usual, other = map(statistics.median, rounds(calls, _BUDGET_SECONDS))
-        if usual <= _MARGIN * other:
+        if usual <= _MARGIN * other or (streams and other > _TINY_SECONDS):
             return
     served.engine.leave(sizes, exact)
-    _keep(job, record, entry, job.way + _EXACT)
+    _keep(job, record, entry, job.way + (_IN_ONE_STREAM if streams else _EXACT))
 
 
 def _where(job: Job) -> str:

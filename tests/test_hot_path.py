@@ -424,22 +424,26 @@ def test_the_examples_sizes_have_a_graph_of_their_own(
         check(fast, module, torch.randn(3, 8))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
 def test_a_tiny_graph_runs_in_one_stream_whatever_the_hint(
-    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dynamic: bool
 ) -> None:
     module, x = make(Mlp), torch.randn(3, 8)
+    options = {"hint": "throughput", "dynamic_batch": dynamic}
     for cache in ("miss", "hit"):
-        fast = accelerate(module, x, hint="throughput", cache_dir=tmp_path)
-        plan = plan_of(fast)
+        plan = plan_of(fast := accelerate(module, x, cache_dir=tmp_path, **options))
         assert plan.cache == cache
-        assert plan.way == "one stream, not pinned, exact sizes"
-        assert plan.served.engine.advised == plan.served.engine.exact.advised == 1
-        for rows in (3, 5):
+        assert plan.way == "usual, exact sizes in one stream"
+        assert plan.served.engine.exact.advised == 1
+        for rows in (3, 5) if dynamic else (3,):
             check(fast, module, torch.randn(rows, 8))
-    assert plan_of(accelerate(module, x, cache_dir=tmp_path)).way == "not pinned, exact sizes"
+    way = plan_of(accelerate(module, x, cache_dir=tmp_path, dynamic_batch=dynamic)).way
+    assert way == ("not pinned, exact sizes" if dynamic else "not pinned")
     # What is as long in one stream is none of these.
-    monkeypatch.setattr(tiny, "rounds", lambda calls, *_, **__: [[9e-5, 9e-5, 9e-5]] * len(calls))
-    assert plan_of(accelerate(module, x, hint="throughput", cache_dir=None)).way == "usual"
+    monkeypatch.setattr(tiny, "rounds", lambda calls, *_, **__: [[1e-4], [8e-5]][: len(calls)])
+    plan = plan_of(accelerate(module, x, cache_dir=None, **options))
+    assert plan.way == "usual"
+    assert plan.served.engine.exact is None
 
 
 @pytest.mark.slow
