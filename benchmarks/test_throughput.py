@@ -1,8 +1,10 @@
 """Many items one after the other: `fast.ovshim.map` beside OpenVINO's own AsyncInferQueue.
 
-Both run the very same compiled model, made for throughput. The queue is used as its documentation
-has it: inputs shared, outputs copied in the callback, for they have to outlast the request. `map`
-asks all guards of each item, copies its inputs, and hands out outputs that belong to the caller.
+Both run the very same compiled model: made for throughput, or for one stream where calls are too
+short for several (the MLP; over one that is made for throughput the queue takes as long). The queue
+is used as its documentation has it: inputs shared, outputs copied in the callback, for they have to
+outlast the request. `map` asks all guards of each item, copies its inputs, and hands out outputs
+that belong to the caller.
 """
 
 import functools
