@@ -19,6 +19,7 @@ from ovshim import pace
 from ovshim.infer import Engine, EngineDead
 from ovshim.serve import Batcher, sizing
 from ovshim.serve.copies import joined
+from ovshim.serve.flight import Flight
 from ovshim.serve.flight import Kept as KeptCall
 
 
@@ -87,17 +88,17 @@ def test_several_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_others_go_on_while_one_is_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
     module, fast = fast_mlp()
-    others, run = threading.Semaphore(0), Engine.run
+    others, compute = threading.Semaphore(0), Flight.compute
     numbers = iter(range(8))
 
-    def hold_the_first(self: Engine, tensors: Any) -> list[Tensor]:
+    def hold_the_first(self: Flight) -> list[Tensor]:
         if next(numbers) == 0:
             assert all(others.acquire(timeout=30) for _ in range(3))
-        computed = run(self, tensors)
+        computed = compute(self)
         others.release()
         return computed
 
-    monkeypatch.setattr(Engine, "run", hold_the_first)
+    monkeypatch.setattr(Flight, "compute", hold_the_first)
     xs = [torch.randn(3, 8) for _ in range(8)]
     with torch.inference_mode(), served(fast, "openvino", calls=8):
         same(list(fast.ovshim.map(xs, in_flight=2)), [module(x) for x in xs])
@@ -406,13 +407,14 @@ def test_exceptions_go_into_the_future() -> None:
 
 def threads_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     """The thread that each call of an engine ran in, from now on."""
-    seen, run = [], Engine.run
+    seen, bind = [], Engine._bind_inputs
 
-    def note(self: Engine, tensors: Any) -> list[Tensor]:
+    def note(self: Engine, slot: Any, tensors: Any) -> Any:
         seen.append(threading.current_thread())
-        return run(self, tensors)
+        return bind(self, slot, tensors)
 
-    monkeypatch.setattr(Engine, "run", note)
+    # Not `run`, which may leave a call to another engine.
+    monkeypatch.setattr(Engine, "_bind_inputs", note)
     return seen
 
 
