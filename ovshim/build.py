@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ovshim import early, proof, runtime
+from ovshim import early, pages, proof, runtime
 from ovshim.assemble import (
     eager_of,
     eager_plan,
@@ -278,6 +278,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
         generation = generation_of(job, record)
+        # What eager and the tracer have used: folding a graph takes as much as its weights.
+        pages.trim()
     if job.lowering is not None:
         with job.stage("lower"):
             captured, told = lowered(job, captured)
@@ -289,6 +291,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         source, entry, keep = _publish(job, family, captured, record)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
+    pages.trim()
     with job.proving(entry):
         served, record = _served_and_proved(job, source, record, entry, generation, seen)
         weakref.finalize(served.engine, keep)

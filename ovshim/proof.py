@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ovshim import pages
 from ovshim.buckets import open_groups
 from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
@@ -116,6 +117,7 @@ def prove(
     worst = max(worst, _prove_samples(eager, served, fitting, check_time))
     met = [sizes_of(tensors)]
     pinned: set[tuple[int, int]] = set()
+    pages.trim()  # at other sizes eager and OpenVINO take more than they did so far
     for group in open_groups(pattern, size_guards):
         check_time()
         drawn = None if samples else generator
@@ -254,10 +256,13 @@ def prove_small(
 
 
 def redrawn(
-    eager: Eager, tensors: Sequence[torch.Tensor], generator: torch.Generator
+    eager: Eager, tensors: Sequence[torch.Tensor], generator: torch.Generator | None
 ) -> tuple[Answer, list[torch.Tensor]]:
-    """Other values and eager's answer to them. A tensor whose other values eager refuses (the
-    offsets of a bag, lengths that must be sorted) keeps those of the example."""
+    """Other values (without a generator: these) and eager's answer to them. A tensor whose other
+    values eager refuses (the offsets of a bag, lengths that must be sorted) keeps those of the
+    example."""
+    if generator is None:
+        return eager.answer(tensors), list(tensors)
     drawn = redraw_all(tensors, generator)
     answer = _answer_or_none(eager, drawn)
     if answer is not None:
@@ -295,11 +300,11 @@ def _prove_group(
         other = resize_all(tensors, pattern, dict.fromkeys(group, size))
         if not sizes_hold(size_guards, sizes_of(other)):
             continue
-        answer = _answer_or_none(eager, other)
-        if answer is None:
-            return None, ()
-        if generator is not None:
+        try:
             answer, other = redrawn(eager, other, generator)
+        except Exception as error:  # whatever a user's module raises at sizes it does not take
+            log.debug("eager refuses size %d at %s: %s", size, group, error)
+            return None, ()
         try:
             return eager.judge(answer, served.answer(other)), sizes_of(other)
         except EngineDead as dead:

@@ -1,12 +1,19 @@
 """torch's private interfaces, as `ovshim/capture` uses them: a test fails when one of them moves.
 
 Names, parameters and attributes only; what they do is tested by what ovshim does with them. Read
-`dynamo.py`, `sources.py`, `sizes.py` and `rewrites/sizes.py` of ovshim/capture beside this.
+`dynamo.py`, `spared.py`, `sources.py`, `sizes.py` and `rewrites/sizes.py` of ovshim/capture beside
+this.
 """
 
+import concurrent.futures
 import dataclasses
 import gc
 import inspect
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +29,9 @@ from torch._dynamo import convert_frame, decorators
 from torch._dynamo.utils import get_metrics_context
 from torch._subclasses.meta_utils import MetaTensorDescriber
 
-from ovshim.capture import _without_full_collections, dynamo
+import ovshim
+from ovshim.capture import _garbage_apart, dynamo
+from ovshim.capture.spared import spared
 
 
 class Captured(nn.Module):
@@ -288,15 +297,120 @@ def test_a_function_of_sizes_has_its_name(name: str) -> None:
     assert callable(getattr(torch, name))
 
 
+class Cycle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_the_collector_looks_at_nothing_else_and_at_what_was_made() -> None:
+    kept, before = Cycle(), gc.get_threshold()
+    assert gc.get_freeze_count() == 0
+    with _garbage_apart():
+        assert gc.get_freeze_count() > 0
+        assert not any(one is kept for one in gc.get_objects())
+        made = weakref.ref(Cycle())
+        with _garbage_apart():  # of a capture within
+            pass
+        assert gc.get_freeze_count() > 0
+    assert made() is None
+    assert gc.get_freeze_count() == 0
+    assert any(one is kept for one in gc.get_objects())
+    assert gc.get_threshold() == before
+
+
 def test_the_collector_is_as_the_program_has_set_it() -> None:
-    before = gc.get_threshold()
+    gc.disable()
+    gc.freeze()
     try:
-        gc.set_threshold(600, 9, 8)
-        with _without_full_collections():
-            assert gc.get_threshold()[2] > 1 << 20
-        assert gc.get_threshold() == (600, 9, 8)
-        with _without_full_collections():
-            gc.set_threshold(500, 7, 6)
-        assert gc.get_threshold() == (500, 7, 6)
+        frozen = gc.get_freeze_count()
+        with _garbage_apart():
+            assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() == frozen
+        gc.unfreeze()
+        with _garbage_apart():
+            made = weakref.ref(Cycle())
+        assert made() is not None
+        assert not gc.isenabled()
     finally:
-        gc.set_threshold(*before)
+        gc.unfreeze()
+        gc.enable()
+
+
+_SPARED = """
+import sys
+import torch
+from torch import nn
+from torch._dynamo import convert_frame
+from ovshim.capture import dynamo
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) + self.calls
+
+with dynamo._configured() as effects:
+    made = convert_frame.fullgraph_capture(Counts().forward, (torch.ones(3, 4),), {})
+(linear, *_) = [node for node in made.backend_input.graph_module.graph.nodes if node.stack_trace]
+assert "self.linear(x)" in linear.stack_trace, linear.stack_trace
+(told,) = effects
+found = [name for name in ("networkx", "torch._inductor.codecache", "torch.export._trace",
+         "torch.distributed.tensor.experimental._func_map", "torch._functorch.aot_autograd")
+         if name in sys.modules]
+assert not found, found
+import torch.export._trace
+with dynamo._configured() as effects:
+    convert_frame.fullgraph_capture(Counts().forward, (torch.ones(3, 4),), {})
+assert effects == [told], effects
+"""
+
+
+def test_what_nobody_needs_is_not_imported_and_the_answers_are_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "spared.py"
+    script.write_text(_SPARED)  # where messages can quote its lines
+    paths = [str(Path(ovshim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, env=environment)
+
+
+def places() -> list[Any]:
+    from torch._dynamo import graph_region_tracker, output_graph, symbolic_convert
+    from torch._dynamo.variables.higher_order_ops import LocalMapWrappedHigherOrderVariable
+
+    return [
+        vars(symbolic_convert.InstructionTranslator)["_throw_if_in_functorch"],
+        vars(LocalMapWrappedHigherOrderVariable)["should_wrap_in_hop"],
+        vars(output_graph.OutputGraph)["get_replayed_side_effect_source_refs"],
+        graph_region_tracker.InputPickler,
+        vars(symbolic_convert)["get_funcname"],
+        vars(output_graph)["uninteresting_files"],
+        torch.fx.experimental.symbolic_shapes.uninteresting_files,
+    ]
+
+
+def test_what_is_spared_is_where_it_was_and_is_put_back() -> None:
+    before = places()
+    with spared():
+        assert all(one is not other for one, other in zip(before, places(), strict=True))
+    assert all(one is other for one, other in zip(before, places(), strict=True))
+
+
+def test_what_was_left_out_is_done_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import graph_region_tracker, symbolic_convert
+
+    theirs = torch.fx.experimental.symbolic_shapes.uninteresting_files()
+    with spared():
+        assert graph_region_tracker.InputPickler().dumps((1, "a"))
+        assert vars(symbolic_convert)["get_funcname"](__file__, 40) is None
+        log = symbolic_convert.trace_call_log
+        monkeypatch.setattr(log, "isEnabledFor", lambda level: True)
+        line = inspect.getsourcelines(Captured.forward)[1]
+        assert vars(symbolic_convert)["get_funcname"](__file__, line) == "Captured.forward"
+        files = torch.fx.experimental.symbolic_shapes.uninteresting_files
+        assert files() < theirs
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            assert other.submit(files).result() == theirs

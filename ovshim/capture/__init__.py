@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,6 @@ __all__ = ["TRACE_LOCK", "CaptureError", "Captured", "FlatModule", "Request", "c
 
 # torch's tracer and Dynamo keep process-wide state: of four concurrent conversions three failed.
 TRACE_LOCK = threading.RLock()
-# As the garbage collector's last threshold: no collection of everything.
-_NEVER = 1 << 30
 
 
 class CaptureError(Exception):
@@ -124,7 +123,7 @@ def capture(request: Request) -> Captured:
         return onnx.capture(request)
     from ovshim.capture import dynamo, traced
 
-    with TRACE_LOCK, _without_full_collections(), torch.autocast("cpu", enabled=False):
+    with TRACE_LOCK, _garbage_apart(), torch.autocast("cpu", enabled=False):
         try:
             return dynamo.capture(request)
         except CaptureError as refused:
@@ -134,18 +133,40 @@ def capture(request: Request) -> Captured:
 
 
 @contextlib.contextmanager
-def _without_full_collections() -> Iterator[None]:
-    """What a capture allocates sets off the garbage collector's look at everything, which beside
-    transformers takes a quarter of a second, twice: a fifth of a capture. Young garbage goes as
-    ever. (`gc.disable` would have to be undone though the program may have said the same.)"""
-    before = gc.get_threshold()
-    ours = (*before[:2], _NEVER)
-    gc.set_threshold(*ours)
+def _garbage_apart() -> Iterator[None]:
+    """The garbage collector looks at nothing but what is made meanwhile, and at that once more when
+    it is over. What a capture allocates sets off its look at everything, which beside transformers
+    takes a quarter of a second, twice in the capture and once behind it; and what a capture leaves
+    behind are cycles, whose memory would come back with some later look.
+
+    Not where the program keeps objects from the collector itself: they would be given back to it.
+    (`gc.disable`, and thresholds, would have to be undone though the program may have set its own.)
+    """
+    if gc.get_freeze_count() > 0:
+        yield
+        return
+    _apart.append(None)
+    gc.freeze()
     try:
         yield
     finally:
-        if gc.get_threshold() == ours:  # else the program has set its own meanwhile
-            gc.set_threshold(*before)
+        if gc.isenabled():
+            gc.collect()
+        _unfreeze()
+
+
+# Not empty meanwhile.
+_apart: list[None] = []
+
+
+def _unfreeze() -> None:
+    if _apart:
+        _apart.clear()
+        gc.unfreeze()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unfreeze)
 
 
 class FlatModule(nn.Module):

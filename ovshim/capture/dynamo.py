@@ -37,6 +37,7 @@ from ovshim.capture.hush import hushed
 from ovshim.capture.ranges import check_ranges
 from ovshim.capture.sizes import read_sizes
 from ovshim.capture.sources import Sources
+from ovshim.capture.spared import spared
 from ovshim.reasons import reason
 
 __all__ = ["capture"]
@@ -228,6 +229,7 @@ def _configured() -> Iterator[list[str]]:
 
     effects: list[str] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(spared())
         stack.enter_context(get_metrics_context())
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
         stack.enter_context(
