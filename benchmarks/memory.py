@@ -1,10 +1,11 @@
 """What a process that serves a model holds in memory, and what a build takes at its highest.
 
-    python memory.py prime|openvino|eager|shared|lean WORKLOAD PRECISION DIRECTORY [--small]
+    python memory.py prime|hand|openvino|eager|shared|lean WORKLOAD PRECISION DIRECTORY [--small]
 
 `prime` fills the directory (IR and inputs for raw OpenVINO, ovshim's cache) and says what that took
-at its highest; the others serve some calls and say what they hold then. One line of JSON, in bytes;
-each is meant for a process of its own. `openvino` never imports torch. Linux only.
+at its highest; `hand` says the same of the steps that no build can leave out, each called directly,
+and of a first answer; the others serve some calls and say what they hold then. One line of JSON, in
+bytes; each is meant for a process of its own. `openvino` never imports torch. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _CALLS = 5
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
 _LOOK_SECONDS = 0.005
 
 
@@ -57,8 +59,7 @@ def _openvino(precision: str, directory: Path) -> dict[str, Any]:
 
     loaded = np.load(directory / "inputs.npz")
     inputs = [loaded[name] for name in sorted(loaded)]
-    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
     compiled = openvino.Core().compile_model(str(directory / "raw" / "model.xml"), "CPU", settings)
     for _ in range(_CALLS):
         compiled(inputs)
@@ -74,6 +75,13 @@ def _with_torch(
     module, (args, kwargs) = workloads.make(workloads.Case(workload, 1), small)
     weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     serves, found = module, {}
+    if way == "hand":
+        from coldbuild import by_hand
+
+        with torch.no_grad(), Peak() as peak:
+            answers, _ = by_hand(module, (args, kwargs), _HINTS[precision])
+            answers(*args, *kwargs.values())
+        return {"weights": weights, "peak": peak.bytes}
     if way != "eager":
         import ovshim
 

@@ -1,36 +1,17 @@
 """What a process holds that serves a model, and what a build takes; one process for each."""
 
-import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 from board import Board
-
-import ovshim
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 
 _WAYS = ("openvino", "eager", "shared", "lean")
-_SCRIPT = Path(__file__).with_name("memory.py")
-
-
-def _run(way: str, workload: str, precision: str, directory: Path, small: bool) -> dict[str, Any]:
-    paths = [str(Path(ovshim.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(_SCRIPT), way, workload, precision, str(directory)]
-        + (["--small"] if small else []),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -42,19 +23,27 @@ def test_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "raw").mkdir()
-    built = _run("prime", cold, precision, tmp_path, board.small)
+    small = ["--small"] if board.small else []
+
+    def run(way: str) -> dict[str, Any]:
+        return child.run("memory.py", [way, cold, precision, str(tmp_path), *small], tmp_path)
+
+    peaks = {}
+    for way, title in (("prime", "a build"), ("hand", "conversion by hand")):
+        built = run(way)
+        # Torch's own weights, and the highest that is taken beside them.
+        peaks[title] = (built["weights"] + built["peak"]) / built["weights"]
     taken: dict[str, list[dict[str, Any]]] = {way: [] for way in _WAYS}
     for _ in range(board.starts // 2):
         for way in _WAYS:
-            taken[way].append(_run(way, cold, precision, tmp_path, board.small))
+            taken[way].append(run(way))
     found = {
         way: {name: statistics.median(s[name] for s in samples) for name in ("rss", "pss")}
         for way, samples in taken.items()
     }
-    # Torch's own weights, and what a build takes beside them.
-    peak = (built["weights"] + built["peak"]) / built["weights"]
     with capsys.disabled():
-        print(f"\n{cold} in {precision}: a build takes {peak:.2f} of the weights at its highest")
+        highest = ", ".join(f"{title} {peak:.2f}" for title, peak in peaks.items())
+        print(f"\n{cold} in {precision}, at its highest, in weights: {highest}")
         for way, held in found.items():
             ratio = held["pss"] / found["openvino"]["pss"]
             cells = f"{held['rss'] / 1e6:6.0f} MB resident, {held['pss'] / 1e6:6.0f} its share"
