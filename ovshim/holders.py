@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ovshim import garbage
+
 __all__ = ["holders", "the_one"]
 
 
@@ -16,13 +18,14 @@ def holders(thing: object, caller: FrameType | None) -> list[nn.Module]:
 
     Asks the garbage collector, some milliseconds: done once after a copy, not per call. The
     locals of the calling frame are looked at too, because the collector does not see what
-    `gc.freeze()` has put aside.
+    the program has put aside by `gc.freeze()`.
     """
     dicts: list[Any] = []
     modules: list[Any] = list(caller.f_locals.values()) if caller is not None else []
-    for referrer in gc.get_referrers(thing):
-        (dicts if type(referrer) is dict else modules).append(referrer)
-    modules += gc.get_referrers(*dicts) if dicts else []
+    with garbage.whole():
+        for referrer in gc.get_referrers(thing):
+            (dicts if type(referrer) is dict else modules).append(referrer)
+        modules += gc.get_referrers(*dicts) if dicts else []
     found = {
         id(module): module
         for module in modules

@@ -7,12 +7,10 @@ this.
 
 import concurrent.futures
 import dataclasses
-import gc
 import inspect
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from torch._dynamo.utils import get_metrics_context
 from torch._subclasses.meta_utils import MetaTensorDescriber
 
 import ovshim
-from ovshim.capture import _garbage_apart, dynamo
+from ovshim.capture import dynamo
 from ovshim.capture.spared import spared
 
 
@@ -295,45 +293,6 @@ def test_symbolic_numbers_answer_without_a_guard(capture: Capture) -> None:
 )
 def test_a_function_of_sizes_has_its_name(name: str) -> None:
     assert callable(getattr(torch, name))
-
-
-class Cycle:
-    def __init__(self) -> None:
-        self.own = self
-
-
-def test_the_collector_looks_at_nothing_else_and_at_what_was_made() -> None:
-    kept, before = Cycle(), gc.get_threshold()
-    assert gc.get_freeze_count() == 0
-    with _garbage_apart():
-        assert gc.get_freeze_count() > 0
-        assert not any(one is kept for one in gc.get_objects())
-        made = weakref.ref(Cycle())
-        with _garbage_apart():  # of a capture within
-            pass
-        assert gc.get_freeze_count() > 0
-    assert made() is None
-    assert gc.get_freeze_count() == 0
-    assert any(one is kept for one in gc.get_objects())
-    assert gc.get_threshold() == before
-
-
-def test_the_collector_is_as_the_program_has_set_it() -> None:
-    gc.disable()
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        with _garbage_apart():
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
-        gc.unfreeze()
-        with _garbage_apart():
-            made = weakref.ref(Cycle())
-        assert made() is not None
-        assert not gc.isenabled()
-    finally:
-        gc.unfreeze()
-        gc.enable()
 
 
 _SPARED = """

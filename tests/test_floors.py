@@ -40,6 +40,7 @@ FLOORS: dict[str, set[str]] = {
         "report",
         "progress",
         "pages",
+        "garbage",
         "waiting",
     },
     "2a": {"runtime", "executed"},

@@ -11,17 +11,15 @@ their modules; what it refuses, `readers` gives to OpenVINO by way of ONNX (`dyn
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ovshim import garbage
 from ovshim.guards import ValueGuard
 from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import Reason
@@ -123,50 +121,13 @@ def capture(request: Request) -> Captured:
         return onnx.capture(request)
     from ovshim.capture import dynamo, traced
 
-    with TRACE_LOCK, _garbage_apart(), torch.autocast("cpu", enabled=False):
+    with TRACE_LOCK, garbage.apart(), torch.autocast("cpu", enabled=False):
         try:
             return dynamo.capture(request)
         except CaptureError as refused:
             if not refused.harmless:
                 raise
             return traced.capture(request, refused)
-
-
-@contextlib.contextmanager
-def _garbage_apart() -> Iterator[None]:
-    """The garbage collector looks at nothing but what is made meanwhile, and at that once more when
-    it is over. What a capture allocates sets off its look at everything, which beside transformers
-    takes a quarter of a second, twice in the capture and once behind it; and what a capture leaves
-    behind are cycles, whose memory would come back with some later look.
-
-    Not where the program keeps objects from the collector itself: they would be given back to it.
-    (`gc.disable`, and thresholds, would have to be undone though the program may have set its own.)
-    """
-    if gc.get_freeze_count() > 0:
-        yield
-        return
-    _apart.append(None)
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if gc.isenabled():
-            gc.collect()
-        _unfreeze()
-
-
-# Not empty meanwhile.
-_apart: list[None] = []
-
-
-def _unfreeze() -> None:
-    if _apart:
-        _apart.clear()
-        gc.unfreeze()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unfreeze)
 
 
 class FlatModule(nn.Module):

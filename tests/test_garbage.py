@@ -1,0 +1,139 @@
+"""What the garbage collector looks at while a graph is captured, and that nobody can tell."""
+
+import copy
+import gc
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import ovshim
+from ovshim import capture, garbage
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_put_aside() -> Iterator[None]:
+    assert gc.get_freeze_count() == 0
+    yield
+    assert gc.get_freeze_count() == 0
+
+
+def test_it_looks_at_nothing_else_and_at_what_was_made() -> None:
+    kept, before = Cycle(), gc.get_threshold()
+    with garbage.apart():
+        assert gc.get_freeze_count() > 0
+        assert not any(one is kept for one in gc.get_objects())
+        made = weakref.ref(Cycle())
+        with garbage.apart():  # of a capture within
+            pass
+        assert gc.get_freeze_count() > 0
+    assert made() is None
+    assert any(one is kept for one in gc.get_objects())
+    assert gc.get_threshold() == before
+
+
+def test_it_is_as_the_program_has_set_it() -> None:
+    gc.disable()
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with garbage.apart():
+            assert gc.get_freeze_count() == frozen
+        with garbage.whole():
+            assert gc.get_freeze_count() == frozen
+        gc.unfreeze()
+        with garbage.apart():
+            made = weakref.ref(Cycle())
+        assert made() is not None
+        assert not gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def test_who_looks_for_referrers_finds_them_meanwhile() -> None:
+    thing = Cycle()
+    holder = [thing]
+    with garbage.apart():
+        assert not any(one is holder for one in gc.get_referrers(thing))
+        with garbage.whole():
+            assert any(one is holder for one in gc.get_referrers(thing))
+    assert holder
+
+
+class Net(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.factor
+
+
+def test_a_copy_answers_for_itself_while_another_thread_captures() -> None:
+    """It finds out whose it is by its referrers."""
+    fast = ovshim.accelerate(Net(2.0).eval(), torch.randn(2, 4), prefer="openvino")
+    replica = fast.__class__.__new__(fast.__class__)
+    replica.__dict__ = fast.__dict__.copy()
+    replica.factor = 5.0
+    copied = copy.copy(fast)
+    copied.factor = 7.0
+    held = {"replica": replica, "copied": copied}
+    inside, over = threading.Event(), threading.Event()
+
+    def captures() -> None:
+        with garbage.apart():
+            inside.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=captures)
+    del replica, copied
+    thread.start()
+    try:
+        inside.wait(60)
+        x = torch.randn(2, 4)
+        with torch.inference_mode():
+            plain = fast.linear(x)
+            for name, factor in (("replica", 5.0), ("copied", 7.0)):
+                assert torch.allclose(held[name](x), plain * factor, atol=1e-5), name
+            assert torch.allclose(fast(x), plain * 2.0, atol=1e-5)
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_capture_is_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovshim.capture import dynamo
+
+    counts = []
+    captured = dynamo.capture
+
+    def counting(request: capture.Request) -> capture.Captured:
+        counts.append(gc.get_freeze_count())
+        return captured(request)
+
+    monkeypatch.setattr(dynamo, "capture", counting)
+    ovshim.accelerate(Net(3.0).eval(), torch.randn(2, 4), cache_dir=False)
+    assert counts
+    assert min(counts) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks")
+def test_a_child_that_forks_meanwhile_has_a_collector_of_its_own() -> None:
+    with garbage.apart():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.get_freeze_count() == 0 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert gc.get_freeze_count() > 0
