@@ -40,9 +40,10 @@ from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.floats import in_fp32, may_be_refused
 from ovshim.generation import Generation
-from ovshim.hit import from_cache, head_of, keep_compiled, keep_verdict
+from ovshim.hit import from_cache
 from ovshim.infer import EngineDead
 from ovshim.job import MOVED, BuildStopped, Job, versions
+from ovshim.kept import head_of, keep_compiled, keep_verdict
 from ovshim.lowering import lowered, lowering_of, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look, used_up

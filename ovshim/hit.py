@@ -12,42 +12,27 @@ import torch
 
 from ovshim import blobs, early, proof, runtime
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
-from ovshim.cache import Entry, StoreError
+from ovshim.cache import Entry
 from ovshim.early import Early
 from ovshim.errors import OptionError
 from ovshim.floats import may_be_refused
-from ovshim.generation import GuardFailedError
+from ovshim.generation import Generation, GuardFailedError
 from ovshim.infer import Engine, EngineDead
 from ovshim.inputs import small_leaves
 from ovshim.job import MOVED, BuildStopped, Job
+from ovshim.kept import keep_compiled, keep_data, known_data
 from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import DiedOfSizesError, ProofFailedError
-from ovshim.reasons import Reason, reason
+from ovshim.reasons import reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 
-__all__ = [
-    "from_cache",
-    "head_of",
-    "keep_compiled",
-    "keep_data",
-    "keep_verdict",
-    "known_data",
-]
+__all__ = ["from_cache"]
 
 log = logging.getLogger("ovshim")
-
-# Found by work that need not be done again: an entry's key holds all that it depends on. Of the
-# second sort it may depend on the call's sizes too.
-_OF_SIZES = frozenset({"proof-failed", "compile-failed"})
-_FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) | _OF_SIZES
-# Sets of data of which it is kept that float16 holds them.
-_MOST_DATA = 32
-# What kernels make of a graph, another processor's may make otherwise: a cache may be an image's.
-_OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
 
 
 def from_cache(job: Job, family: str, other_mode: bool = False) -> Plan | None:
@@ -110,41 +95,10 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
     if lease is None:
         return None
     try:
-        shared = _engine_of_sibling(job, entry)
-        if shared is None and (job.ahead.early is None or job.ahead.early.entry is not entry):
-            early.begin_with(job, entry, record)
-        with job.stage("compile"):
-            if job.ahead.early is not None:
-                job.ahead.early.wait()
-        with job.stage("proof"):
-            small, seen = _looked_small(job, record)
-        with job.stage("compile"):
-            engine = shared or engine_of(job, entry.file("model.xml"), record, entry)
-        with job.stage("proof"):
-            served = served_by(job, engine, record, generation, seen, small)
-            tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
-            eager = eager_of(job)
-            answer = _answer_of(served, job.ahead.early, small)
-            error = proof.prove_small(eager, answer, tensors, seen)
-            if other_mode:
-                error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
-            if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
-                record, entry = _wholly_proved(job, served, record, entry)
-        if job.weights_moved():
-            raise BuildStopped(MOVED)
+        served, record, entry = _proved(job, entry, record, generation, other_mode)
     except (BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead) as trouble:
         lease.release()
-        if job.weights_moved():  # the entry is as good as before
-            raise BuildStopped(MOVED) from None
-        if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
-            raise
-        # What an older processor, driver or torch has left does not prove here: build anew.
-        log.info("the entry %s does not serve: %s", entry.path, trouble)
-        if other_mode:
-            return None
-        if job.imported:
-            blobs.discard(job.store, entry, job.options.device, job.settings)
-        job.store.discard(entry)
+        _does_not_serve(job, entry, other_mode, trouble)
         return None
     try:
         with job.stage("proof"):
@@ -152,10 +106,57 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
     except BaseException:
         lease.release()
         raise
-    weakref.finalize(engine, lease.release)
+    weakref.finalize(served.engine, lease.release)
     keep_compiled(job, entry)
-    record = dataclasses.replace(record, error=max(error, record.error))
     return plan_of(job, served, record, generation, "hit", entry)
+
+
+def _proved(
+    job: Job, entry: Entry, record: Record, generation: Generation, other_mode: bool
+) -> tuple[Served, Record, Entry]:
+    """What serves by an entry, compared with eager; and what is known of it by now.
+
+    Raises:
+        BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead.
+    """
+    shared = _engine_of_sibling(job, entry)
+    if shared is None and (job.ahead.early is None or job.ahead.early.entry is not entry):
+        early.begin_with(job, entry, record)
+    with job.stage("compile"):
+        if job.ahead.early is not None:
+            job.ahead.early.wait()
+    with job.stage("proof"):
+        small, seen = _looked_small(job, record)
+    with job.stage("compile"):
+        engine = shared or engine_of(job, entry.file("model.xml"), record, entry)
+    with job.stage("proof"):
+        served = served_by(job, engine, record, generation, seen, small)
+        tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
+        eager = eager_of(job)
+        answer = _answer_of(served, job.ahead.early, small)
+        error = proof.prove_small(eager, answer, tensors, seen)
+        if other_mode:
+            error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
+        if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
+            record, entry = _wholly_proved(job, served, record, entry)
+    if job.weights_moved():
+        raise BuildStopped(MOVED)
+    return served, dataclasses.replace(record, error=max(error, record.error)), entry
+
+
+def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception) -> None:
+    """Let go of an entry that does not prove here, which an older processor, driver or torch may
+    have left: it is built anew. Raises BuildStopped where that would be no better."""
+    if job.weights_moved():  # the entry is as good as before
+        raise BuildStopped(MOVED) from None
+    if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
+        raise trouble
+    log.info("the entry %s does not serve: %s", entry.path, trouble)
+    if other_mode:
+        return
+    if job.imported:
+        blobs.discard(job.store, entry, job.options.device, job.settings)
+    job.store.discard(entry)
 
 
 def _engine_of_sibling(job: Job, entry: Entry) -> Engine | None:
@@ -202,19 +203,6 @@ def _refuse_overflow(job: Job, entry: Entry) -> None:
         keep_data(job, entry, data)
 
 
-def known_data(entry: Entry) -> list[str]:
-    """The data that float16 was seen to hold."""
-    kept = entry.manifest.get("in_range")
-    return list(map(str, kept)) if isinstance(kept, list) else []
-
-
-def keep_data(job: Job, entry: Entry, data: str) -> None:
-    """Let no process look at that data again."""
-    known = known_data(entry)
-    if data not in known:
-        job.store.amend(entry, "in_range", [*known, data][-_MOST_DATA:])
-
-
 def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     """A small input, and one look at what eager makes of it."""
     small = small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
@@ -238,31 +226,3 @@ def _answer_of(
     if computed is None:
         return served.answer
     return lambda given: served.builder(served.in_range(computed), given)
-
-
-def keep_compiled(job: Job, entry: Entry) -> None:
-    """Let the next process find the compiled graph of an entry, and begin with it."""
-    if not job.imported and job.model is not None:
-        blobs.keep(job.store, entry, job.options.device, job.settings, job.model)
-    job.model = None
-    early.remember(job, entry)
-
-
-def head_of(job: Job, record: Record) -> dict[str, Any]:
-    """What the manifest of an entry says from the beginning."""
-    return {**job.identity, "graph": record.graph(job.kind)}
-
-
-def keep_verdict(job: Job, family: str, why: Reason) -> None:
-    """Let no process look for again what is so for good."""
-    if why.code not in _FOR_GOOD or job.weights_moved():
-        return
-    exact = why.code in _OF_SIZES
-    pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
-    processor = runtime.processor() if why.code in _OF_PROCESSOR else ""
-    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor)
-    head = {**head_of(job, record), "verdict": why.to_dict()}
-    try:
-        job.store.publish(family, record.variant(job.kind), job.keep_details, head)
-    except StoreError as error:
-        log.debug("a verdict is not cached: %s", error)

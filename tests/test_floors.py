@@ -70,6 +70,7 @@ FLOORS: dict[str, set[str]] = {
         "verdict",
         "assemble",
         "hit",
+        "kept",
         "tally",
         "tiny",
         "dispatch",

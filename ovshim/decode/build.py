@@ -43,8 +43,8 @@ from ovshim.decode.step import Unfit
 from ovshim.errors import OptionError
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
-from ovshim.hit import keep_data, known_data
 from ovshim.job import MOVED, BuildStopped, Job
+from ovshim.kept import keep_data, known_data
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
