@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -39,6 +40,7 @@ _holding: Callable[[nn.Module], tuple[Any, ...]] = attrgetter(
     "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"
 )
 _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
+_is_gone: Callable[[int], Any] = torch.UntypedStorage._expired
 _values: Callable[[Any], Iterable[Any]] = dict.values
 _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwdefaults__")
 
@@ -161,6 +163,8 @@ class Generation:
             conditions.add("list(map(id, map(vars, {0}))) == {1}", self._modules, ids)
 
     def _of_versions(self, conditions: Conditions) -> None:
+        # A new storage may come to lie where an old one lay, and its memory too.
+        conditions.add("not any(map({0}, {1}))", _is_gone, self._storage_ids)
         if len(self._tensors) <= _FEW:
             for i, tensor in enumerate(self._tensors):
                 conditions.add("{0}._version == {1}", tensor, self._versions[i])
@@ -214,6 +218,7 @@ class Generation:
     def moved(self) -> None:
         """The tensors lie elsewhere now, with the same values: that is to be no change."""
         self._pointers[:] = map(_data_ptr, self._tensors)
+        self._hold_storages()
 
     def tensors_hold(self) -> bool:
         """Whether no tensor was written to or moved, nor anything changed beyond the tree: what has
@@ -251,6 +256,15 @@ class Generation:
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
         self._layouts = list(map(_layout, self._tensors))
+        self._storage_ids: list[int] = []
+        self._hold_storages()
+
+    def _hold_storages(self) -> None:
+        """Weakly: they may go, and it is known then that they have."""
+        held = [StorageWeakRef(t.untyped_storage()) for t in self._tensors]  # type: ignore[no-untyped-call]
+        storages = {storage.cdata: storage for storage in held}
+        self._storage_ids[:] = storages
+        self._storages = storages  # not before: another thread may be asking for the old ones
 
     def _snapshot_of(self, module: nn.Module) -> dict[str, Any] | None:
         for held, before in zip(self._dicts, self._dict_copies, strict=True):
