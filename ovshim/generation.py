@@ -53,6 +53,8 @@ _RECORDING = "transformers.utils.output_capturing"
 # that is gone raises. Either way something was replaced.
 _RAISED = (RuntimeError, KeyError, ValueError, AttributeError, TypeError, BadGuardError)
 _OF_MODULES = frozenset(nn.Module().__dict__)
+# Equal to nothing that a program could tell from them.
+_NEVER_EQUAL = frozenset({type(None), str, bytes, type, types.FunctionType, types.ModuleType})
 
 
 class Generation:
@@ -92,7 +94,7 @@ class Generation:
         self._recorders = [(held, dict(held)) for held in hooks if held and not _are_called(held)]
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
-        self._watch = Watch(guards, roots or {}, _plain_numbers(self._modules))
+        self._watch = Watch(guards, roots or {}, _replaceable(self._modules))
         self._classes = snapshot(classes_of(self._modules, self._watch.classes))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
@@ -107,8 +109,9 @@ class Generation:
         contents = [held for _, held, _ in self._contents if type(held) is dict]
         groups = self._dicts, self._children, self._holders, self._watch.dicts, contents
         self._written = list({id(d): d for d in chain.from_iterable(groups)}.values())
-        self._of_dicts(in_dicts)
+        # First what is compared by identity: users' objects may raise when they are compared.
         self._watch.conditions(conditions, in_dicts, set(map(id, self._written)))
+        self._of_dicts(in_dicts)
         self._of_contents(conditions, in_dicts)
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)
@@ -360,17 +363,24 @@ def _ordered(modules: Iterable[nn.Module]) -> Iterator[dict[str, Any]]:
             yield module._modules
 
 
-def _plain_numbers(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Plain numbers in users' modules, to be watched by identity: to `==`, and so to a comparison
-    of dicts, 3, 3.0 and True are one, but `x * 3` and `x * 3.0` differ in dtype. torch's own
-    modules pass theirs to C++ functions of fixed types, where they cannot differ."""
+def _replaceable(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Attributes to be watched by identity, for to a comparison of dicts another one may be the
+    same: 3, 3.0 and True, but `x * 3` and `x * 3.0` differ in dtype; a tensor of one element, or an
+    object, that is equal now and is written to later. torch's own modules pass numbers to C++
+    functions of fixed types, where they cannot differ."""
     for module in modules:
-        if not is_torchs(type(module)):
-            held = module.__dict__
-            names = [k for k, v in held.items() if isinstance(v, (int, float, complex))]
-            names = [name for name in names if name != "training"]
-            if names:
-                yield held, names
+        held = module.__dict__
+        kinds = torch.Tensor if is_torchs(type(module)) else object
+        names = [
+            name
+            for name, value in held.items()
+            if isinstance(value, kinds)
+            and type(value) not in _NEVER_EQUAL
+            and name not in _OF_MODULES
+            and not hasattr(type(value), "_ovshim_transparent")
+        ]
+        if names:
+            yield held, names
 
 
 def _count_fused_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

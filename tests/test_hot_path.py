@@ -135,6 +135,33 @@ def test_a_weight_that_can_be_read_no_more_is_a_change(counted: None) -> None:
     assert made.holds()
 
 
+class Loose:
+    """Equal to everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.tensor(2.0), lambda: [2.0], lambda: (2.0, [3.0]), lambda: {"a": [2.0]}, Loose],
+    ids=["tensor", "list", "tuple", "dict", "object"],
+)
+def test_an_attribute_replaced_by_an_equal_one_is_a_change(
+    make: Callable[[], Any], counted: None
+) -> None:
+    module = Small().eval()
+    module.held = make()
+    made = generation.Generation(module)
+    assert made.holds()
+    kept, module.held = module.held, make()
+    assert not made.holds()
+    module.held = kept
+    assert made.holds()
+
+
 def test_a_change_that_is_taken_back_holds_again(counted: None) -> None:
     module = Small().eval()
     made = generation.Generation(module)
