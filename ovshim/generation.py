@@ -106,6 +106,8 @@ class Generation:
         self._watch_tensors()
         self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
         conditions, in_dicts = Conditions(*_RAISED), Conditions()
+        # Of what a forward makes anew.
+        conditions.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
         contents = [held for _, held, _ in self._contents if type(held) is dict]
         groups = self._dicts, self._children, self._holders, self._watch.dicts, contents
         self._written = list({id(d): d for d in chain.from_iterable(groups)}.values())

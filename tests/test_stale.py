@@ -535,6 +535,22 @@ def test_default_arguments_of_forward_changed() -> None:
     moved(fast, module)
 
 
+def test_another_default_dtype() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() + torch.arange(8) / 3
+
+    fast, module = pair(lambda: make(Adds))
+    check(fast, module, torch.randn(3, 8))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with quietly():
+            check(fast, module, torch.randn(3, 8, dtype=torch.float32), path=None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    moved(fast, module, within=12)  # where eager serves it is looked at now and then
+
+
 def test_an_environment_variable_that_forward_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
