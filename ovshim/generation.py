@@ -27,6 +27,7 @@ from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
 from ovshim.dict_versions import add_unless_written
 from ovshim.guards import BadGuardError, ValueGuard
+from ovshim.reached import OF_MODULES, Reached
 from ovshim.reasons import Reason, reason
 from ovshim.untouched import add_unless_touched
 from ovshim.watch import GuardFailedError, Watch
@@ -52,7 +53,6 @@ _RECORDING = "transformers.utils.output_capturing"
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
 # that is gone raises. Either way something was replaced.
 _RAISED = (RuntimeError, KeyError, ValueError, AttributeError, TypeError, BadGuardError)
-_OF_MODULES = frozenset(nn.Module().__dict__)
 # Equal to nothing that a program could tell from them.
 _NEVER_EQUAL = frozenset({type(None), str, bytes, type, types.FunctionType, types.ModuleType})
 
@@ -64,11 +64,13 @@ class Generation:
         guards, roots: what the captured graph read beyond the tree (`guards.roots_of`).
         code: qualified names of the functions that were captured; None: it is not known which.
         grad: whether it matters which tensors require grad.
+        follow: whether the guards do not say what was read, so that all that could be is watched.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
         ValueError: a tensor of the module counts no versions (it was made in inference mode), so
             that nobody could tell when it changes.
+        TooMuchError: too much could be read.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Generation:
         roots: Mapping[str, Any] | None = None,
         code: Collection[str] | None = None,
         grad: bool = False,
+        follow: bool = False,
     ) -> None:
         self._module = module
         self._modules = list(module.modules())
@@ -95,12 +98,14 @@ class Generation:
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
         self._watch = Watch(guards, roots or {}, _replaceable(self._modules))
-        self._classes = snapshot(classes_of(self._modules, self._watch.classes))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
         values = chain.from_iterable(map(_values, self._dicts))
         functions += [value for value in values if isinstance(value, types.FunctionType)]
-        self._functions = list(dict.fromkeys(functions))
+        self._reached = Reached(self._modules, functions) if follow else Reached((), ())
+        self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
+        classes = (*self._watch.classes, *self._reached.classes)
+        self._classes = snapshot(classes_of(self._modules, classes))
         reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
         self._variables = variables(f.__code__ for f in self._functions)
         self._watch_tensors()
@@ -109,11 +114,13 @@ class Generation:
         # Of what a forward makes anew.
         conditions.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
         contents = [held for _, held, _ in self._contents if type(held) is dict]
-        groups = self._dicts, self._children, self._holders, self._watch.dicts, contents
+        beyond = self._watch.dicts, self._reached.dicts, contents
+        groups = self._dicts, self._children, self._holders, *beyond
         self._written = list({id(d): d for d in chain.from_iterable(groups)}.values())
         # First what is compared by identity: users' objects may raise when they are compared.
         self._watch.conditions(conditions, in_dicts, set(map(id, self._written)))
         self._of_dicts(in_dicts)
+        self._reached.conditions(conditions, in_dicts)
         self._of_contents(conditions, in_dicts)
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)
@@ -253,7 +260,8 @@ class Generation:
         held: Iterable[Any] = chain.from_iterable(map(_values, self._holders))
         own = chain(self._module.parameters(), self._module.buffers())  # of scripted modules too
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
-        found = {id(t): t for t in chain(held, own, plain, self._watch.tensors) if t is not None}
+        beyond = *self._watch.tensors, *self._reached.tensors
+        found = {id(t): t for t in chain(held, own, plain, beyond) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
         for tensor in self._tensors:
             if tensor.is_inference():
@@ -353,7 +361,7 @@ def _contents(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable[..., Any]
             continue
         for name, value in module.__dict__.items():
             plain = next((t for t in (list, dict, set) if isinstance(value, t)), None)
-            if plain is not None and name not in _OF_MODULES and id(value) not in seen:
+            if plain is not None and name not in OF_MODULES and id(value) not in seen:
                 seen.add(id(value))
                 yield plain.__eq__, value, plain(value)
 
@@ -378,7 +386,7 @@ def _replaceable(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any],
             for name, value in held.items()
             if isinstance(value, kinds)
             and type(value) not in _NEVER_EQUAL
-            and name not in _OF_MODULES
+            and name not in OF_MODULES
             and not hasattr(type(value), "_ovshim_transparent")
         ]
         if names:
