@@ -205,6 +205,8 @@ class Rival:
             self._withdraw(engine)
 
     def _settle(self, engine: Engine, candidate: Engine) -> None:
+        if engine.rival is not self:  # another thread has settled it, or found an answer wrong
+            return
         engine.leave(self._sizes, candidate)
         if self._wake is not None:
             engine.rest(self._wake)

@@ -163,6 +163,26 @@ def test_one_that_cannot_be_compiled_or_is_wrong_does_not_serve(compiled: Compil
         check(fast, module, torch.randn(3, 8))
 
 
+def test_one_that_another_thread_has_found_wrong_does_not_serve(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(Mlp)
+    settle(accelerate(module, tmp_path), module)
+    fast = accelerate(module, tmp_path)
+    engine = plan_of(fast).served.engine
+    mine, compare = engine.rival, rival.compare
+
+    def meanwhile(*args: Any) -> None:
+        compare(*args)
+        if mine._alike == rival._COMPARED - 1:
+            mine._withdraw(engine)
+
+    monkeypatch.setattr(rival, "compare", meanwhile)
+    settle(fast, module)
+    assert engine.exact is None
+    check(fast, module, torch.randn(3, 8))
+
+
 def test_the_open_one_rests_until_it_is_needed(
     compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
