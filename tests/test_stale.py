@@ -223,6 +223,16 @@ def test_weights_moved_to_bfloat16() -> None:
         check(fast, module, x, path=None, tolerance=0.02)
 
 
+def test_weights_that_share_their_memory() -> None:
+    fast, module = pair()
+    flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat * 2, module.parameters())
+    moved(fast, module)
+    with torch.no_grad():
+        module.first.weight.mul_(0.5)
+    moved(fast, module)
+
+
 @pytest.mark.slow
 def test_tied_weights_untied() -> None:
     class Tied(nn.Module):
