@@ -70,7 +70,7 @@ class Generation:
         GuardFailedError: a value guard does not hold now.
         ValueError: a tensor of the module counts no versions (it was made in inference mode), so
             that nobody could tell when it changes.
-        TooMuchError: too much could be read.
+        UnwatchableError: too much could be read.
     """
 
     def __init__(

@@ -8,12 +8,17 @@ seen.
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import threading
 import types
+import weakref
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,20 +27,22 @@ from ovshim.conditions import Conditions
 from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.values import atom, functions, slots
 
-__all__ = ["OF_MODULES", "Reached", "TooMuchError"]
+__all__ = ["OF_MODULES", "Reached", "UnwatchableError"]
 
 OF_MODULES = frozenset(nn.Module().__dict__)
 """Attributes that every module has."""
 
 # Objects; what holds more (a trainer, a data set) is no configuration.
 _MOST = 5000
+# Of an array, which has no count of writes and is compared on each call.
+_MOST_BYTES = 1 << 16
 _CODE = (types.FunctionType, types.MethodType, type, functools.partial, nn.Module)
 
 _values: Callable[[dict[Any, Any]], Iterable[Any]] = dict.values
 
 
-class TooMuchError(Exception):
-    """More is within reach than could be watched."""
+class UnwatchableError(Exception):
+    """More is within reach than could be watched, or something that cannot be."""
 
 
 class Reached:
@@ -46,7 +53,7 @@ class Reached:
         dicts: those whose contents are watched.
 
     Raises (when made):
-        TooMuchError.
+        UnwatchableError.
     """
 
     def __init__(self, modules: Iterable[nn.Module], code: Iterable[types.FunctionType]) -> None:
@@ -58,13 +65,15 @@ class Reached:
         self._named: list[tuple[dict[str, Any], list[str]]] = []
         self._lists: list[Any] = []
         self._cells: list[types.CellType] = []
-        self._slots: list[tuple[Callable[[Any], Any], Any]] = []
+        self._asked: list[tuple[Callable[[Any], Any], Any]] = []
+        self._bytes: list[tuple[Any, bytes]] = []
         # Kept, so that the id of none is given to another.
         self._met: dict[Any, Any] = {}
         self._kept: list[Any] = []
         self._todo: list[Any] = []
         for module in modules:
             self._met[id(module)] = module
+            self._look_into_slots(module)
             self._todo += (v for name, v in module.__dict__.items() if name not in OF_MODULES)
         self._todo += code
         while self._todo:
@@ -83,8 +92,11 @@ class Reached:
             conditions.add(of_list, values, self._ids(values))
         for cell in self._cells:
             conditions.add("{0}.cell_contents is {1}", cell, cell.cell_contents)
-        for read, of in self._slots:
-            conditions.add("{0}({1}) is {2}", read, of, read(of))
+        for ask, of in self._asked:
+            conditions.add("{0}({1}) is {2}", ask, of, ask(of))
+        for held, then in self._bytes:
+            # No view of it is kept: what is viewed cannot grow.
+            conditions.add("bytes({0}) == {1}", held, then)
 
     def _ids(self, values: Iterable[Any]) -> list[int]:
         kept = list(values)
@@ -93,12 +105,15 @@ class Reached:
 
     def _meet(self, value: Any) -> None:
         ours = hasattr(type(value), "_ovshim_transparent")
-        if ours or id(value) in self._met or atom(value) is not None:
+        is_array = isinstance(value, np.ndarray | array | bytearray)
+        if ours or id(value) in self._met or (atom(value) is not None and not is_array):
             return
         self._met[id(value)] = value
         if len(self._met) > _MOST:
-            raise TooMuchError(f"more than {_MOST} objects are within reach of it")
-        if isinstance(value, torch.Tensor):
+            raise UnwatchableError(f"more than {_MOST} objects are within reach of it")
+        if is_array:
+            self._array(value)
+        elif isinstance(value, torch.Tensor):
             self.tensors.append(value)
         elif isinstance(value, types.FunctionType):
             self._function(value)
@@ -106,6 +121,12 @@ class Reached:
             self._class(value)
         elif isinstance(value, types.MethodType):
             self._todo += (value.__func__, value.__self__)
+        elif isinstance(value, weakref.ReferenceType):
+            self._todo.append(value())
+        elif isinstance(value, contextvars.ContextVar):
+            self._ask(contextvars.ContextVar.get, value)
+        elif isinstance(value, threading.local):
+            raise UnwatchableError("each thread may have something else in a threading.local")
         elif isinstance(value, functools.partial):
             self._todo += (value.func, value.args, value.keywords)
         elif members := functions(value):
@@ -125,10 +146,25 @@ class Reached:
         held = getattr(value, "__dict__", None)
         if type(held) is dict:
             self._hold(held)
+        self._look_into_slots(value)
+
+    def _look_into_slots(self, value: Any) -> None:
         for slot in slots(type(value)):
-            if hasattr(value, slot.__name__):
-                self._slots.append((slot.__get__, value))
-                self._todo.append(slot.__get__(value))
+            self._ask(slot.__get__, value)
+
+    def _ask(self, ask: Callable[[Any], Any], of: Any) -> None:
+        try:
+            self._todo.append(ask(of))
+        except (AttributeError, LookupError):  # nothing is there
+            return
+        self._asked.append((ask, of))
+
+    def _array(self, value: Any) -> None:
+        with memoryview(value) as data:
+            size, of_objects = data.nbytes, "O" in data.format
+        if of_objects or size > _MOST_BYTES:
+            raise UnwatchableError(f"an array of {size} bytes is within reach of it")
+        self._bytes.append((value, bytes(value)))
 
     def _hold(self, held: dict[Any, Any]) -> None:
         self._met[id(held)] = held

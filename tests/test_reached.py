@@ -1,11 +1,16 @@
 """What a bare trace could have read beyond the module's tree, and edits of it."""
 
 import collections
+import contextvars
 import functools
+import threading
 import types
+import weakref
+from array import array
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,7 @@ from torch import Tensor, nn
 
 import ovshim
 from ovshim.generation import Generation
+from ovshim.reached import UnwatchableError
 
 TABLE: dict[str, Any] = {"a": {"b": [1.0]}}
 SHIFT = torch.ones(4)
@@ -36,8 +42,12 @@ class Slotted:
         self.k = 2.0
 
 
+KNOWN = Holder()
+CONTEXT = contextvars.ContextVar("CONTEXT", default=1.0)
+
+
 def twice(x: Tensor) -> Tensor:
-    return torch.square(x) * FACTOR + SHIFT * TABLE["a"]["b"][0]
+    return torch.square(x) * FACTOR + CONTEXT.get() * SHIFT * TABLE["a"]["b"][0]
 
 
 @torch.compiler.disable
@@ -48,8 +58,11 @@ def wrapped(x: Tensor) -> Tensor:
 class Reads(nn.Module):
     """Dynamo refuses it, for no harm to a trace."""
 
+    __slots__ = ("own",)
+
     def __init__(self) -> None:
         super().__init__()
+        self.own = 2.0
         self.linear = nn.Linear(8, 4)
         self.config = types.SimpleNamespace(scale=2.0, items=[1.0], tensor=torch.ones(4))
         self.nested = {"a": {"b": [Holder()]}}
@@ -57,6 +70,8 @@ class Reads(nn.Module):
         self.queue = collections.deque([1.0])
         self.slotted = Slotted()
         self.part = functools.partial(F.leaky_relu, negative_slope=0.5)
+        self.arrays = [np.ones(4), bytearray(4), array("f", [1.0])]
+        self.known = weakref.ref(KNOWN)
         self.others = [nn.Linear(4, 4).eval()]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,6 +91,12 @@ EDITS: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "tensor in a tuple": lambda m, p: m.pair[1][0].add_(1),
     "queue": lambda m, p: m.queue.append(2.0),
     "slot": lambda m, p: setattr(m.slotted, "k", 3.0),
+    "array": lambda m, p: m.arrays[0].fill(2),
+    "bytes": lambda m, p: m.arrays[1].append(1),
+    "array of Python's": lambda m, p: m.arrays[2].__setitem__(0, 2.0),
+    "what is held weakly": lambda m, p: p.setattr(KNOWN, "k", 3.0),
+    "context": lambda m, p: CONTEXT.set(2.0),
+    "slot of a module": lambda m, p: setattr(m, "own", 3.0),
     "partial": lambda m, p: m.part.keywords.update(negative_slope=0.1),
     "weight of a module beside the tree": lambda m, p: m.others[0].weight.detach().add_(1),
     "hook of a module beside the tree": lambda m, p: m.others[0].register_forward_hook(print),
@@ -140,10 +161,25 @@ def test_a_traced_graph_goes_when_what_it_read_is_edited(monkeypatch: pytest.Mon
             settle(fast, module, x)
 
 
-def test_what_holds_too_much_is_not_traced() -> None:
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ([[float(n)] for n in range(6000)], "more than 5000 objects"),
+        (np.zeros(10_000), "an array of 80000 bytes"),
+        (threading.local(), "threading.local"),
+    ],
+    ids=["many", "large", "local"],
+)
+def test_what_cannot_be_watched(held: Any, told: str) -> None:
     module = make(Reads)
-    module.config.items = [[float(n)] for n in range(6000)]
-    module.config.items[0] = 1.0
-    with pytest.warns(ovshim.FallbackWarning, match="traced, and more than 5000 objects"):
+    module.config.other = held
+    with pytest.raises(UnwatchableError, match=told):
+        Generation(module, follow=True)
+
+
+def test_what_cannot_be_watched_is_not_traced() -> None:
+    module = make(Reads)
+    module.config.other = threading.local()
+    with pytest.warns(ovshim.FallbackWarning, match=r"traced, and .*threading\.local"):
         fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
     assert paths(fast) != ["openvino"]

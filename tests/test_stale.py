@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import threading
 import types
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import ovshim
 OFFSET = 1.0
 TABLE = {"shift": 1.0}
 GLOBAL_TENSOR = torch.ones(4)
+LOCAL = threading.local()
 
 
 def helper(x: Tensor) -> Tensor:
@@ -511,6 +514,24 @@ def test_the_code_of_a_global_function_changed_in_place() -> None:
     finally:
         helper.__code__ = code
     moved(fast, module)
+
+
+def test_a_global_of_which_each_thread_has_its_own() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() * LOCAL.factor
+
+    LOCAL.factor = 2.0
+    fast, module = pair(lambda: make(Reads))
+    check(fast, module, x := torch.randn(3, 8))
+
+    def elsewhere() -> None:
+        LOCAL.factor = 3.0
+        with quietly():
+            check(fast, module, x, path=None)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(elsewhere).result()
 
 
 def test_a_closure_rebound() -> None:

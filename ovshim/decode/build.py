@@ -45,7 +45,7 @@ from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.hit import keep_data, known_data
 from ovshim.job import MOVED, BuildStopped, Job
-from ovshim.reached import TooMuchError
+from ovshim.reached import UnwatchableError
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
@@ -321,7 +321,7 @@ class _Build:
             )
         except ValueError as error:
             raise BuildStopped(reason("untracked-weights", str(error))) from error
-        except TooMuchError as error:
+        except UnwatchableError as error:
             raise BuildStopped(reason("capture-failed", f"traced, and {error}")) from error
 
     def _names(self) -> list[str]:
