@@ -135,9 +135,9 @@ class Job(Wanted):
                 self.store.discard(entry)
             raise
 
-    def _versions(self) -> list[tuple[int, int]]:
+    def _versions(self) -> list[tuple[int, int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
-        return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+        return [(id(t), _place(t), 0 if t.is_inference() else t._version) for t in held]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -226,6 +226,14 @@ class Job(Wanted):
                 if other != mine and (t, d) not in pinned:
                     dynamic[t].add(d)
         self.dynamic = tuple(frozenset(dims) for dims in dynamic)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where its values lie; 0 where it has no one place."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def versions() -> dict[str, str]:

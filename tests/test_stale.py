@@ -7,6 +7,7 @@ import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from modules import Attention, DigitsCnn, Mlp, Scaled, make, small_bert
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import build
+from ovshim.cache.store import Store
 
 OFFSET = 1.0
 TABLE = {"shift": 1.0}
@@ -207,6 +210,24 @@ def test_changed_buffers(edit: Callable[[nn.Module], None]) -> None:
     fast, module = pair(lambda: make(DigitsCnn), torch.randn(2, 1, 16, 16))
     edit(fast)
     moved(fast, module, torch.randn(2, 1, 16, 16))
+
+
+def test_weights_replaced_while_the_plan_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = make(Mlp)
+    capture = build.capture
+
+    def meanwhile(request: Any) -> Any:
+        weight = module.first.weight
+        weight.data = weight.data * (1 + 1e-6)  # a proof would not tell
+        return capture(request)
+
+    monkeypatch.setattr(build, "capture", meanwhile)
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino", cache_dir=tmp_path)
+    assert "openvino" not in paths(fast)
+    assert Store(tmp_path).paths() == []
 
 
 def test_half_and_back() -> None:
