@@ -183,3 +183,31 @@ def test_what_cannot_be_watched_is_not_traced() -> None:
     with pytest.warns(ovshim.FallbackWarning, match=r"traced, and .*threading\.local"):
         fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
     assert paths(fast) != ["openvino"]
+
+
+class Counts(nn.Module):
+    """Keeps a count where a look at its attributes does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.state = types.SimpleNamespace(calls=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wrapped(self.linear(x))
+        self.state.calls += 1
+        return y
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_changes_by_being_called_is_not_traced(background: bool) -> None:
+    module = make(Counts)
+    x = torch.randn(3, 8)
+    with quietly():
+        fast = ovshim.accelerate(module, x, prefer="openvino", background=background)
+        assert fast.ovshim.wait()
+        assert "openvino" not in paths(fast)
+        for _ in range(3):
+            before = fast.state.calls
+            check(fast, module, x, path=None)
+            assert fast.state.calls > before
