@@ -19,7 +19,7 @@ from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
 from ovshim.generation import Generation
 from ovshim.precision.lowering import Lowering
-from ovshim.preflight import Look
+from ovshim.preflight import Look, place_of
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signature import Pattern, unflatten_call
@@ -137,7 +137,7 @@ class Job(Wanted):
 
     def _versions(self) -> list[tuple[int, int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
-        return [(id(t), _place(t), 0 if t.is_inference() else t._version) for t in held]
+        return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for t in held]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -226,14 +226,6 @@ class Job(Wanted):
                 if other != mine and (t, d) not in pinned:
                     dynamic[t].add(d)
         self.dynamic = tuple(frozenset(dims) for dims in dynamic)
-
-
-def _place(tensor: torch.Tensor) -> int:
-    """Where its values lie; 0 where it has no one place."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return 0
 
 
 def versions() -> dict[str, str]:
