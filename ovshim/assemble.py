@@ -24,6 +24,7 @@ from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
 from ovshim.plan import Graph, Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import prove_values
+from ovshim.reached import UnwatchableError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.rival import add_rival
@@ -55,9 +56,13 @@ def generation_of(job: Job, record: Record) -> Generation:
     """
     roots = roots_of(job.module, job.call)
     try:
-        return Generation(job.module, record.value_guards, roots, record.code, job.grad)
+        # An ONNX model has no code, and what OpenVINO reads of it neither.
+        follow = record.route.startswith("traced")
+        return Generation(job.module, record.value_guards, roots, record.code, job.grad, follow)
     except ValueError as error:
         raise BuildStopped(reason("untracked-weights", str(error))) from error
+    except UnwatchableError as error:
+        raise BuildStopped(reason("capture-failed", f"traced, and {error}")) from error
 
 
 def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copyreg
 import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-__all__ = ["classes_of", "snapshot"]
+__all__ = ["classes_of", "is_users", "snapshot"]
 
 _LIBRARIES = frozenset({"torch", "numpy", "transformers", "ovshim", "openvino"})
 
@@ -24,7 +25,7 @@ def classes_of(modules: Iterable[nn.Module], objects: Iterable[Any]) -> list[typ
     held = [value for module in modules for value in module.__dict__.values()]
     things = (*modules, *held, *objects)
     each = dict.fromkeys(x if isinstance(x, type) else type(x) for x in things)
-    return list(dict.fromkeys(b for cls in each for b in cls.__mro__ if _is_users(b)))
+    return list(dict.fromkeys(b for cls in each for b in cls.__mro__ if is_users(b)))
 
 
 def snapshot(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
@@ -38,6 +39,8 @@ def snapshot(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], dict[str,
     return pairs
 
 
-def _is_users(cls: type) -> bool:
-    top = cls.__module__.partition(".")[0]
+def is_users(what: type | types.FunctionType) -> bool:
+    """Whether a class or a function is no library's. (Wrappers have the module of the wrapped.)"""
+    where = what.__module__ if isinstance(what, type) else what.__globals__.get("__name__")
+    top = str(where).partition(".")[0]
     return top not in _LIBRARIES and top not in sys.stdlib_module_names

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -26,6 +27,7 @@ from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
 from ovshim.dict_versions import add_unless_written
 from ovshim.guards import BadGuardError, ValueGuard
+from ovshim.reached import OF_MODULES, Reached
 from ovshim.reasons import Reason, reason
 from ovshim.untouched import add_unless_touched
 from ovshim.watch import GuardFailedError, Watch
@@ -39,6 +41,7 @@ _holding: Callable[[nn.Module], tuple[Any, ...]] = attrgetter(
     "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"
 )
 _data_ptr: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
+_is_gone: Callable[[int], Any] = torch.UntypedStorage._expired
 _values: Callable[[Any], Iterable[Any]] = dict.values
 _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwdefaults__")
 
@@ -50,7 +53,8 @@ _RECORDING = "transformers.utils.output_capturing"
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
 # that is gone raises. Either way something was replaced.
 _RAISED = (RuntimeError, KeyError, ValueError, AttributeError, TypeError, BadGuardError)
-_OF_MODULES = frozenset(nn.Module().__dict__)
+# Equal to nothing that a program could tell from them.
+_NEVER_EQUAL = frozenset({type(None), str, bytes, type, types.FunctionType, types.ModuleType})
 
 
 class Generation:
@@ -60,11 +64,13 @@ class Generation:
         guards, roots: what the captured graph read beyond the tree (`guards.roots_of`).
         code: qualified names of the functions that were captured; None: it is not known which.
         grad: whether it matters which tensors require grad.
+        follow: whether the guards do not say what was read, so that all that could be is watched.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
         ValueError: a tensor of the module counts no versions (it was made in inference mode), so
             that nobody could tell when it changes.
+        UnwatchableError: too much could be read.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Generation:
         roots: Mapping[str, Any] | None = None,
         code: Collection[str] | None = None,
         grad: bool = False,
+        follow: bool = False,
     ) -> None:
         self._module = module
         self._modules = list(module.modules())
@@ -90,23 +97,30 @@ class Generation:
         self._recorders = [(held, dict(held)) for held in hooks if held and not _are_called(held)]
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
-        self._watch = Watch(guards, roots or {}, _plain_numbers(self._modules))
-        self._classes = snapshot(classes_of(self._modules, self._watch.classes))
+        self._watch = Watch(guards, roots or {}, _replaceable(self._modules))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
         values = chain.from_iterable(map(_values, self._dicts))
         functions += [value for value in values if isinstance(value, types.FunctionType)]
-        self._functions = list(dict.fromkeys(functions))
+        self._reached = Reached(self._modules, functions) if follow else Reached((), ())
+        self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
+        classes = (*self._watch.classes, *self._reached.classes)
+        self._classes = snapshot(classes_of(self._modules, classes))
         reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
         self._variables = variables(f.__code__ for f in self._functions)
         self._watch_tensors()
         self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
         conditions, in_dicts = Conditions(*_RAISED), Conditions()
+        # Of what a forward makes anew.
+        conditions.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
         contents = [held for _, held, _ in self._contents if type(held) is dict]
-        groups = self._dicts, self._children, self._holders, self._watch.dicts, contents
+        beyond = self._watch.dicts, self._reached.dicts, contents
+        groups = self._dicts, self._children, self._holders, *beyond
         self._written = list({id(d): d for d in chain.from_iterable(groups)}.values())
-        self._of_dicts(in_dicts)
+        # First what is compared by identity: users' objects may raise when they are compared.
         self._watch.conditions(conditions, in_dicts, set(map(id, self._written)))
+        self._of_dicts(in_dicts)
+        self._reached.conditions(conditions, in_dicts)
         self._of_contents(conditions, in_dicts)
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)
@@ -161,6 +175,8 @@ class Generation:
             conditions.add("list(map(id, map(vars, {0}))) == {1}", self._modules, ids)
 
     def _of_versions(self, conditions: Conditions) -> None:
+        # A new storage may come to lie where an old one lay, and its memory too.
+        conditions.add("not any(map({0}, {1}))", _is_gone, self._storage_ids)
         if len(self._tensors) <= _FEW:
             for i, tensor in enumerate(self._tensors):
                 conditions.add("{0}._version == {1}", tensor, self._versions[i])
@@ -214,6 +230,7 @@ class Generation:
     def moved(self) -> None:
         """The tensors lie elsewhere now, with the same values: that is to be no change."""
         self._pointers[:] = map(_data_ptr, self._tensors)
+        self._hold_storages()
 
     def tensors_hold(self) -> bool:
         """Whether no tensor was written to or moved, nor anything changed beyond the tree: what has
@@ -243,7 +260,8 @@ class Generation:
         held: Iterable[Any] = chain.from_iterable(map(_values, self._holders))
         own = chain(self._module.parameters(), self._module.buffers())  # of scripted modules too
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
-        found = {id(t): t for t in chain(held, own, plain, self._watch.tensors) if t is not None}
+        beyond = *self._watch.tensors, *self._reached.tensors
+        found = {id(t): t for t in chain(held, own, plain, beyond) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
         for tensor in self._tensors:
             if tensor.is_inference():
@@ -251,6 +269,15 @@ class Generation:
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
         self._layouts = list(map(_layout, self._tensors))
+        self._storage_ids: list[int] = []
+        self._hold_storages()
+
+    def _hold_storages(self) -> None:
+        """Weakly: they may go, and it is known then that they have."""
+        held = [StorageWeakRef(t.untyped_storage()) for t in self._tensors]  # type: ignore[no-untyped-call]
+        storages = {storage.cdata: storage for storage in held}
+        self._storage_ids[:] = storages
+        self._storages = storages  # not before: another thread may be asking for the old ones
 
     def _snapshot_of(self, module: nn.Module) -> dict[str, Any] | None:
         for held, before in zip(self._dicts, self._dict_copies, strict=True):
@@ -334,7 +361,7 @@ def _contents(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable[..., Any]
             continue
         for name, value in module.__dict__.items():
             plain = next((t for t in (list, dict, set) if isinstance(value, t)), None)
-            if plain is not None and name not in _OF_MODULES and id(value) not in seen:
+            if plain is not None and name not in OF_MODULES and id(value) not in seen:
                 seen.add(id(value))
                 yield plain.__eq__, value, plain(value)
 
@@ -346,17 +373,24 @@ def _ordered(modules: Iterable[nn.Module]) -> Iterator[dict[str, Any]]:
             yield module._modules
 
 
-def _plain_numbers(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Plain numbers in users' modules, to be watched by identity: to `==`, and so to a comparison
-    of dicts, 3, 3.0 and True are one, but `x * 3` and `x * 3.0` differ in dtype. torch's own
-    modules pass theirs to C++ functions of fixed types, where they cannot differ."""
+def _replaceable(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Attributes to be watched by identity, for to a comparison of dicts another one may be the
+    same: 3, 3.0 and True, but `x * 3` and `x * 3.0` differ in dtype; a tensor of one element, or an
+    object, that is equal now and is written to later. torch's own modules pass numbers to C++
+    functions of fixed types, where they cannot differ."""
     for module in modules:
-        if not is_torchs(type(module)):
-            held = module.__dict__
-            names = [k for k, v in held.items() if isinstance(v, (int, float, complex))]
-            names = [name for name in names if name != "training"]
-            if names:
-                yield held, names
+        held = module.__dict__
+        kinds = torch.Tensor if is_torchs(type(module)) else object
+        names = [
+            name
+            for name, value in held.items()
+            if isinstance(value, kinds)
+            and type(value) not in _NEVER_EQUAL
+            and name not in OF_MODULES
+            and not hasattr(type(value), "_ovshim_transparent")
+        ]
+        if names:
+            yield held, names
 
 
 def _count_fused_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

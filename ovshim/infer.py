@@ -150,8 +150,10 @@ class Engine:
         that an input was copied into is looked at in half of the time that the tensor takes."""
         checked = self.checked.union(i for i in inputs if self._dtypes[i] == torch.float32)
         if checked != self.checked:  # two plans may share it
-            self.checked = checked
-            self._forget_slots()
+            with self._pool.alone() as slots:
+                self.checked = checked
+                for slot in slots:
+                    slot.forget(len(self._types))
         if self.exact is not None:
             self.exact.check(inputs)
 
@@ -165,9 +167,10 @@ class Engine:
 
     def rest(self, wake: Callable[[], Any]) -> None:
         """Give up the compiled model until a call needs it. `wake` compiles it again."""
-        self._wake = wake
-        self._compiled = None
-        self._forget_slots()
+        with self._pool.alone() as slots:
+            self._wake = wake
+            self._compiled = None
+            slots.clear()
 
     def run(self, tensors: Sequence[torch.Tensor], alone: bool = False) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.

@@ -19,7 +19,7 @@ from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
 from ovshim.generation import Generation
 from ovshim.precision.lowering import Lowering
-from ovshim.preflight import Look
+from ovshim.preflight import Look, place_of
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signature import Pattern, unflatten_call
@@ -135,9 +135,9 @@ class Job(Wanted):
                 self.store.discard(entry)
             raise
 
-    def _versions(self) -> list[tuple[int, int]]:
+    def _versions(self) -> list[tuple[int, int, int]]:
         held = [*self.module.parameters(), *self.module.buffers()]
-        return [(id(t), 0 if t.is_inference() else t._version) for t in held]
+        return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for t in held]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -55,10 +55,11 @@ class Pool(Generic[T]):
                 return gathered.pop()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, nobody holds any: no call runs."""
-        with self._making, self._gathered():
-            yield
+    def alone(self) -> Iterator[list[T]]:
+        """Inside, nobody holds any: no call runs. Gives them all; what is taken out of the list is
+        let go."""
+        with self._making, self._gathered() as gathered:
+            yield gathered
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[list[T]]:

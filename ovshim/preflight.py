@@ -23,7 +23,7 @@ from ovshim.modes import Drawing, Writes, draws, without_drawing
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
-__all__ = ["Look", "Sources", "look", "sources", "used_up"]
+__all__ = ["Look", "Sources", "look", "place_of", "sources", "used_up"]
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -195,7 +195,7 @@ class _World:
         self.module = module
         self.inputs = [(t, _version(t)) for t in inputs]
         self.tensors = [
-            (name, t, _version(t))
+            (name, t, (_version(t), place_of(t)))
             for name, t in [*module.named_parameters(), *module.named_buffers()]
         ]
         self.attributes = [(name, m, _snapshot(m)) for name, m in module.named_modules()]
@@ -220,8 +220,8 @@ class _World:
         for i, (tensor, version) in enumerate(self.inputs):
             if _version(tensor) != version:
                 return reason("mutates-input", f"input tensor {i}")
-        for name, tensor, version in self.tensors:
-            if _version(tensor) != version:
+        for name, tensor, known in self.tensors:
+            if (_version(tensor), place_of(tensor)) != known:
                 return reason("mutates-buffer", name)
         for name, module, before in self.attributes:
             changed = _changed(before, module.__dict__)
@@ -267,6 +267,14 @@ class _World:
 
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def place_of(tensor: torch.Tensor) -> int:
+    """Where its values lie; 0 where it has no one place. A write by `data` tells by it alone."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -108,6 +108,7 @@ class Rival:
             outputs = engine.run(tensors, alone=True)
             self._count(engine, time.perf_counter() - started)
             return outputs
+        candidate.check(engine.checked)  # another plan may have begun to share the engine
         if self._alike < _COMPARED:
             return self._compared(engine, candidate, tensors)
         return self._in_turn(engine, candidate, tensors)
@@ -142,12 +143,10 @@ class Rival:
             self._withdraw(engine)
             return
         self._has_won = known is not None
-        sizes, checked = list(self._sizes), engine.checked
+        sizes = list(self._sizes)
 
         def make() -> None:
-            candidate = self._make(sizes)
-            candidate.check(checked)
-            self._candidate = candidate
+            self._candidate = self._make(sizes)
 
         self._work = Work(make)
         self._work.start()
@@ -205,6 +204,8 @@ class Rival:
             self._withdraw(engine)
 
     def _settle(self, engine: Engine, candidate: Engine) -> None:
+        if engine.rival is not self:  # another thread has settled it, or found an answer wrong
+            return
         engine.leave(self._sizes, candidate)
         if self._wake is not None:
             engine.rest(self._wake)

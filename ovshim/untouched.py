@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ovshim.conditions import Conditions
 from ovshim.dict_versions import tells_writes
@@ -93,36 +94,37 @@ class Watched:
     ) -> None:
         self._places = places
         self._held = tensors, dicts, modules
-        # How many groups hold the addresses of others.
-        self._leading = 0
-        # Addresses and what was found there, in turns. One object, so that a thread which reads it
-        # while another one replaces it has both of one time.
+        # Addresses and what was found there, in turns; then how many of these groups hold the
+        # addresses of others, and the storages, weakly, so that nothing else comes to lie where
+        # one of them is. One object, so that a thread which reads it while another one replaces it
+        # has all of one time.
         self.state: list[tuple[Any, ...]] = [self._laid()]
 
     def condition(self) -> str:
         """An expression that tells whether all words are what they were; `{0}` is what reads them,
         `{1}` is `state`."""
-        count = len(self.state[0]) // 2
+        count = len(self.state[0]) // 2 - 1
         first = "{0}((now := {1}[0])[0]).tobytes() == now[1]"
         rest = (f"{{0}}(now[{2 * i}]).tobytes() == now[{2 * i + 1}]" for i in range(1, count))
         return " and ".join((first, *rest))
 
     def read(self) -> tuple[Any, ...]:
         """What `state` would hold now."""
-        read, known, found = _reader(), self.state[0], []
+        read, (*known, leading, storages), found = _reader(), self.state[0], []
         for i in range(0, len(known), 2):
             words = read(known[i]).tobytes()
-            if i < 2 * self._leading and words != known[i + 1]:
+            if i < 2 * leading and words != known[i + 1]:
                 return self._laid()
             found += [known[i], words]
-        return tuple(found)
+        return *found, leading, storages
 
     def _laid(self) -> tuple[Any, ...]:
+        storages = [StorageWeakRef(t.untyped_storage()) for t in self._held[0]]  # type: ignore[no-untyped-call]
         leading = [*_cut(self._of_tensors()), *_cut(self._of_impls())]
-        self._leading = len(leading)
         groups = [*leading, *_cut(self._of_contents()), *_cut(self._of_objects())]
         read = _reader()
-        return tuple(part for at in groups for part in (at, read(at).tobytes()))
+        parts = (part for at in groups for part in (at, read(at).tobytes()))
+        return *parts, len(leading), storages
 
     def _of_tensors(self) -> list[int]:
         found = [id(tensor) + self._places.impl for tensor in self._held[0]]
@@ -195,7 +197,10 @@ def add_unless_touched(
 
     def again() -> bool:
         # Before the look: a write meanwhile is a write after it.
-        found = watched.read()
+        try:
+            found = watched.read()
+        except Exception:  # tensors have become such as have other words, or become it just now
+            return look()
         if not look():
             return False
         watched.state[0], looked[0] = found, True
@@ -306,7 +311,7 @@ def _tells(places: _Places, write: Callable[[Any], Any]) -> bool:
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return one[1::2] == other[1::2]
+    return one[1:-2:2] == other[1:-2:2]
 
 
 def _found() -> _Places:

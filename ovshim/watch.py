@@ -8,6 +8,7 @@ are read by one `itemgetter` per dict; the few others one by one.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
@@ -160,6 +161,8 @@ def _plain_dict(base: Any, step: Step) -> Mapping[Any, Any] | None:
     how, key = step
     held: Any = base if how == "item" else getattr(base, "__dict__", None)
     if type(held) not in (dict, types.MappingProxyType) or key not in held:
+        return None
+    if isinstance(base, threading.local):  # each thread has a dict of its own
         return None
     if how == "attr" and isinstance(getattr(type(base), str(key), None), property):
         return None

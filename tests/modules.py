@@ -202,6 +202,21 @@ class CountsInBuffer(nn.Module):
         return self.linear(x) + self.calls
 
 
+class KeepsLast(nn.Module):
+    """Writes to a buffer without torch counting it."""
+
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("last", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.data = x.mean(0)
+        return self.linear(x)
+
+
 class CountsInAttribute(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from modules import (
     Branches,
     CountsInAttribute,
     CountsInBuffer,
+    KeepsLast,
     Mlp,
     ReadsItem,
     UsesHistc,
@@ -110,6 +111,7 @@ MODULES = [
     pytest.param(lambda: make(WritesInput), {"mutates-input"}, id="writes input"),
     pytest.param(lambda: make(Of, in_place_on_a_view), {"mutates-input"}, id="writes view"),
     pytest.param(lambda: make(CountsInBuffer), {"mutates-buffer"}, id="buffer counter"),
+    pytest.param(lambda: make(KeepsLast), {"mutates-buffer"}, id="buffer by data"),
     pytest.param(lambda: make(CountsInAttribute), {"mutates-attribute"}, id="Python counter"),
     pytest.param(lambda: make(Of, nonzero_size), None, id="size by values"),
 ]

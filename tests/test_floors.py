@@ -30,6 +30,7 @@ FLOORS: dict[str, set[str]] = {
         "conditions",
         "deferred",
         "captured_code",
+        "reached",
         "dict_versions",
         "untouched",
         "special_mode",

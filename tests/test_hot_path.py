@@ -96,6 +96,72 @@ def test_a_change_is_noticed_either_way(
     assert not made.holds()
 
 
+def assigned_twice(weight: nn.Parameter) -> None:
+    for _ in range(2):
+        weight.data = weight.data * 2
+
+
+def swapped_twice(weight: nn.Parameter) -> None:
+    for _ in range(2):
+        torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 2))
+
+
+@pytest.mark.parametrize("change", [assigned_twice, swapped_twice])
+def test_other_values_where_the_old_ones_lay_are_noticed(
+    change: Callable[[nn.Parameter], None], counted: None
+) -> None:
+    again = 0
+    for n in range(60):
+        module = nn.Linear(64, 4 + 4 * n, bias=False).eval()
+        made = generation.Generation(module)
+        assert made.holds()
+        where = module.weight.data_ptr()
+        change(module.weight)
+        assert not made.holds()
+        again += module.weight.data_ptr() == where
+    if not again:
+        pytest.skip("memory was not given out again")
+
+
+def test_a_weight_that_can_be_read_no_more_is_a_change(counted: None) -> None:
+    module = Small().eval()
+    made = generation.Generation(module)
+    assert made.holds()
+    weight = module.first.weight
+    weight.data = weight.data.view(1, 1, 1, 1, 4, 4)
+    assert not made.holds()
+    weight.data = weight.data.view(4, 4)
+    made = generation.Generation(module)
+    assert made.holds()
+
+
+class Loose:
+    """Equal to everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch.tensor(2.0), lambda: [2.0], lambda: (2.0, [3.0]), lambda: {"a": [2.0]}, Loose],
+    ids=["tensor", "list", "tuple", "dict", "object"],
+)
+def test_an_attribute_replaced_by_an_equal_one_is_a_change(
+    make: Callable[[], Any], counted: None
+) -> None:
+    module = Small().eval()
+    module.held = make()
+    made = generation.Generation(module)
+    assert made.holds()
+    kept, module.held = module.held, make()
+    assert not made.holds()
+    module.held = kept
+    assert made.holds()
+
+
 def test_a_change_that_is_taken_back_holds_again(counted: None) -> None:
     module = Small().eval()
     made = generation.Generation(module)

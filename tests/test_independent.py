@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -195,6 +196,11 @@ class Config:
     scale = 1.0
 
 
+@dataclasses.dataclass
+class Unequal:
+    scale: float = dataclasses.field(default=2.0, compare=False)
+
+
 class Helper:
     factor = 2.0
 
@@ -255,6 +261,11 @@ EDITS: dict[str, tuple[Any, Any, Any]] = {
         set_("config", Config),
         lambda s, x: F.gelu(x) * s.config.scale,
         lambda m: setattr(m.config, "scale", 3.0),
+    ),
+    "field that is not compared": (
+        set_("config", Unequal),
+        lambda s, x: x.cos() * s.config.scale,
+        lambda m: setattr(m, "config", Unequal(3.0)),
     ),
     "requires_grad": (
         set_("linear", lambda: nn.Linear(8, 8)),

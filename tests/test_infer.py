@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -338,6 +339,40 @@ def test_a_call_under_way_when_another_fails_is_not_believed() -> None:
     engine._infer = overtaken
     with pytest.raises(EngineDead, match="Another call failed"):
         engine.run([torch.ones(2)])
+
+
+@pytest.mark.parametrize("change", ["check", "rest"])
+def test_no_request_is_made_while_another_runs(change: str) -> None:
+    """It ends the process now and then."""
+    engine = relu_engine()
+    model, inference, new_slot = engine._compiled, engine._infer, engine._new_slot
+    x, made = torch.ones(3), []
+    engine.run([x])
+    running, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        running.set()
+        assert go_on.wait(10)
+        return inference(*args)
+
+    def noted() -> Any:
+        made.append(go_on.is_set())
+        return new_slot()
+
+    def changed() -> Any:
+        engine.check([0]) if change == "check" else engine.rest(lambda: model)
+        return engine.run([x])
+
+    engine._infer, engine._new_slot = slow, noted  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(engine.run, [x])
+        assert running.wait(10)
+        engine._infer = inference
+        other = threads.submit(changed)
+        assert wait([other], timeout=0.1).not_done
+        go_on.set()
+        assert first.result()[0].tolist() == other.result()[0].tolist() == [2, 2, 2]
+    assert False not in made
 
 
 def test_a_closed_engine_says_so() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import ovshim
 from ovshim import blobs, rival, runtime
 from ovshim.deferred import later
+from ovshim.infer import SpecialValuesError
 
 
 class Compiled:
@@ -161,6 +162,41 @@ def test_one_that_cannot_be_compiled_or_is_wrong_does_not_serve(compiled: Compil
         assert compiled.sizes.pop() == [(3, 8)]
         assert plan_of(fast).served.engine.exact is None
         check(fast, module, torch.randn(3, 8))
+
+
+def test_one_that_another_thread_has_found_wrong_does_not_serve(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(Mlp)
+    settle(accelerate(module, tmp_path), module)
+    fast = accelerate(module, tmp_path)
+    engine = plan_of(fast).served.engine
+    mine, compare = engine.rival, rival.compare
+
+    def meanwhile(*args: Any) -> None:
+        compare(*args)
+        if mine._alike == rival._COMPARED - 1:
+            mine._withdraw(engine)
+
+    monkeypatch.setattr(rival, "compare", meanwhile)
+    settle(fast, module)
+    assert engine.exact is None
+    check(fast, module, torch.randn(3, 8))
+
+
+def test_what_is_looked_at_since_is_looked_at_there_too(compiled: Compiled) -> None:
+    module = make(Mlp)
+    fast = accelerate(module)
+    engine = plan_of(fast).served.engine
+    engine.checked = frozenset()
+    while engine.rival._candidate is None:
+        engine.run([torch.randn(3, 8)])
+        fast.ovshim.wait()
+    engine.check([0])
+    for _ in range(8):
+        with pytest.raises(SpecialValuesError):
+            engine.run([torch.full((3, 8), float("nan"))])
+        engine.run([torch.randn(3, 8)])
 
 
 def test_the_open_one_rests_until_it_is_needed(

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import threading
 import types
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +17,13 @@ from modules import Attention, DigitsCnn, Mlp, Scaled, make, small_bert
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import build
+from ovshim.cache.store import Store
 
 OFFSET = 1.0
 TABLE = {"shift": 1.0}
 GLOBAL_TENSOR = torch.ones(4)
+LOCAL = threading.local()
 
 
 def helper(x: Tensor) -> Tensor:
@@ -206,6 +212,24 @@ def test_changed_buffers(edit: Callable[[nn.Module], None]) -> None:
     moved(fast, module, torch.randn(2, 1, 16, 16))
 
 
+def test_weights_replaced_while_the_plan_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = make(Mlp)
+    capture = build.capture
+
+    def meanwhile(request: Any) -> Any:
+        weight = module.first.weight
+        weight.data = weight.data * (1 + 1e-6)  # a proof would not tell
+        return capture(request)
+
+    monkeypatch.setattr(build, "capture", meanwhile)
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino", cache_dir=tmp_path)
+    assert "openvino" not in paths(fast)
+    assert Store(tmp_path).paths() == []
+
+
 def test_half_and_back() -> None:
     fast, module = pair()
     fast.double()
@@ -221,6 +245,16 @@ def test_weights_moved_to_bfloat16() -> None:
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     for _ in range(3):
         check(fast, module, x, path=None, tolerance=0.02)
+
+
+def test_weights_that_share_their_memory() -> None:
+    fast, module = pair()
+    flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat * 2, module.parameters())
+    moved(fast, module)
+    with torch.no_grad():
+        module.first.weight.mul_(0.5)
+    moved(fast, module)
 
 
 @pytest.mark.slow
@@ -503,6 +537,24 @@ def test_the_code_of_a_global_function_changed_in_place() -> None:
     moved(fast, module)
 
 
+def test_a_global_of_which_each_thread_has_its_own() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() * LOCAL.factor
+
+    LOCAL.factor = 2.0
+    fast, module = pair(lambda: make(Reads))
+    check(fast, module, x := torch.randn(3, 8))
+
+    def elsewhere() -> None:
+        LOCAL.factor = 3.0
+        with quietly():
+            check(fast, module, x, path=None)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(elsewhere).result()
+
+
 def test_a_closure_rebound() -> None:
     def build() -> tuple[type[nn.Module], Callable[[float], None]]:
         scale = 3.0
@@ -533,6 +585,22 @@ def test_default_arguments_of_forward_changed() -> None:
     check(fast, module, torch.randn(3, 8))
     Default.forward.__defaults__ = (5.0,)
     moved(fast, module)
+
+
+def test_another_default_dtype() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() + torch.arange(8) / 3
+
+    fast, module = pair(lambda: make(Adds))
+    check(fast, module, torch.randn(3, 8))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with quietly():
+            check(fast, module, torch.randn(3, 8, dtype=torch.float32), path=None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    moved(fast, module, within=16)  # where eager serves it is looked at now and then
 
 
 def test_an_environment_variable_that_forward_reads(monkeypatch: pytest.MonkeyPatch) -> None:

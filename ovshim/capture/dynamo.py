@@ -158,7 +158,9 @@ def _finish(
     graph = output.backend_input.graph_module
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
+    sources = Sources(request, args, kwargs, imports)
     _refuse_escapes(graph)
+    _refuse_writes(graph, sources)
     _refuse_sizes_by_values(graph)
     _refuse_padded_transforms(graph)
     check_domains(graph)
@@ -168,7 +170,6 @@ def _finish(
         # A number taken out of a tensor was used as if it were known: torch.compile would check it
         # while the graph runs.
         raise CaptureError(reason("value-dependent", "a value is read out of a tensor"))
-    sources = Sources(request, args, kwargs, imports)
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)
     value_guards += sources.read_tensors(_placeholders(graph))
@@ -289,16 +290,22 @@ def _refuse_padded_transforms(graph: torch.fx.GraphModule) -> None:
 
 
 def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
-    """Values that leave the graph for Python, and tensors given from outside that it writes to."""
+    """Values that leave the graph for Python."""
     for node in graph.graph.nodes:
         name = str(getattr(node.target, "__name__", node.target))
         if (node.op == "call_method" and node.target in _ESCAPES) or "_assert" in name:
             raise CaptureError(reason("value-dependent", _where(node)))
         if name in _WRONG_IN_OPENVINO:
             raise CaptureError(reason("unsupported-op", _where(node)))
+
+
+def _refuse_writes(graph: torch.fx.GraphModule, sources: Sources) -> None:
+    """Tensors given from outside that it writes to. Not the module's own, of which the look has
+    seen it: Dynamo itself writes to its images of those that share their memory, as
+    `vector_to_parameters` leaves them."""
     for node in _placeholders(graph):
         fake = node.meta.get("example_value")
-        if isinstance(fake, torch.Tensor) and fake._version > 0:
+        if isinstance(fake, torch.Tensor) and fake._version > 0 and not sources.owns(node):
             raise CaptureError(reason("mutates-input", str(node.target)))
 
 

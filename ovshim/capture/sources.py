@@ -84,6 +84,11 @@ class Sources:
 
     # --- what was read ------------------------------------------------------------------------
 
+    def owns(self, placeholder: torch.fx.Node) -> bool:
+        """Whether this input of a graph is one of the module's parameters or buffers."""
+        source: Any = getattr(placeholder, "_dynamo_source", None)
+        return source is not None and id(self._object(source)) in self.owned
+
     def read_tensors(self, placeholders: Iterable[torch.fx.Node]) -> tuple[ValueGuard, ...]:
         """Guards for tensors that are neither inputs nor parameters or buffers: attributes, items
         of lists, globals. They must stay the same objects (`generation` watches their versions).

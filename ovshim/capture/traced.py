@@ -23,7 +23,9 @@ from ovshim.capture import (
     frontend,
     readers,
 )
+from ovshim.generation import Generation
 from ovshim.inputs import redraw, resize
+from ovshim.reached import UnwatchableError
 from ovshim.reasons import reason
 from ovshim.signature import Pattern
 
@@ -40,8 +42,9 @@ def capture(request: Request, refused: CaptureError) -> Captured:
 
     Raises:
         CaptureError: `refused`, Dynamo's own reason, where tracing fails as well; or that the graph
-            depends on the values of the inputs.
+            depends on the values of the inputs, or that the module changes what it reads.
     """
+    watched = _watched(request)
     inputs = distinct_tensors(request.kind)
     places = [request.kind.tensors.index(i) for i in inputs]
     tensors = [request.leaves[i] for i in inputs]
@@ -61,6 +64,8 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     dynamic = [
         dims if _same_resized(flat, tensors, dynamic, first) else frozenset() for dims in dynamic
     ]
+    if watched is not None and not watched.holds():  # the look goes no deeper than attributes
+        raise CaptureError(reason("mutates-attribute", watched.change()))
     shapes = [
         tuple(None if d in dims else n for d, n in enumerate(tensor.shape))
         for tensor, dims in zip(tensors, dynamic, strict=True)
@@ -69,6 +74,18 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     by_leaf = dict(zip(inputs, shapes, strict=True))
     pattern: Pattern = tuple(by_leaf[request.kind.leaves[i].same_as] for i in request.kind.tensors)  # type: ignore[union-attr]
     return Captured(model, f"traced{reader}", outputs, pattern)
+
+
+def _watched(request: Request) -> Generation | None:
+    """What the module could read, as it is now; None where its weights cannot be watched, which
+    the plan will say."""
+    module = getattr(request.call, "__self__", request.module)
+    try:
+        return Generation(module, follow=True)
+    except ValueError:
+        return None
+    except UnwatchableError as error:
+        raise CaptureError(reason("capture-failed", f"traced, and {error}")) from error
 
 
 def _redrawn(tensors: list[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

@@ -45,6 +45,7 @@ from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError, roots_of
 from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_data, known_data
+from ovshim.reached import UnwatchableError
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
@@ -312,10 +313,16 @@ class _Build:
         job = self.job
         try:
             return Generation(
-                job.module, record.value_guards, roots_of(job.module, job.call), record.code
+                job.module,
+                record.value_guards,
+                roots_of(job.module, job.call),
+                record.code,
+                follow=record.route.startswith("traced"),
             )
         except ValueError as error:
             raise BuildStopped(reason("untracked-weights", str(error))) from error
+        except UnwatchableError as error:
+            raise BuildStopped(reason("capture-failed", f"traced, and {error}")) from error
 
     def _names(self) -> list[str]:
         crossed = [f"cross.{number}" for number in range(len(self.form.cross))]
