@@ -4,7 +4,7 @@ Where the microseconds go, and what was decided for it:
 
 * A small input is copied into a buffer that stays bound to its request; rebinding costs several
   times what copying 1 KB does. A large one is bound where it lies.
-* A small output is copied out by `infer` itself (``share_outputs=False``), which costs less than
+* A small output is copied out by `infer` itself (`share_outputs=False`), which costs less than
   binding a fresh buffer per call and is right for outputs of any size. From 256 KB up the copy
   costs more than the binding, so a buffer is bound and handed over without a copy.
 * Bound outputs are tensors that OpenVINO allocated, never wrapped arrays: the request shares in
@@ -86,14 +86,14 @@ if hasattr(os, "register_at_fork"):
 class Engine:
     """Runs a compiled model.
 
-    ``inputs``: the dtypes of the tensors that `run` will be given, in the order of the model's own
-    inputs; where the model takes another element type, values are converted. ``outputs``: the
+    `inputs`: the dtypes of the tensors that `run` will be given, in the order of the model's own
+    inputs; where the model takes another element type, values are converted. `outputs`: the
     dtypes `run` is to return, in the order of the model's outputs. Known are float32, float64,
     float16, bfloat16, int8 to int64, uint8 and bool; TypeError for others, ValueError when the
     numbers do not match the model's.
 
-    ``dead`` is None, or why the engine cannot be used any more; ``checked``, the inputs whose
-    values are looked at; ``exact``, the engine that calls of some sizes are left to; ``rival``,
+    `dead` is None, or why the engine cannot be used any more; `checked`, the inputs whose
+    values are looked at; `exact`, the engine that calls of some sizes are left to; `rival`,
     what answers until it is known whether there is to be one.
     """
 
@@ -175,7 +175,7 @@ class Engine:
     def run(self, tensors: Sequence[torch.Tensor], alone: bool = False) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.
 
-        ``tensors``: plain CPU tensors, of any strides, as many as the model has inputs; never
+        `tensors`: plain CPU tensors, of any strides, as many as the model has inputs; never
         written to. They are read until `run` returns, so nobody may write to them meanwhile.
         The outputs share memory with nothing, except that their storage cannot be resized; under
         inference mode they are inference tensors, as eager's would be.
@@ -184,7 +184,7 @@ class Engine:
         model does not take these sizes, and SpecialValuesError when an input that is to be checked
         holds a NaN, an infinity or a value near 1e19 (the engine stays usable).
 
-        ``alone``: not by way of ``rival``.
+        `alone`: not by way of `rival`.
         """
         if self._is_exact is not None and self._is_exact(tensors):
             return self.exact.run(tensors)  # type: ignore[union-attr]  # they are set together
