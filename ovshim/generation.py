@@ -30,7 +30,7 @@ from ovshim.guards import BadGuardError, ValueGuard
 from ovshim.reached import OF_MODULES, Reached
 from ovshim.reasons import Reason, reason
 from ovshim.untouched import add_unless_touched
-from ovshim.watch import GuardFailedError, Watch
+from ovshim.watch import GuardFailedError, Watch, replaceable
 
 __all__ = ["Generation", "GuardFailedError", "obstacle"]
 
@@ -45,7 +45,6 @@ _is_gone: Callable[[int], Any] = torch.UntypedStorage._expired
 _values: Callable[[Any], Iterable[Any]] = dict.values
 _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwdefaults__")
 
-
 # So many tensors or modules are asked one by one, which takes no list of what they answer.
 _FEW = 8
 
@@ -53,8 +52,6 @@ _RECORDING = "transformers.utils.output_capturing"
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
 # that is gone raises. Either way something was replaced.
 _RAISED = (RuntimeError, KeyError, ValueError, AttributeError, TypeError, BadGuardError)
-# Equal to nothing that a program could tell from them.
-_NEVER_EQUAL = frozenset({type(None), str, bytes, type, types.FunctionType, types.ModuleType})
 
 
 class Generation:
@@ -97,7 +94,7 @@ class Generation:
         self._recorders = [(held, dict(held)) for held in hooks if held and not _are_called(held)]
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
-        self._watch = Watch(guards, roots or {}, _replaceable(self._modules))
+        self._watch = Watch(guards, roots or {}, replaceable(self._modules))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
         values = chain.from_iterable(map(_values, self._dicts))
@@ -110,6 +107,12 @@ class Generation:
         self._variables = variables(f.__code__ for f in self._functions)
         self._watch_tensors()
         self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
+        self.holds = self._check()
+        """Whether nothing has changed. About 0.01 µs a tensor and as much a submodule, and ten
+        times that where memory cannot be asked (`untouched`) and the objects have to be."""
+
+    def _check(self) -> Callable[[], bool]:
+        """That nothing changes from now on, compiled."""
         conditions, in_dicts = Conditions(*_RAISED), Conditions()
         # Of what a forward makes anew.
         conditions.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
@@ -125,9 +128,7 @@ class Generation:
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)
         self._of_what_is_rare(conditions)
-        self.holds: Callable[[], bool] = conditions.compiled()
-        """Whether nothing has changed. About 0.01 µs a tensor and as much a submodule, and ten
-        times that where memory cannot be asked (`untouched`) and the objects have to be."""
+        return conditions.compiled()
 
     def _of_objects(self, conditions: Conditions, in_dicts: Conditions) -> None:
         look = Conditions(*_RAISED)
@@ -371,26 +372,6 @@ def _ordered(modules: Iterable[nn.Module]) -> Iterator[dict[str, Any]]:
     for module in modules:
         if isinstance(module, nn.ModuleDict):
             yield module._modules
-
-
-def _replaceable(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Attributes to be watched by identity, for to a comparison of dicts another one may be the
-    same: 3, 3.0 and True, but `x * 3` and `x * 3.0` differ in dtype; a tensor of one element, or an
-    object, that is equal now and is written to later. torch's own modules pass numbers to C++
-    functions of fixed types, where they cannot differ."""
-    for module in modules:
-        held = module.__dict__
-        kinds = torch.Tensor if is_torchs(type(module)) else object
-        names = [
-            name
-            for name, value in held.items()
-            if isinstance(value, kinds)
-            and type(value) not in _NEVER_EQUAL
-            and name not in OF_MODULES
-            and not hasattr(type(value), "_ovshim_transparent")
-        ]
-        if names:
-            yield held, names
 
 
 def _count_fused_steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

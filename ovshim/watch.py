@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ovshim.captured_code import is_torchs
 from ovshim.conditions import Conditions
 from ovshim.guards import Step, ValueGuard, measure, walk
+from ovshim.reached import OF_MODULES
 
-__all__ = ["GuardFailedError", "Watch"]
+__all__ = ["GuardFailedError", "Watch", "replaceable"]
 
 # What is equal to nothing but itself.
 _EQUAL_IF_SAME = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+# Equal to nothing that a program could tell from them.
+_NEVER_EQUAL = frozenset({type(None), str, bytes, type, types.FunctionType, types.ModuleType})
 
 
 class GuardFailedError(Exception):
@@ -184,3 +188,23 @@ def _reading(conditions: Conditions, held: Mapping[Any, Any], known: Mapping[Any
         conditions.add("{0}({1}) == {2}", read, held, values)
     else:
         conditions.add("list(map(id, {0}({1}))) == {2}", read, held, list(map(id, values)))
+
+
+def replaceable(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Attributes to be watched by identity, for to a comparison of dicts another one may be the
+    same: 3, 3.0 and True, but `x * 3` and `x * 3.0` differ in dtype; a tensor of one element, or an
+    object, that is equal now and is written to later. torch's own modules pass numbers to C++
+    functions of fixed types, where they cannot differ."""
+    for module in modules:
+        held = module.__dict__
+        kinds = torch.Tensor if is_torchs(type(module)) else object
+        names = [
+            name
+            for name, value in held.items()
+            if isinstance(value, kinds)
+            and type(value) not in _NEVER_EQUAL
+            and name not in OF_MODULES
+            and not hasattr(type(value), "_ovshim_transparent")
+        ]
+        if names:
+            yield held, names

@@ -28,7 +28,7 @@ from torch._dynamo.utils import get_metrics_context
 from torch._subclasses.meta_utils import MetaTensorDescriber
 
 import ovshim
-from ovshim.capture import dynamo
+from ovshim.capture import dynamo, refusals
 from ovshim.capture.spared import spared
 
 
@@ -245,7 +245,7 @@ def test_a_refusal_tells_its_kind_and_the_users_line() -> None:
     with dynamo._configured(), pytest.raises(torch._dynamo.exc.TorchDynamoException) as told:
         convert_frame.fullgraph_capture(Branches().forward, (torch.ones(3),), {})
     error: Any = told.value
-    assert error.gb_type.startswith(dynamo._VALUE_DEPENDENT)
+    assert error.gb_type.startswith(refusals._VALUE_DEPENDENT)
     frame = error.real_stack[-1]
     assert frame.filename.endswith("test_dynamo_interface.py")
     assert "if x.sum() > 0" in frame.line

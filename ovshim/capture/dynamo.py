@@ -35,6 +35,13 @@ from ovshim.capture import (
 from ovshim.capture.domains import check_domains
 from ovshim.capture.hush import hushed
 from ovshim.capture.ranges import check_ranges
+from ovshim.capture.refusals import (
+    SizesRefusedError,
+    placeholders,
+    refusal,
+    refuse_contents,
+    refuse_effects,
+)
 from ovshim.capture.sizes import read_sizes
 from ovshim.capture.sources import Sources
 from ovshim.capture.spared import spared
@@ -44,55 +51,9 @@ __all__ = ["capture"]
 
 log = logging.getLogger("ovshim")
 
-# What Dynamo refuses as a matter of principle. A trace would bake one outcome in.
-_VALUE_DEPENDENT = (
-    "Data-dependent",
-    "Data dependent",
-    "Dynamic shape operator",
-    "Dynamic slicing",
-    "Unsupported Tensor.item",
-    "Tensor.tolist",
-    "Tensor.numpy",
-    "Indexing list with non-scalar",
-    "Attempted to use `torch.nn.functional.one_hot`",
-    "unsupported index(Tensor)",
-    "torch.fx.experimental.symbolic_shapes",
-    "attempted to trace numpy",
-    "call `torch.from_numpy`",
-    "Unsupported ndarray",
-    "repr() on tensor",
-    "Cannot check Tensor object identity",
-)
 # Names by which code asks whether gradients are recorded. They need not be exact: what has one of
 # them is captured for each mode.
 _OF_MODES = re.compile("grad_enabled|requires_grad|input_grad|grad_fn|is_leaf|inference")
-# What it merely cannot follow: code that a trace runs through without harm to the graph.
-_HARMLESS = (
-    "torch.jit.script/freeze modules unsupported",
-    "UnspecializedNNModuleVariable wrapped around ScriptModules",
-    "wrap_jit_function",
-    "Weird method call on TorchScript object",
-    "logging.Logger method not supported",
-    "attempted to reorder a debugging function",
-    "Attempted to call function marked as skipped",
-    "Attempted to inline function marked as skipped",
-    "can't handle functions not implemented in python",
-    "Skip calling `torch.compiler.disable()`d function",
-    "Skip inlining `torch.compiler.disable()`d function",
-    "Unsupported context manager",
-)
-# Side effects that no caller can see: the callee's own dictionary of keywords, and a variable of
-# transformers' that is back at its old value when the call ends.
-_HARMLESS_EFFECTS = ("L['kwargs']", "_active_collector")
-_SIZES = (
-    "RuntimeError when making fake tensor call",
-    "Fake tensor propagation exception",
-    "TypeError when making fake tensor call",
-    "Assertion failed on symbolic shapes",
-)
-# Converted without a word, and wrong: the lengths of packed sequences are those of the example.
-_WRONG_IN_OPENVINO = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
-_ESCAPES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__"})
 
 
 def capture(request: Request) -> Captured:
@@ -110,20 +71,16 @@ def capture(request: Request) -> Captured:
     ]
     none: list[frozenset[int]] = [frozenset()] * len(broader)
     attempts = dict.fromkeys([request.dynamic, tuple(broader), tuple(none)])
-    refused: _SizesRefused | None = None
+    refused: SizesRefusedError | None = None
     for dynamic in attempts:
         try:
             with _forgetting_tensors():
                 return _capture(request.with_open(dynamic))
-        except _SizesRefused as error:
+        except SizesRefusedError as error:
             log.debug("Dynamo refuses the sizes %s: %s", dynamic, error)
             refused = refused or error
     assert refused is not None
     raise refused
-
-
-class _SizesRefused(CaptureError):
-    """Dynamo cannot work with these sizes left open; with fewer it might."""
 
 
 def _capture(request: Request) -> Captured:
@@ -135,7 +92,7 @@ def _capture(request: Request) -> Captured:
         try:
             output = convert_frame.fullgraph_capture(request.call, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         except Exception as error:  # Dynamo runs users' code and its own; both can raise anything
             log.debug("Dynamo failed", exc_info=True)
             if "DataDependent" in type(error).__name__:  # a size that a value decides
@@ -143,7 +100,7 @@ def _capture(request: Request) -> Captured:
                 raise CaptureError(reason("value-dependent", text)) from error
             text = f"Dynamo: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise CaptureError(reason("capture-failed", text), harmless=True) from error
-    _refuse_effects(effects)
+    refuse_effects(effects)
     if output.backend_input is None:
         raise CaptureError(reason("capture-failed", "no tensor is computed"))
     try:
@@ -159,10 +116,7 @@ def _finish(
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
-    _refuse_escapes(graph)
-    _refuse_writes(graph, sources)
-    _refuse_sizes_by_values(graph)
-    _refuse_padded_transforms(graph)
+    refuse_contents(graph, sources)
     check_domains(graph)
     attention.apply(graph)
     rewrites.apply(graph)
@@ -172,7 +126,7 @@ def _finish(
         raise CaptureError(reason("value-dependent", "a value is read out of a tensor"))
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)
-    value_guards += sources.read_tensors(_placeholders(graph))
+    value_guards += sources.read_tensors(placeholders(graph))
     # What Dynamo's bytecode refers to (classes of outputs among it) it finds in these globals.
     known = dict(output.graph_capture_output.f_globals)
     checked = check_ranges(graph)
@@ -252,69 +206,8 @@ def _configured() -> Iterator[list[str]]:
         effects += [text for text in seen if "side effects" in text]
 
 
-def _refuse_effects(effects: list[str]) -> None:
-    for text in effects:
-        places = text.partition("double check: ")[2].strip("[]").split(", ")
-        for place in places:
-            if not any(fine in place for fine in _HARMLESS_EFFECTS):
-                raise CaptureError(reason("mutates-attribute", place.strip("\"'")))
-
-
-def _refuse_sizes_by_values(graph: torch.fx.GraphModule) -> None:
-    """Where `nonzero` or a mask decides how many rows there are, there may be none, and kernels of
-    OpenVINO 2026.4 end the process on those."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    for node in graph.graph.nodes:
-        fake = node.meta.get("example_value")
-        if isinstance(fake, torch.Tensor) and free_unbacked_symbols(fake):
-            text = f"the size of a tensor does, at {node.name}"
-            raise CaptureError(reason("value-dependent", text))
-
-
-def _refuse_padded_transforms(graph: torch.fx.GraphModule) -> None:
-    """A Fourier transform of `n` points over another number: OpenVINO 2026.4 reads what lies behind
-    the tensor."""
-    for node in graph.graph.nodes:
-        name = str(getattr(node.target, "__name__", ""))
-        n = node.kwargs.get("n", node.args[1] if len(node.args) > 1 else None)
-        if not name.startswith("fft_") or name.endswith(("freq", "shift")) or n is None:
-            continue
-        fake = node.args[0].meta.get("example_value")
-        size = fake.shape[node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else -1)]
-        inverse = name in ("fft_irfft", "fft_hfft")
-        if not isinstance(size, int):
-            raise _SizesRefused(reason("unsupported-op", f"{name} over a size that may change"))
-        if size != (n // 2 + 1 if inverse else n):
-            raise CaptureError(reason("unsupported-op", f"{name} of {n} points over {size}"))
-
-
-def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
-    """Values that leave the graph for Python."""
-    for node in graph.graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if (node.op == "call_method" and node.target in _ESCAPES) or "_assert" in name:
-            raise CaptureError(reason("value-dependent", _where(node)))
-        if name in _WRONG_IN_OPENVINO:
-            raise CaptureError(reason("unsupported-op", _where(node)))
-
-
-def _refuse_writes(graph: torch.fx.GraphModule, sources: Sources) -> None:
-    """Tensors given from outside that it writes to. Not the module's own, of which the look has
-    seen it: Dynamo itself writes to its images of those that share their memory, as
-    `vector_to_parameters` leaves them."""
-    for node in _placeholders(graph):
-        fake = node.meta.get("example_value")
-        if isinstance(fake, torch.Tensor) and fake._version > 0 and not sources.owns(node):
-            raise CaptureError(reason("mutates-input", str(node.target)))
-
-
 def _qualname(call: Callable[..., Any]) -> str:
     return str(getattr(call, "__func__", call).__code__.co_qualname)
-
-
-def _placeholders(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
 _ROOT = re.compile(r"L\['\w+'\]\.?")
@@ -341,37 +234,6 @@ def _origins(request: Request, graph: torch.fx.GraphModule) -> frontend.Origin:
         return path
 
     return origin
-
-
-def _where(node: torch.fx.Node) -> str:
-    """The module's path and the user's source line of a node, as far as torch knows them."""
-    stack = node.meta.get("nn_module_stack") or {}
-    module = list(stack.values())[-1][0] if stack else ""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    return f"{node.target} in {module} {lines[-2] if len(lines) > 1 else ''}".strip()
-
-
-def _refusal(error: Any) -> CaptureError:
-    # Most refusals carry the name of their kind; some have it as the first line of their text.
-    text = str(getattr(error, "gb_type", None) or "") or str(error).partition("\n")[0]
-    at = _user_line(error)
-    detail = f"{text}{f' at {at}' if at else ''}"
-    if text.startswith(_VALUE_DEPENDENT) or "data-dependent" in str(error).lower():
-        return CaptureError(reason("value-dependent", detail))
-    why = reason("capture-failed", f"Dynamo: {detail}")
-    if text.startswith(_SIZES):
-        return _SizesRefused(why)
-    return CaptureError(why, text.startswith(_HARMLESS))
-
-
-def _user_line(error: Any) -> str:
-    stack = getattr(error, "real_stack", None)
-    if not stack:
-        return ""
-    frame = stack[-1]
-    return (
-        f"{frame.filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frame.lineno} ({frame.line})"
-    )
 
 
 def _forget_code(call: Callable[..., Any], name: str) -> None:
