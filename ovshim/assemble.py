@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from ovshim.eager import Eager
 from ovshim.floats import floats_of
 from ovshim.generation import Generation
 from ovshim.gradients import recorder_of
-from ovshim.guards import roots_of
+from ovshim.guards import ValueGuard, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.lowering import warnings_of
@@ -47,7 +47,18 @@ __all__ = [
 ]
 
 
-def generation_of(job: Job, record: Record) -> Generation:
+class Assumptions(Protocol):
+    """What a captured graph rests on, as its record has it: a `Record`, or that of a decoding."""
+
+    @property
+    def value_guards(self) -> Sequence[ValueGuard]: ...
+    @property
+    def code(self) -> Sequence[str] | None: ...
+    @property
+    def route(self) -> str: ...
+
+
+def generation_of(job: Job, record: Assumptions) -> Generation:
     """The module as it is now, and what the graph read beside it.
 
     Raises:

@@ -9,7 +9,15 @@ import torch
 
 from ovshim.signature import Kind, Pattern, TensorLeaf
 
-__all__ = ["other_sizes", "redraw", "redraw_all", "resize", "resize_all", "small_leaves"]
+__all__ = [
+    "once_each",
+    "other_sizes",
+    "redraw",
+    "redraw_all",
+    "resize",
+    "resize_all",
+    "small_leaves",
+]
 
 
 def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -63,7 +71,7 @@ def resize(
 
 def redraw_all(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
     """`redraw` of each; tensors that are one stay one."""
-    return _once_each(tensors, lambda t, tensor: redraw(tensor, generator))
+    return once_each(tensors, lambda t, tensor: redraw(tensor, generator))
 
 
 def resize_all(
@@ -71,13 +79,13 @@ def resize_all(
 ) -> list[torch.Tensor]:
     """`resize`; tensors that are one stay one."""
     resized = resize(tensors, pattern, new)
-    return _once_each(tensors, lambda t, tensor: resized[t])
+    return once_each(tensors, lambda t, tensor: resized[t])
 
 
-def _once_each(
+def once_each(
     tensors: Sequence[torch.Tensor], make: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor]:
-    """What `make` gives for each object, at every place where it stands."""
+    """What `make` gives for each and its index; tensors that are one stay one."""
     made: dict[int, torch.Tensor] = {}
     for t, tensor in enumerate(tensors):
         if id(tensor) not in made:

@@ -60,7 +60,7 @@ class Wanted:
             return self.own_precision
         return asked if isinstance(asked, str) else "rules"
 
-    @functools.cached_property
+    @property
     def own_precision(self) -> str:
         """The module's, fp32 where it is in none that can be asked for."""
         return _OWN_PRECISION.get(self._own_dtype, "fp32")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ovshim import runtime
+from ovshim.assemble import generation_of
 from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
@@ -42,10 +43,9 @@ from ovshim.decode.states import make_stateful
 from ovshim.decode.step import Unfit
 from ovshim.errors import OptionError
 from ovshim.generation import Generation, GuardFailedError
-from ovshim.guards import BadGuardError, roots_of
+from ovshim.guards import BadGuardError
 from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_data, known_data
-from ovshim.reached import UnwatchableError
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
@@ -166,7 +166,7 @@ class _Build:
         for entry in job.store.entries(family):
             try:
                 record = StepRecord.of_entry(entry, self._ranks())
-                generation = self._generation(record)
+                generation = generation_of(job, record)
             except (BadGuardError, GuardFailedError, KeyError, TypeError, ValueError) as error:
                 log.info("the entry %s is passed over: %s", entry.path, error)
                 continue
@@ -209,7 +209,7 @@ class _Build:
         self._refuse_overflow(None)
         with job.stage("capture"), TRACE_LOCK:
             model, record = self._captured()
-            generation = self._generation(record)
+            generation = generation_of(job, record)
         if job.precision in COMPRESSED:
             from ovshim.precision import graphs, quantize
 
@@ -308,21 +308,6 @@ class _Build:
         return Path(directory.name) / "model.xml", None, directory.cleanup
 
     # --- both ---------------------------------------------------------------------------------
-
-    def _generation(self, record: StepRecord) -> Generation:
-        job = self.job
-        try:
-            return Generation(
-                job.module,
-                record.value_guards,
-                roots_of(job.module, job.call),
-                record.code,
-                follow=record.route.startswith("traced"),
-            )
-        except ValueError as error:
-            raise BuildStopped(reason("untracked-weights", str(error))) from error
-        except UnwatchableError as error:
-            raise BuildStopped(reason("capture-failed", f"traced, and {error}")) from error
 
     def _names(self) -> list[str]:
         crossed = [f"cross.{number}" for number in range(len(self.form.cross))]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ovshim.dispatch import Dispatcher
-from ovshim.inputs import redraw
+from ovshim.inputs import once_each, redraw
 from ovshim.plan import Plan, Served
 from ovshim.serve import sizing
 from ovshim.serve.copies import copied, joined
@@ -90,7 +90,7 @@ class Call:
 
         Raises one of FAILURES.
         """
-        first = _once_each(self.given, lambda x, _: x.index_select(0, torch.arange(rows) % len(x)))
+        first = once_each(self.given, lambda _, x: x.index_select(0, torch.arange(rows) % len(x)))
         try:
             _, served, batch = self.with_rows(first)
         except NoPlanError:
@@ -168,7 +168,7 @@ class Rows:
         self, like: Call, calls: Sequence[Tensors], compared: bool
     ) -> tuple[Plan, list[list[torch.Tensor]]] | None:
         """What a batch of these tensors computes, by call; None where it cannot be told apart."""
-        together = _once_each(like.given, lambda _, i: joined([given[i] for given in calls]))
+        together = once_each(like.given, lambda i, _: joined([given[i] for given in calls]))
         plan, served, batch = like.with_rows(together)
         parts = _parted(served, served.compute(batch), [len(given[0]) for given in calls])
         if parts is None:
@@ -205,19 +205,8 @@ def _other_values(given: Tensors) -> list[torch.Tensor]:
     """Values of another mean, spread and order: a row that looks beyond itself will show it."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(tensor: torch.Tensor, _: int) -> torch.Tensor:
+    def draw(_: int, tensor: torch.Tensor) -> torch.Tensor:
         drawn = redraw(tensor, generator)
         return drawn * 0.5 if tensor.dtype.is_floating_point else drawn
 
-    return _once_each(given, draw)
-
-
-def _once_each(
-    tensors: Tensors, make: Callable[[torch.Tensor, int], torch.Tensor]
-) -> list[torch.Tensor]:
-    """What is made of each and its index; what is one object stays one."""
-    made: dict[int, torch.Tensor] = {}
-    for i, tensor in enumerate(tensors):
-        if id(tensor) not in made:
-            made[id(tensor)] = make(tensor, i)
-    return [made[id(tensor)] for tensor in tensors]
+    return once_each(given, draw)
