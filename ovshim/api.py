@@ -19,6 +19,8 @@ from ovshim.shapes import check_names
 # The rest is imported by who needs it: a compilation may be under way by then.
 if TYPE_CHECKING:
     from ovshim.dispatch import Dispatcher
+    from ovshim.job import Job
+    from ovshim.plan import Plan
     from ovshim.report import Report
 
 __all__ = ["accelerate", "explain"]
@@ -217,9 +219,15 @@ class Maker:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
         from ovshim.dispatch import Dispatcher
-        from ovshim.parts import divide
 
-        return Dispatcher(module, self.method, original, self.options, divide)
+        return Dispatcher(module, self.method, original, self.options, _divided)
+
+
+def _divided(job: Job, plan: Plan) -> Plan:
+    # Imported where a module is divided, which few are.
+    from ovshim.parts import divide
+
+    return divide(job, plan)
 
 
 def _equip(module: nn.Module, options: Options) -> None:

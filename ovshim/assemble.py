@@ -10,20 +10,18 @@ import torch
 
 from ovshim import blobs, executed, runtime
 from ovshim.cache import Entry
-from ovshim.capture import distinct_tensors
 from ovshim.checks import INTEGERS
 from ovshim.eager import Eager
 from ovshim.floats import floats_of
 from ovshim.generation import Generation
-from ovshim.gradients import recorder_of
 from ovshim.guards import ValueGuard, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
-from ovshim.lowering import warnings_of
 from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
 from ovshim.plan import Graph, Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import prove_values
+from ovshim.ran import warnings_of
 from ovshim.reached import UnwatchableError
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
@@ -99,7 +97,7 @@ def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> En
 
 def _floats_of(job: Job, source: Path, record: Record, entry: Entry | None) -> str:
     def ways() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]
+        inputs = [job.leaves[i] for i in job.kind.distinct]
         exact, lower = (_compiled(job, source, record, p, entry) for p in ("fp32", "bf16"))
         return lambda: exact.run(inputs), lambda: lower.run(inputs)
 
@@ -122,7 +120,7 @@ def _compiled(
         BuildStopped: OpenVINO cannot.
     """
     settings, device = settings_of(job, record, precision, further), job.options.device
-    inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
+    inputs = [job.leaves[i].dtype for i in job.kind.distinct]
     try:
         if entry is None or sizes is not None:
             compiled = runtime.compile_model(source, device, settings, sizes)
@@ -156,7 +154,7 @@ def served_by(
         BuildStopped: eager's answer is not of the graph's structure, or its gradients could not be
             promised.
     """
-    tensors = distinct_tensors(job.kind)
+    tensors = job.kind.distinct
     every = list(job.kind.tensors)
     inputs = None if tensors == every else tuple(every.index(i) for i in tensors)
     if any(i >= len(seen.leaves) for i in record.outputs):
@@ -175,7 +173,11 @@ def served_by(
         else:
             outputs.append(Output(value=leaf))
     builder = compile_builder(seen.structure, outputs)
-    recorder = recorder_of(job, generation, builder, record.outputs, seen, leaves)
+    recorder = None
+    if any(seen.sources[i] is not None for i in record.outputs):
+        from ovshim.gradients import recorder_of
+
+        recorder = recorder_of(job, generation, builder, record.outputs, seen, leaves)
     made = recorder or builder
     return Served(engine, inputs, made, tuple(outputs), seen.structure, record.checked, recorder)
 

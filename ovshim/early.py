@@ -38,6 +38,8 @@ __all__ = ["Ahead", "Early", "begin", "begin_for", "begin_with", "remember"]
 
 log = logging.getLogger("ovshim")
 
+# Of so many weights so many bytes are looked at.
+_SAMPLES = 16
 _SAMPLE_BYTES = 64
 _LOOK_UP_SECONDS = 1.0
 # Compared with its checksum while the graph is compiled: it takes as long as all that comes before.
@@ -206,14 +208,13 @@ def _small_call(
 ) -> tuple[list[Any], Callable[[Any], list[torch.Tensor]]]:
     """The input of the short proof, and what calls a compiled graph with it."""
     # Not before the compilation is under way.
-    from ovshim.capture import distinct_tensors
     from ovshim.inputs import small_leaves
     from ovshim.single import engine_for
 
     threads = wanted.placement["threads"]
     with torch.no_grad():
         leaves = small_leaves(wanted.kind, wanted.leaves, record.pattern, record.sizes)
-    tensors = [leaves[i] for i in distinct_tensors(wanted.kind)]
+    tensors = [leaves[i] for i in wanted.kind.distinct]
     inputs, outputs = [tensor.dtype for tensor in tensors], record.computed
 
     def call(compiled: Any) -> list[torch.Tensor]:
@@ -234,8 +235,9 @@ def _pays(wanted: Wanted) -> bool:
 
 
 def _key(wanted: Wanted) -> str | None:
-    """What is seen of a module at a glance, the first bytes of its weights included: others that
-    were trained from the same ones differ there. None for tensors that show no bytes."""
+    """What is seen of a module at a glance, the first bytes of some of its weights included, and of
+    the last ones: others that were trained from the same ones differ there. None for tensors that
+    show no bytes."""
     module, options = wanted.module, wanted.options
     facts = [
         *(__version__, runtime.version(), runtime.processor(), torch.__version__),
@@ -252,8 +254,10 @@ def _key(wanted: Wanted) -> str | None:
     ]
     digest = xxhash.xxh3_128(json.dumps(facts).encode())
     try:
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        parameters = list(module.named_parameters())
+        held = [*parameters, *module.named_buffers()]
+        digest.update("".join(f"{n} {t.dtype} {tuple(t.shape)};" for n, t in held).encode())
+        for _, tensor in (*held[:: max(1, len(held) // _SAMPLES)], *parameters[-2:]):
             count = min(tensor.numel(), _SAMPLE_BYTES // tensor.element_size())
             first = tensor.detach().as_strided((count,), (1,), tensor.storage_offset())
             digest.update(first.view(torch.uint8).numpy().data)

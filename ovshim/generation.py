@@ -83,6 +83,7 @@ class Generation:
         self._modules = list(module.modules())
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
+        self._kinds = set(map(type, chain.from_iterable(map(_values, self._dicts))))
         self._dict_copies = [_copy(d) for d in self._dicts]
         self._children = [m._modules for m in self._modules if m._modules and _is_plain(m)]
         self._child_copies = [dict(d) for d in self._children]
@@ -97,8 +98,7 @@ class Generation:
         self._watch = Watch(guards, roots or {}, replaceable(self._modules))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
-        values = chain.from_iterable(map(_values, self._dicts))
-        functions += [value for value in values if isinstance(value, types.FunctionType)]
+        functions += self._held(types.FunctionType)
         self._reached = Reached(self._modules, functions) if follow else Reached((), ())
         self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
         classes = (*self._watch.classes, *self._reached.classes)
@@ -260,7 +260,7 @@ class Generation:
         self._ids = list(map(id, chain.from_iterable(map(_values, self._holders))))
         held: Iterable[Any] = chain.from_iterable(map(_values, self._holders))
         own = chain(self._module.parameters(), self._module.buffers())  # of scripted modules too
-        plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
+        plain = self._held(torch.Tensor)
         beyond = *self._watch.tensors, *self._reached.tensors
         found = {id(t): t for t in chain(held, own, plain, beyond) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
@@ -272,6 +272,12 @@ class Generation:
         self._layouts = list(map(_layout, self._tensors))
         self._storage_ids: list[int] = []
         self._hold_storages()
+
+    def _held(self, kind: type) -> list[Any]:
+        """What of that kind is in attributes. Mostly there is none, which their types tell."""
+        kinds = {held for held in self._kinds if issubclass(held, kind)}
+        values = chain.from_iterable(map(_values, self._dicts)) if kinds else ()
+        return [value for value in values if type(value) in kinds]
 
     def _hold_storages(self) -> None:
         """Weakly: they may go, and it is known then that they have."""
@@ -318,10 +324,14 @@ def obstacle(module: nn.Module) -> Reason | None:
     return None
 
 
-def _copy(held: Mapping[str, Any]) -> dict[str, Any]:
+def _copy(held: dict[str, Any]) -> dict[str, Any]:
     """A copy to compare with. A BoundMethod's seal counts the references on itself: its stand-in,
     which is equal to it, holds none."""
-    return {name: getattr(type(v), "_ovshim_stand_in", v) for name, v in held.items()}
+    made = held.copy()
+    seal = made.get("__getstate__")
+    if seal is not None:
+        made["__getstate__"] = getattr(type(seal), "_ovshim_stand_in", seal)
+    return made
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -361,9 +371,10 @@ def _contents(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable[..., Any]
         if is_torchs(type(module)):
             continue
         for name, value in module.__dict__.items():
-            plain = next((t for t in (list, dict, set) if isinstance(value, t)), None)
-            if plain is not None and name not in OF_MODULES and id(value) not in seen:
+            held = isinstance(value, (list, dict, set))
+            if held and name not in OF_MODULES and id(value) not in seen:
                 seen.add(id(value))
+                plain = next(kind for kind in (list, dict, set) if isinstance(value, kind))
                 yield plain.__eq__, value, plain(value)
 
 

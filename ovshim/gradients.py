@@ -243,8 +243,8 @@ def recorder_of(
     outputs: Sequence[int],
     seen: Look,
     leaves: Sequence[Any],
-) -> Recorder | None:
-    """What gives a plan's outputs their gradients; None where eager's have none either.
+) -> Recorder:
+    """What gives a plan's outputs their gradients, where some of eager's have any.
 
     Args:
         outputs: for each computed tensor, which leaf of eager's output it is.
@@ -254,8 +254,6 @@ def recorder_of(
         BuildStopped: eager's gradients could not be promised.
     """
     found = [source for i in outputs if (source := seen.sources[i]) is not None]
-    if not found:
-        return None
     if not job.grad:
         raise BuildStopped(reason("grad", "the module turns grad mode on by itself"))
     weights = {id(w): w for source in found for w in source.weights}

@@ -14,11 +14,12 @@ from ovshim.dispatch import Dispatcher
 from ovshim.errors import ArtifactError, OptionError
 from ovshim.example import as_call
 from ovshim.options import Options
-from ovshim.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
+
+    from ovshim.report import Report
 
 __all__ = ["Handle", "report_of"]
 
@@ -197,6 +198,8 @@ class Handle:
 
 def report_of(name: str, options: Options, dispatchers: Sequence[Dispatcher]) -> Report:
     """How the methods of one module, of that name, have been served so far."""
+    from ovshim.report import Report
+
     plans = [plan for dispatcher in dispatchers for plan in dispatcher.plans]
     eager: dict[str, int] = {}
     calls = {"openvino": 0, "mixed": 0, "eager": 0}

@@ -21,7 +21,6 @@ from ovshim.infer import Engine, EngineDead
 from ovshim.inputs import small_leaves
 from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_compiled, keep_data, known_data
-from ovshim.lowering import refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import DiedOfSizesError, ProofFailedError
@@ -101,8 +100,9 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
         _does_not_serve(job, entry, other_mode, trouble)
         return None
     try:
-        with job.stage("proof"):
-            _refuse_overflow(job, entry)
+        if job.may_overflow:
+            with job.stage("proof"):
+                _refuse_overflow(job, entry)
     except BaseException:
         lease.release()
         raise
@@ -192,6 +192,8 @@ def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tu
 def _refuse_overflow(job: Job, entry: Entry) -> None:
     """Raise BuildStopped where this job's data leaves float16's range, which the data that the
     entry was proved with may not have done. What does not is kept, to be looked at once."""
+    from ovshim.lowering import refuse_overflow
+
     known = known_data(entry)
     try:
         data = refuse_overflow(job, known)
@@ -199,8 +201,7 @@ def _refuse_overflow(job: Job, entry: Entry) -> None:
         raise
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
-    if data is not None:
-        keep_data(job, entry, data)
+    keep_data(job, entry, data)
 
 
 def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:

@@ -18,7 +18,6 @@ from ovshim.cache.entry import Entry, write_details
 from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
 from ovshim.generation import Generation
-from ovshim.precision.lowering import Lowering
 from ovshim.preflight import Look, place_of
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
@@ -28,6 +27,7 @@ from ovshim.wanted import Wanted
 
 if TYPE_CHECKING:
     from ovshim.plan import Plan
+    from ovshim.precision.lowering import Lowering
 
 __all__ = ["MOVED", "BuildStopped", "Job", "versions"]
 

@@ -8,14 +8,12 @@ A build without int8, compressed weights or rules does not come here.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-from ovshim import executed, runtime
-from ovshim.capture import Captured, distinct_tensors, names
-from ovshim.checks import COMPRESSED, INTEGERS
-from ovshim.errors import PrecisionWarning
+from ovshim import runtime
+from ovshim.capture import Captured, names
+from ovshim.checks import COMPRESSED
 from ovshim.job import BuildStopped, Job
 from ovshim.precision import calibration, graphs, islands, quantize, rules
 from ovshim.precision.calibration import Misfit, Samples
@@ -31,27 +29,11 @@ __all__ = [
     "lowering_of",
     "refuse_overflow",
     "samples_of",
-    "warnings_of",
 ]
 
 # So many samples are looked at for overflow; and rules for more modules than so many help nobody.
 CHECKED_FOR_OVERFLOW = 32
 _LONGEST_CURE = 12
-
-_RAN = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "i8"}
-# Operations of the execution graph of which int8 is expected in a module that asks for it. Products
-# of activations with each other (attention) stay in floats.
-_WEIGHTED = frozenset(
-    {
-        "Convolution",
-        "Deconvolution",
-        "FullyConnected",
-        "GroupConvolution",
-        "FullyConnectedCompressed",
-    }
-)
-# Others than products whose precision is worth a look.
-_REDUCING = frozenset({"MVN", "NormalizeL2", "RMSNorm", "Softmax"})
 
 
 def lowered(job: Job, captured: Captured) -> tuple[Captured, dict[str, Any]]:
@@ -89,7 +71,7 @@ def _quantized(
     assert lowering.samples is not None
     pattern = captured.pattern
     tensors = list(job.kind.tensors)
-    inputs = [tensors.index(i) for i in distinct_tensors(job.kind)]
+    inputs = [tensors.index(i) for i in job.kind.distinct]
     learned, judged = (
         [[sample[t] for t in inputs] for sample in lowering.inputs_that_fit(pattern, which)]
         for which in (lowering.samples.learned_from, lowering.samples.held_out)
@@ -119,8 +101,8 @@ def _float_of(lowering: Lowering, node: Any) -> str | None:
     return "fp32" if precision == "int8" else precision
 
 
-def lowering_of(job: Job) -> Lowering | None:
-    """What is to be made of the job's graph; None where a hint does all there is to do.
+def lowering_of(job: Job) -> Lowering:
+    """What is to be made of the graph of a job that `lowers`.
 
     Raises:
         CalibrationError: there is no calibration data that can be read, or it is of another kind
@@ -135,8 +117,6 @@ def lowering_of(job: Job) -> Lowering | None:
         if runtime.safe_precision("bf16", **job.placement) == "fp32":
             floats = {"bf16": "fp32", "fp16": "fp32"}
             modules = {path: floats.get(p, p) for path, p in modules.items()}
-    elif job.precision not in INTEGERS:
-        return None
     key: list[Any] = [sorted(modules.items())]
     samples = None
     if job.precision == "int8" or "int8" in modules.values():
@@ -167,20 +147,19 @@ def samples_of(job: Job) -> Samples:
     return found
 
 
-def refuse_overflow(job: Job, known: Container[str] = ()) -> str | None:
-    """Raise BuildStopped where values leave float16's range in what is to run in it, on the example
-    or on calibration data, with the rules that keep those modules in fp32.
+def refuse_overflow(job: Job, known: Container[str] = ()) -> str:
+    """For a job that `may_overflow`: raise BuildStopped where values leave float16's range in what
+    is to run in it, on the example or on calibration data, with the rules that keep those modules
+    in fp32.
 
     Args:
         known: data that was looked at before, as this returns it.
 
     Returns:
-        What stands for the data; None where nothing is to run in float16.
+        What stands for the data.
     """
     asked = job.options.precision
     wishes = asked if isinstance(asked, Mapping) else {rules.DEFAULT: job.precision}
-    if "fp16" not in wishes.values() or job.own_precision == "fp16":
-        return None
     paths = [path for path, _ in job.module.named_modules(remove_duplicate=False)]
     wanted = rules.by_module(wishes, paths, job.own_precision)
     samples = job.lowering.samples if job.lowering else None
@@ -205,64 +184,3 @@ def refuse_overflow(job: Job, known: Container[str] = ()) -> str | None:
             where += f"; cured by precision={cure}" if by_rules else ""
             raise BuildStopped(reason("overflow", where))
     return data
-
-
-# --- what ran in the end ----------------------------------------------------------------------
-
-
-def warnings_of(job: Job, compiled: Any) -> tuple[dict[str, str], list[PrecisionWarning]]:
-    """The precision that each module runs in, by its path (for rules), and what there is to warn of
-    because it is not what was asked for."""
-    lowering, wishes = job.lowering, job.options.precision
-    if lowering is None or not isinstance(wishes, Mapping):
-        # A hint is about products; what only adds and compares runs as the plugin likes.
-        told = _of_hint(job)
-        kinds = (kind for kind, _, _ in executed.operations(compiled)) if told else ()
-        return {}, told if any(map(executed.computes, kinds)) else []
-    ran: dict[str, Counter[str]] = {}
-    wrong: dict[tuple[str, str], list[str]] = {}
-    asked = rules.by_module(wishes, lowering.modules, job.own_precision)
-    for paths, kind, precision in names.ran_in(compiled):
-        path = paths[0]
-        if not (executed.computes(kind) or kind in _REDUCING):
-            continue
-        ran.setdefault(path, Counter())[precision] += 1
-        wanted = asked.get(path)
-        expected = wanted != "int8" or kind in _WEIGHTED
-        if wanted is not None and expected and _RAN[wanted] != precision:
-            wrong.setdefault((wanted, precision), []).append(path)
-    told = [
-        PrecisionWarning(wanted, f"OpenVINO runs {_listed(paths)} in {ran_in}: {why}", remedy)
-        for (wanted, ran_in), paths in wrong.items()
-        for why, remedy in [_why(job, ran_in)]
-    ]
-    return {path: ", ".join(sorted(count)) for path, count in ran.items()}, told
-
-
-def _of_hint(job: Job) -> list[PrecisionWarning]:
-    ran = job.precision_run
-    if ran is None or job.options.precision not in ("bf16", "fp16"):
-        return []
-    if ran in (_RAN[job.precision], "unknown"):
-        return []
-    why, remedy = _why(job, ran)
-    return [PrecisionWarning(job.precision, f"OpenVINO runs it in {ran}: {why}", remedy)]
-
-
-def _why(job: Job, ran: str) -> tuple[str, str]:
-    """Why something runs in another precision than it was given, and what to do."""
-    if runtime.safe_precision("bf16", **job.placement) == "fp32":
-        return (
-            "with one thread to a stream its lower precision can end the process.",
-            "Give threads= or streams= so that each stream has two threads.",
-        )
-    name = {"f32": "fp32", "f16": "fp16", "i8": "int8"}.get(ran, ran)
-    return (
-        "the processor, or the plugin for it, has no other.",
-        f"Give precision {name!r} to say so.",
-    )
-
-
-def _listed(paths: Iterable[str]) -> str:
-    distinct = [path or "the root module" for path in dict.fromkeys(paths)]
-    return ", ".join(distinct[:4]) + (f" and {len(distinct) - 4} more" if distinct[4:] else "")

@@ -223,12 +223,8 @@ class Planner:
         return job
 
     def _make(self, family: Family, job: Job) -> Plan:
-        # With it come OpenVINO and the cache of its plugins.
-        from ovshim.auto import build_auto
-        from ovshim.build import build
-
         with Building():
-            plan = build_auto(job) if job.options.precision == "auto" else build(job)
+            plan = _built(job)
             passing = plan.reason is not None and plan.reason.code in _PASSING
             if plan.path == "eager" and not passing and self._divide is not None:
                 plan = self._divide(job, plan)
@@ -255,6 +251,16 @@ class Planner:
             # Newest first: of two plans that fit, the later one was made for more sizes.
             families = self._families.in_mode(grad)
             self._on_change(grad, tuple(p for f in families for p in reversed(f.plans)))
+
+
+def _built(job: Job) -> Plan:
+    if job.options.precision == "auto":
+        from ovshim.auto import build_auto
+
+        return build_auto(job)
+    from ovshim.build import build
+
+    return build(job)
 
 
 def unfit(leaves: Sequence[Any], grad: bool = False) -> Reason | None:

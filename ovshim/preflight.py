@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ovshim.attributes import Attributes
 from ovshim.modes import Drawing, Writes, draws, without_drawing
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
@@ -30,23 +31,26 @@ __all__ = ["Look", "Sources", "look", "place_of", "sources", "used_up"]
 _RESTORABLE_BYTES = 64 << 20
 # Outputs that share a storage of more elements than this are taken to overlap.
 _LARGEST_MAP = 1 << 26
-_MISSING: Any = object()
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 def used_up(module: nn.Module) -> Reason | None:
     """What a module holds that a look would use up, and nobody could put back: its own iterators
     and generators of random numbers. Files are left out: what they are for is writing."""
+    ends: dict[type, bool] = {}  # thousands of attributes are of a few classes
     for path, inner in module.named_modules():
         for name, value in vars(inner).items():
             held = value.values() if isinstance(value, dict) else value
             for one in held if isinstance(value, (list, tuple, dict)) else (value,):
                 kind = type(one)
-                ends = issubclass(kind, Iterator) and not issubclass(kind, io.IOBase)
-                if ends or issubclass(kind, _GENERATORS):
+                if ends[kind] if kind in ends else ends.setdefault(kind, _ends(kind)):
                     where = f"{path}.{name}".lstrip(".")
                     return reason("mutates-attribute", f"each call would use up {where}, {one!r}")
     return None
+
+
+def _ends(kind: type) -> bool:
+    return issubclass(kind, (Iterator, *_GENERATORS)) and not issubclass(kind, io.IOBase)
 
 
 class Look:
@@ -194,23 +198,25 @@ class _World:
     def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor], copies: bool) -> None:
         self.module = module
         self.inputs = [(t, _version(t)) for t in inputs]
+        modules = list(module.named_modules())
+        parameters, buffers = _held(modules, "_parameters"), _held(modules, "_buffers")
         self.tensors = [
-            (name, t, (_version(t), place_of(t)))
-            for name, t in [*module.named_parameters(), *module.named_buffers()]
+            (name, t, (_version(t), place_of(t))) for name, t in (*parameters, *buffers)
         ]
-        self.attributes = [(name, m, _snapshot(m)) for name, m in module.named_modules()]
+        self.parameters = [t for _, t in parameters]
+        self.attributes = [Attributes(name, m) for name, m in modules]
         self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
         # Not parameters: another thread may be at them, and its update must not be undone. Those
         # that this thread writes to are copied just before.
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
-        buffers = list(module.buffers()) if copies else []
-        size = sum(b.numel() * b.element_size() for b in buffers)
-        self.copies = [(b, b.detach().clone()) for b in buffers if size <= _RESTORABLE_BYTES]
+        size = sum(b.numel() * b.element_size() for _, b in buffers)
+        copied = buffers if copies and size <= _RESTORABLE_BYTES else ()
+        self.copies = [(b, b.detach().clone()) for _, b in copied]
         self.drew = False
 
     def keeping(self, call: Callable[[], Any]) -> Any:
         """`call()`, with a copy kept of each parameter that it writes to."""
-        writes = Writes(self.module.parameters())
+        writes = Writes(self.parameters)
         self.written = writes.copies
         with writes:
             return call()
@@ -223,11 +229,10 @@ class _World:
         for name, tensor, known in self.tensors:
             if (_version(tensor), place_of(tensor)) != known:
                 return reason("mutates-buffer", name)
-        for name, module, before in self.attributes:
-            changed = _changed(before, module.__dict__)
+        for attributes in self.attributes:
+            changed = attributes.changed()
             if changed:
-                where = f"{name}.{changed}" if name else changed
-                return reason("mutates-attribute", where)
+                return reason("mutates-attribute", f"{attributes.name}.{changed}".lstrip("."))
         self.drew = not apart and self._drawn(call)
         return reason("random") if self.drew else None
 
@@ -242,17 +247,12 @@ class _World:
                     buffer.copy_(copy)
 
     def made_attributes(self) -> dict[str, Any]:
-        return {
-            f"{name}.{key}": value
-            for name, module, before in self.attributes
-            for key, value in module.__dict__.items()
-            if key not in before or before[key][0] is not value
-        }
+        made = (attributes.made() for attributes in self.attributes)
+        return dict(pair for each in made for pair in each.items())
 
     def put_back_attributes(self) -> None:
-        for _, module, before in self.attributes:
-            if _changed(before, module.__dict__):
-                _put_back_attributes(module, before)
+        for attributes in self.attributes:
+            attributes.put_back()
 
     def _drawn(self, call: Callable[[], Any] | None) -> bool:
         torch_state, python_state, numpy_state = self.generators
@@ -265,6 +265,17 @@ class _World:
         )
 
 
+def _held(modules: Sequence[tuple[str, nn.Module]], kind: str) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that named modules hold as `kind`, each once, and their names. (To have them by
+    `named_parameters` takes another walk over all modules each time.)"""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in modules:
+        for name, tensor in getattr(module, kind).items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor))
+    return list(found.values())
+
+
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
@@ -275,50 +286,6 @@ def place_of(tensor: torch.Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
-
-
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute with a one-level copy of what it holds, if that is a list, dict or set.
-
-    `_parameters`, `_buffers`, `_modules` and the hooks are dicts like others."""
-    copies = (list, dict, set)
-    held = list(module.__dict__.items())
-    return {k: (v, v.copy() if isinstance(v, copies) else None) for k, v in held}
-
-
-def _changed(before: dict[str, tuple[Any, Any]], after: dict[str, Any]) -> str | None:
-    """The name of an attribute that is not what it was."""
-    for key, (value, items) in before.items():
-        now = after.get(key, _MISSING)
-        if now is not value or (items is not None and not _same_items(items, now)):
-            return key
-    return next((key for key in list(after) if key not in before), None)
-
-
-def _same_items(before: Any, after: Any) -> bool:
-    if isinstance(before, set):
-        return bool(before == after)
-    if not before and not after:
-        return True
-    after = after.copy()  # another thread may be at it
-    if len(before) != len(after):
-        return False
-    if isinstance(before, dict):
-        return all(k in after and after[k] is v for k, v in before.items())
-    return all(a is b for a, b in zip(before, after, strict=True))
-
-
-def _put_back_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    for key in list(module.__dict__):
-        if key not in before:
-            del module.__dict__[key]
-    for key, (value, items) in before.items():
-        module.__dict__[key] = value
-        if isinstance(value, list):
-            value[:] = items
-        elif items is not None:
-            value.clear()
-            value.update(items)
 
 
 def _index_of(leaf: Any, inputs: Sequence[torch.Tensor]) -> int | None:

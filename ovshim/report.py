@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +55,8 @@ class Report:
 
     def html(self) -> str:
         """The same as a fragment of HTML."""
+        import html
+
         return f"<pre>{html.escape(str(self))}</pre>"
 
     _repr_html_ = html

@@ -22,7 +22,6 @@ import torch
 from ovshim import blobs, executed, pages, runtime
 from ovshim.builder import Work
 from ovshim.cache import Entry
-from ovshim.capture import distinct_tensors
 from ovshim.deferred import later
 from ovshim.infer import Engine
 from ovshim.job import Job
@@ -240,7 +239,7 @@ def add_rival(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None
     if job.tiny or job.way not in (None, "usual"):
         return
     device, threads, precision_run = options.device, job.placement["threads"], job.precision_run
-    inputs = [job.leaves[i].dtype for i in distinct_tensors(job.kind)]
+    inputs = [job.leaves[i].dtype for i in job.kind.distinct]
     outputs, store, of_plan = record.computed, job.store, weakref.ref(plan)
 
     def make(sizes: Sizes) -> Engine:

@@ -174,6 +174,11 @@ class Kind:
         return tuple(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, TensorLeaf))
 
     @property
+    def distinct(self) -> list[int]:
+        """The same, each object once: the inputs of a graph."""
+        return [i for i in self.tensors if self.leaves[i].same_as == i]  # type: ignore[union-attr]
+
+    @property
     def requires_grad(self) -> bool:
         """Whether gradients are recorded, and one of its tensors requires them."""
         return any(isinstance(leaf, TensorLeaf) and leaf.requires_grad for leaf in self.leaves)

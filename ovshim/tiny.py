@@ -22,7 +22,6 @@ import torch
 
 from ovshim import runtime
 from ovshim.cache import Entry
-from ovshim.capture import distinct_tensors
 from ovshim.infer import Engine
 from ovshim.job import Job
 from ovshim.plan import Served
@@ -81,7 +80,7 @@ def fastest(
         return compiled(_WAYS[known])
     usual = compiled({})
     engine, way = usual, "usual"
-    inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]
+    inputs = [job.leaves[i] for i in job.kind.distinct]
     job.tiny = _is_tiny(lambda: usual.run(inputs), _HANDED_OVER if streams else 1)
     if job.tiny and not streams:
         with job.stage("compile"):
@@ -121,7 +120,7 @@ def add_exact(
         or served.engine.exact is not None  # of the other grad mode's plan
     ):
         return
-    inputs = [job.leaves[i] for i in distinct_tensors(job.kind)]
+    inputs = [job.leaves[i] for i in job.kind.distinct]
     sizes = [tuple(tensor.shape) for tensor in inputs]
     try:
         with job.stage("compile"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ovshim import runtime
 from ovshim.cache.store import Store
+from ovshim.checks import INTEGERS
 from ovshim.onnx_module import OnnxModule
 from ovshim.options import Options
 from ovshim.signature import Kind
@@ -59,6 +60,19 @@ class Wanted:
         if asked is None:
             return self.own_precision
         return asked if isinstance(asked, str) else "rules"
+
+    @property
+    def lowers(self) -> bool:
+        """Whether a graph is to be made another one for its precision: for the other precisions a
+        hint to OpenVINO does it."""
+        return self.precision == "rules" or self.precision in INTEGERS
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether what is of a wider type is to run in float16."""
+        asked = self.options.precision
+        wishes = asked.values() if isinstance(asked, Mapping) else (self.precision,)
+        return "fp16" in wishes and self.own_precision != "fp16"
 
     @property
     def own_precision(self) -> str:

@@ -17,7 +17,7 @@ from modules import Attention, DigitsCnn, Mlp, Scaled, make, small_bert
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import build
+from ovshim import miss
 from ovshim.cache.store import Store
 
 OFFSET = 1.0
@@ -216,14 +216,14 @@ def test_weights_replaced_while_the_plan_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = make(Mlp)
-    capture = build.capture
+    capture = miss.capture
 
     def meanwhile(request: Any) -> Any:
         weight = module.first.weight
         weight.data = weight.data * (1 + 1e-6)  # a proof would not tell
         return capture(request)
 
-    monkeypatch.setattr(build, "capture", meanwhile)
+    monkeypatch.setattr(miss, "capture", meanwhile)
     with quietly():
         fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino", cache_dir=tmp_path)
     assert "openvino" not in paths(fast)

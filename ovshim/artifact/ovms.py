@@ -24,7 +24,6 @@ from torch import nn
 from ovshim import runtime
 from ovshim.artifact.names import IN_RANGE, names_of
 from ovshim.artifact.save import portable, written_whole
-from ovshim.capture import distinct_tensors
 from ovshim.errors import ArtifactError, OptionError
 from ovshim.options import Options
 from ovshim.plan import Plan
@@ -106,7 +105,7 @@ def _write(directory: Path, plan: Plan, call: Callable[..., Any]) -> None:
     graph = plan.graph
     assert graph is not None
     inputs, outputs = names_of(plan.kind, graph, call)
-    distinct = distinct_tensors(plan.kind)
+    distinct = plan.kind.distinct
     taken = [n for n, i in enumerate(plan.kind.tensors) if i in distinct]
     model = runtime.core().read_model(str(graph.source))
     for result in model.get_results():

@@ -164,7 +164,7 @@ class FlatModule(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         request = self._request
-        given = dict(zip(distinct_tensors(request.kind), tensors, strict=True))
+        given = dict(zip(request.kind.distinct, tensors, strict=True))
         leaves = [
             given[leaf.same_as] if isinstance(leaf, TensorLeaf) else constant
             for leaf, constant in zip(request.kind.leaves, request.leaves, strict=True)
@@ -191,12 +191,3 @@ def _weights_of(module: nn.Module) -> nn.Module:
 def _flat(name: str, number: int) -> str:
     # With the number no two are alike: not `a.b_c` and `a_b.c`.
     return f"{name.replace('.', '_')}_{number}"
-
-
-def distinct_tensors(kind: Kind) -> list[int]:
-    """Leaves that are tensors, each object once: the inputs of a graph."""
-    return [
-        i
-        for i, leaf in enumerate(kind.leaves)
-        if isinstance(leaf, TensorLeaf) and leaf.same_as == i
-    ]

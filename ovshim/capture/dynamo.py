@@ -27,7 +27,6 @@ from ovshim.capture import (
     FlatModule,
     Request,
     attention,
-    distinct_tensors,
     frontend,
     readers,
     rewrites,
@@ -132,7 +131,7 @@ def _finish(
     checked = check_ranges(graph)
     replay = output.forward_callable(compiled_fn=checked, extra_globals=known)
     run = functools.partial(replay, request.call.__self__)  # type: ignore[attr-defined]
-    inputs = distinct_tensors(request.kind)
+    inputs = request.kind.distinct
     tensors = [request.leaves[i] for i in inputs]
     places = [request.kind.tensors.index(i) for i in inputs]
     flat = FlatModule(request, run, lambda: checked.in_range)

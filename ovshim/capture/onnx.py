@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ovshim import runtime
-from ovshim.capture import Captured, CaptureError, Request, distinct_tensors
+from ovshim.capture import Captured, CaptureError, Request
 from ovshim.capture.frontend import guarded
 from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import reason
@@ -126,7 +126,7 @@ def _parameters(request: Request, module: OnnxModule, model: Any, pattern: Patte
             parameter.output(0).replace(found[shown.same_as].output(0))
         else:
             found[shown.same_as] = parameter
-    return [found[i] for i in distinct_tensors(request.kind)]
+    return [found[i] for i in request.kind.distinct]
 
 
 # --- what depends on values -----------------------------------------------------------------------

@@ -14,15 +14,7 @@ from typing import Any
 import torch
 import xxhash
 
-from ovshim.capture import (
-    Captured,
-    CaptureError,
-    FlatModule,
-    Request,
-    distinct_tensors,
-    frontend,
-    readers,
-)
+from ovshim.capture import Captured, CaptureError, FlatModule, Request, frontend, readers
 from ovshim.generation import Generation
 from ovshim.inputs import redraw, resize
 from ovshim.reached import UnwatchableError
@@ -45,7 +37,7 @@ def capture(request: Request, refused: CaptureError) -> Captured:
             depends on the values of the inputs, or that the module changes what it reads.
     """
     watched = _watched(request)
-    inputs = distinct_tensors(request.kind)
+    inputs = request.kind.distinct
     places = [request.kind.tensors.index(i) for i in inputs]
     tensors = [request.leaves[i] for i in inputs]
     dynamic = [request.dynamic[t] for t in places]

@@ -193,10 +193,12 @@ class _Build:
         """Raise BuildStopped where float16 does not hold the values of this job: an entry may have
         been proved with others."""
         job = self.job
+        if not job.may_overflow:
+            return
         known = [] if entry is None else known_data(entry)
         with job.stage("proof"):
             job.in_range = refuse_overflow(job, self.manner, self.form, self.shown, known)
-        if entry is not None and job.in_range is not None:
+        if entry is not None:
             keep_data(job, entry, job.in_range)
 
     def _ranks(self) -> list[int]:

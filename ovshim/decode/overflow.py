@@ -23,8 +23,8 @@ __all__ = ["refuse_overflow"]
 
 def refuse_overflow(
     job: Job, manner: Causal, form: Form, shown: Mapping[str, Any], known: Collection[str]
-) -> str | None:
-    """Raise BuildStopped where a value leaves float16's range in what is to be decoded in it: in
+) -> str:
+    """For a job that `may_overflow`: raise BuildStopped where a value leaves float16's range, in
     the conversations of the proof, on what the caller has shown, or on calibration data.
 
     Args:
@@ -32,10 +32,8 @@ def refuse_overflow(
         known: data that was looked at before, as this returns it.
 
     Returns:
-        What stands for the data; None where nothing is to run in float16.
+        What stands for the data.
     """
-    if job.precision != "fp16" or job.own_precision == "fp16":
-        return None
     tensors = [x for x in flatten_call((), dict(shown))[0] if isinstance(x, torch.Tensor)]
     calls: list[Callable[[], Any]] = [partial(job.call, **shown)] if shown else []
     data = digest_of([tensors])

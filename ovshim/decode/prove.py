@@ -23,8 +23,8 @@ from ovshim.decode.step import Form
 from ovshim.floats import floats_of, in_fp32, may_be_refused
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
-from ovshim.lowering import warnings_of
 from ovshim.plan import OutOfRangeError
+from ovshim.ran import warnings_of
 from ovshim.reasons import reason
 
 __all__ = ["Prover"]

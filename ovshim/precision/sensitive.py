@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovshim.capture import CaptureError, Request, capture, distinct_tensors, names
+from ovshim.capture import CaptureError, Request, capture, names
 from ovshim.errors import FallbackError, OptionError
 from ovshim.example import as_call
 from ovshim.options import Options
@@ -183,7 +183,7 @@ def _captured(
     except CaptureError as error:
         raise FallbackError(error.reason) from error
     graphs.prepare(captured.model)
-    places = [kind.tensors.index(i) for i in distinct_tensors(kind)]
+    places = [kind.tensors.index(i) for i in kind.distinct]
     learned, judged = (
         [[samples.tensors[i][t] for t in places] for i in which]
         for which in (samples.learned_from[:_ENOUGH], samples.held_out)

@@ -1,0 +1,81 @@
+"""A module's attributes as they were, to be compared with and put back."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from operator import is_
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Attributes"]
+
+_MISSING: Any = object()
+
+
+class Attributes:
+    """Each attribute of a module, with a one-level copy of what it holds where that is a list, a
+    dict or a set. (`_parameters`, `_buffers`, `_modules` and the hooks are dicts like others.)
+
+    A model has some thousands of them, and they are compared before each first call: what can be,
+    is compared by C code.
+
+    Attributes:
+        name: of the module in its tree.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self._module = module
+        self._before = dict(module.__dict__)
+        self._held = [
+            (key, value, value.copy())
+            for key, value in self._before.items()
+            if isinstance(value, (list, dict, set))
+        ]
+
+    def changed(self) -> str | None:
+        """The name of an attribute that is not what it was."""
+        before, now = self._before, self._module.__dict__
+        if not all(map(is_, before.values(), map(now.get, before, repeat(_MISSING)))):
+            moved = (key for key, value in before.items() if now.get(key, _MISSING) is not value)
+            return next(moved, None)
+        for key, value, items in self._held:
+            if (items or value) and not _same_items(items, value):
+                return key
+        return next((key for key in list(now) if key not in before), None)
+
+    def made(self) -> dict[str, Any]:
+        """Those that are not what they were, by their path in the tree."""
+        before = self._before
+        return {
+            f"{self.name}.{key}": value
+            for key, value in self._module.__dict__.items()
+            if before.get(key, _MISSING) is not value
+        }
+
+    def put_back(self) -> None:
+        """Let them be what they were."""
+        if self.changed() is None:
+            return
+        now = self._module.__dict__
+        for key in [key for key in now if key not in self._before]:
+            del now[key]
+        now.update(self._before)
+        for _, value, items in self._held:
+            if isinstance(value, list):
+                value[:] = items
+            else:
+                value.clear()
+                value.update(items)
+
+
+def _same_items(before: Any, after: Any) -> bool:
+    if isinstance(before, set):
+        return bool(before == after)
+    after = after.copy()  # another thread may be at it
+    if len(before) != len(after):
+        return False
+    if isinstance(before, dict):
+        return all(k in after and after[k] is v for k, v in before.items())
+    return all(map(is_, before, after))
