@@ -1,13 +1,15 @@
 """From a process that has torch and the model to its first output, everything cached.
 
-    python coldstart.py prime|openvino|ovshim WORKLOAD DIRECTORY [--small]
+    python coldstart.py prime|openvino|ovshim|background WORKLOAD DIRECTORY [--small]
 
 `prime` fills the directory (IR for raw OpenVINO, ovshim's cache); the others print their seconds as
-one line of JSON. Each is meant for a process of its own.
+one line of JSON. `background` is ovshim with `background=True`, called again and again until
+OpenVINO answers. Each is meant for a process of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -38,7 +40,9 @@ def _openvino(
     return _spent(marks)
 
 
-def _ovshim(module: nn.Module, arguments: workloads.Arguments, directory: Path) -> dict[str, float]:
+def _ovshim(
+    module: nn.Module, arguments: workloads.Arguments, directory: Path, background: bool = False
+) -> dict[str, float]:
     args, kwargs = arguments
     marks = [time.perf_counter()]
     import ovshim
@@ -50,15 +54,19 @@ def _ovshim(module: nn.Module, arguments: workloads.Arguments, directory: Path) 
         example_kwargs=kwargs or None,
         prefer="openvino",
         cache_dir=directory / "cache",
+        background=background,
     )
     marks.append(time.perf_counter())
     fast(*args, **kwargs)
     marks.append(time.perf_counter())
+    while background and not fast.ovshim.stats()["openvino"]:
+        fast(*args, **kwargs)
+    served = time.perf_counter() - marks[0] if background else marks[-1] - marks[0]
     plan = ovshim.explain(fast).to_dict()["plans"][0]
     if plan["path"] != "openvino":
         raise SystemExit(f"eager served: {plan['reason']}")
     stages = {f"stage {name}": spent for name, spent in plan["seconds"].items()}
-    return {**_spent(marks), **stages, "hit": plan["cache"] == "hit"}
+    return {**_spent(marks), "by OpenVINO": served, **stages, "hit": plan["cache"] == "hit"}
 
 
 def _prime(module: nn.Module, arguments: workloads.Arguments, directory: Path) -> dict[str, float]:
@@ -72,13 +80,21 @@ def _prime(module: nn.Module, arguments: workloads.Arguments, directory: Path) -
 
 def _spent(marks: list[float]) -> dict[str, float]:
     imported, ready, first = (b - a for a, b in itertools.pairwise(marks))
-    return {"import": imported, "ready": ready, "first": first, "total": marks[-1] - marks[0]}
+    total = marks[-1] - marks[0]
+    return {
+        "import": imported,
+        "ready": ready,
+        "first": first,
+        "total": total,
+        "by OpenVINO": total,
+    }
 
 
 _WAYS: dict[str, Callable[[nn.Module, workloads.Arguments, Path], dict[str, Any]]] = {
     "prime": _prime,
     "openvino": _openvino,
     "ovshim": _ovshim,
+    "background": functools.partial(_ovshim, background=True),
 }
 
 

@@ -15,7 +15,7 @@ __all__ = ["BUILD_HEAD", "COLD_HEAD", "busy", "facts_of", "measured_on", "page"]
 
 COLD_HEAD = (
     *("cold start", "way", "import", "ready", "first call", "total, s"),
-    *("over raw, s", "over raw without its import, s"),
+    *("over raw, s", "over raw without its import, s", "first call by OpenVINO, s"),
 )
 BUILD_HEAD = (
     *("cold build", "way", "capture", "compile", "further", "proof", "race"),
@@ -80,8 +80,10 @@ Seconds in a new process that has loaded torch and the model, with everything ca
 getting ready (raw OpenVINO: `compile_model(path)`; ovshim: `accelerate`, which reads and checks the
 cache, hashes the weights, compiles and proves), and the first call. Some of ovshim's own import is
 done while OpenVINO compiles, and counts as getting ready; so does its import of OpenVINO. The last
-column compares with `compile_model(path)` and the first call alone, as if whoever calls OpenVINO
-had imported it before. Medians; processes of both ways in turns.
+column but one compares with `compile_model(path)` and the first call alone, as if whoever calls
+OpenVINO had imported it before. With `background=True` the first call is eager's, which has the
+processors to itself, and the rest is done beside the calls after it; the last column says when
+OpenVINO has answered one of these, made without a break. Medians; processes of all ways in turns.
 """
 
 _BUILD = """

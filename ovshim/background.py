@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import threading
 import time
 from typing import Any
 
@@ -27,6 +28,10 @@ __all__ = ["LatePlanner", "apart"]
 
 log = logging.getLogger("ovshim")
 
+# A build that an example began waits so long for a first call, and until that is answered: side by
+# side eager and a build take several times as long as one after the other.
+_FIRST_CALL_SECONDS = 0.05
+_LOOK_SECONDS = 0.005
 # What is larger is shared with the copy of the module and not copied.
 _COPIED_BYTES = 64 << 20
 
@@ -44,6 +49,7 @@ class LatePlanner(Planner):
         if not self._late:
             return super().answer(given)
         build = None
+        ahead: Build | None = None
         why: Reason | None = reason("building")
         if self._lock.acquire(blocking=False):
             try:
@@ -53,14 +59,21 @@ class LatePlanner(Planner):
                     if why is None:
                         job = self._job(family, given, lenient=True)
                         build = family.build = Build(self, family, job)
+                else:
+                    ahead = family.build
             finally:
                 self._lock.release()
+        if ahead is not None:
+            ahead.called = True
         try:
             output = self.original(*given.args, **given.kwargs)
         except BaseException:
             if build is not None:
                 build.end()  # a call that fails is no example
             raise
+        finally:
+            if ahead is not None:
+                ahead.go_on()
         if build is not None:
             build.start()
         return output, why or reason("building")
@@ -74,9 +87,10 @@ class LatePlanner(Planner):
             if plan is not None:
                 return plan
         while self._late and not building_here():
-            build, own = self._asked(given)
+            build, own = self._asked(given, wait)
             if not wait:
                 return None
+            build.go_on()
             build.done.wait()
             if build.plan is None:
                 break  # the thread cannot: this one does
@@ -91,19 +105,20 @@ class LatePlanner(Planner):
             builds = [f.build for f in self._families if self._is_building(f)]
             if not builds:
                 return True
+            builds[0].go_on()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not builds[0].done.wait(left):
                 break
         return False
 
-    def _asked(self, given: Given) -> tuple[Build, bool]:
+    def _asked(self, given: Given, wait: bool) -> tuple[Build, bool]:
         """The build for such calls that is under way, or a new one, and whether it is that."""
         with self._lock, torch.set_grad_enabled(given.grad):
             family = self._families.of(given.kind, given.grad)
             if self._is_building(family):
                 return family.build, False
             job = self._job(family, given)
-            build = family.build = Build(self, family, job)
+            build = family.build = Build(self, family, job, lets_pass=not wait)
         build.start()
         return build, True
 
@@ -137,18 +152,35 @@ class LatePlanner(Planner):
 class Build(Work):
     """A plan to be made.
 
+    Args:
+        lets_pass: whether the first call goes first, if it comes soon.
+
     Attributes:
         plan: what it has come to; None where it was given up.
+        called: whether that call is there.
     """
 
-    def __init__(self, planner: LatePlanner, family: Family, job: Job) -> None:
+    def __init__(
+        self, planner: LatePlanner, family: Family, job: Job, lets_pass: bool = False
+    ) -> None:
         super().__init__()
         self.planner = planner
         self.family = family
         self.job = job
         self.plan: Plan | None = None
+        self.called = False
+        self._free = threading.Event()
+        if not lets_pass:
+            self._free.set()
+
+    def go_on(self) -> None:
+        """The first call is over, or nobody waits for it."""
+        self._free.set()
 
     def make(self) -> None:
+        ends = time.monotonic() + _FIRST_CALL_SECONDS
+        while not self._free.wait(_LOOK_SECONDS) and (self.called or time.monotonic() < ends):
+            pause()
         self.plan = self.planner.make(self.family, self.job)
 
     def failed(self) -> None:

@@ -27,7 +27,9 @@ from modules import Branches, Mlp, Scaled, make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import background
 from ovshim import build as build_module
+from ovshim.bound import Original
 from ovshim.building import own_modes
 from ovshim.capture.hush import hushed
 from ovshim.job import Job
@@ -98,6 +100,57 @@ def test_without_an_example_the_first_call_is_it(gate: Gate) -> None:
     ready(fast)
     check(fast, module, x)
     assert len(gate.builds) == 1
+
+
+def test_a_first_call_that_comes_soon_has_the_processor_alone(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_FIRST_CALL_SECONDS", 3600.0)
+    real, begun = Original.__call__, []
+
+    def slow(self: Original, /, *args: Any, **kwargs: Any) -> Any:
+        begun.append(gate.reached.wait(0.1))
+        return real(self, *args, **kwargs)
+
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = late(module, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(Original, "__call__", slow)
+        check(fast, module, x, path="eager", reason="building")
+    assert begun == [False]
+    gate.open.set()
+    assert gate.reached.wait(30)
+    ready(fast)
+    check(fast, module, x)
+
+
+def test_a_first_call_that_fails_is_over_as_well(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_FIRST_CALL_SECONDS", 3600.0)
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = late(module, x)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.inference_mode():
+        fast(torch.randn(3, 9))
+    assert gate.reached.wait(30)
+    gate.open.set()
+    ready(fast)
+    check(fast, module, x)
+
+
+@pytest.mark.parametrize("asked", ["wait", "warm"])
+def test_who_waits_for_a_plan_waits_for_no_first_call(
+    asked: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_FIRST_CALL_SECONDS", 3600.0)
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = late(module, x)
+    gate.open.set()
+    if asked == "wait":
+        ready(fast)
+    else:
+        fast.ovshim.warm(x)
+    check(fast, module, x)
 
 
 def test_many_threads_ask_for_one_build(gate: Gate) -> None:
