@@ -111,7 +111,9 @@ class Dispatcher:
             and not function_modes()  # a mode would see the glance
             and rest.glance(args, kwargs) == rest.sizes
         ):
-            rest.count()
+            rest.left -= 1
+            rest.plan.eager_calls.add()
+            rest.counter.add()
             return self.original(*args, **kwargs)
         if self.module.training or in_special_mode():
             state = _TRAINING if self.module.training else mode_reason()

@@ -16,7 +16,7 @@ from ovshim.plan import Counter, Plan
 __all__ = ["Rest"]
 
 # Each call after so many goes all the way: the module may have changed, or be under another mode.
-_CALLS = 15
+_CALLS = 18
 
 
 class Rest:
@@ -25,13 +25,14 @@ class Rest:
     Attributes:
         left: so many may follow. Threads may count one for two: then it is a longer rest.
         glance, sizes, grad: what a call has to look like.
+        plan, counter: where each is counted, by whoever lets it go to eager.
     """
 
-    __slots__ = ("_counter", "_plan", "glance", "grad", "left", "sizes")
+    __slots__ = ("counter", "glance", "grad", "left", "plan", "sizes")
 
     def __init__(self, plan: Plan, counter: Counter, sizes: tuple[torch.Size, ...]) -> None:
-        self._plan = plan
-        self._counter = counter
+        self.plan = plan
+        self.counter = counter
         self.glance = plan.glance or _blind
         self.sizes = sizes
         self.grad = torch.is_grad_enabled()
@@ -50,12 +51,6 @@ class Rest:
             plan.glance = compile_glance(plan.kind) or _blind
         sizes = plan.glance(args, kwargs)
         return None if sizes is None else Rest(plan, counter, sizes)
-
-    def count(self) -> None:
-        """One call of it less, and one more of the plan's."""
-        self.left -= 1
-        self._plan.eager_calls.add()
-        self._counter.add()
 
 
 def _blind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
