@@ -1,14 +1,17 @@
-"""A module's attributes as they were, to be compared with and put back."""
+"""A module's attributes: the tensors that it holds, and all as it was, to be compared with and put
+back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import repeat
 from operator import is_
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["Attributes"]
+__all__ = ["Attributes", "tensors_in"]
 
 _MISSING: Any = object()
 
@@ -68,6 +71,21 @@ class Attributes:
             else:
                 value.clear()
                 value.update(items)
+
+
+def tensors_in(
+    modules: Iterable[tuple[str, nn.Module]], *kinds: str
+) -> list[tuple[str, torch.Tensor]]:
+    """The tensors in these attributes ("_parameters", "_buffers") of named modules, each once, and
+    their names. To have them by `named_parameters` and `named_buffers` takes a walk over all
+    modules for each, half a millisecond of some hundred."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in modules:
+        for kind in kinds:
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in found:
+                    found[id(tensor)] = (f"{path}.{name}" if path else name, tensor)
+    return list(found.values())
 
 
 def _same_items(before: Any, after: Any) -> bool:

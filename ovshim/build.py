@@ -21,6 +21,7 @@ from torch import nn
 
 from ovshim import early
 from ovshim.assemble import eager_plan
+from ovshim.attributes import tensors_in
 from ovshim.building import own_modes
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
@@ -175,7 +176,7 @@ def _try_in_child(job: Job, family: str) -> None:
 
 
 def _refuse_at_sight(job: Job) -> None:
-    for name, tensor in [*job.module.named_parameters(), *job.module.named_buffers()]:
+    for name, tensor in tensors_in(job.module.named_modules(), "_parameters", "_buffers"):
         if not tensor.is_cpu:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():

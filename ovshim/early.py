@@ -23,6 +23,7 @@ import xxhash
 from torch import nn
 
 from ovshim import blobs, runtime
+from ovshim.attributes import tensors_in
 from ovshim.cache.entry import Entry
 from ovshim.cache.store import Store
 from ovshim.options import Options
@@ -254,8 +255,9 @@ def _key(wanted: Wanted) -> str | None:
     ]
     digest = xxhash.xxh3_128(json.dumps(facts).encode())
     try:
-        parameters = list(module.named_parameters())
-        held = [*parameters, *module.named_buffers()]
+        modules = list(module.named_modules())
+        parameters = tensors_in(modules, "_parameters")
+        held = [*parameters, *tensors_in(modules, "_buffers")]
         digest.update("".join(f"{n} {t.dtype} {tuple(t.shape)};" for n, t in held).encode())
         for _, tensor in (*held[:: max(1, len(held) // _SAMPLES)], *parameters[-2:]):
             count = min(tensor.numel(), _SAMPLE_BYTES // tensor.element_size())

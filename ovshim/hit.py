@@ -122,9 +122,6 @@ def _proved(
     shared = _engine_of_sibling(job, entry)
     if shared is None and (job.ahead.early is None or job.ahead.early.entry is not entry):
         early.begin_with(job, entry, record)
-    with job.stage("compile"):
-        if job.ahead.early is not None:
-            job.ahead.early.wait()
     with job.stage("proof"):
         small, seen = _looked_small(job, record)
     with job.stage("compile"):
@@ -218,15 +215,23 @@ def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     ):
         return small, own
     try:
-        seen = trial(job, small)
+        seen = trial(job, small, ready=lambda: _let_compile(job))
         if seen.reason is not None and seen.reason.code == "mutates-attribute":
             seen = settled(job) or seen
             seen = seen if seen.reason is not None else trial(job, small)
+    except BuildStopped:
+        raise
     except Exception as error:  # whatever the user's module raises
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
     return small, seen
+
+
+def _let_compile(job: Job) -> None:
+    with job.stage("compile"):
+        if job.ahead.early is not None:
+            job.ahead.early.wait()
 
 
 def _answer_of(

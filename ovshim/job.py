@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ovshim import runtime
+from ovshim.attributes import tensors_in
 from ovshim.cache.entry import Entry, write_details
 from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
@@ -113,6 +114,7 @@ class Job(Wanted):
         return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
 
     def __post_init__(self) -> None:
+        self._within = 0.0  # stages within the one that is under way
         self._weights = self._versions()
 
     def weights_moved(self) -> bool:
@@ -136,8 +138,8 @@ class Job(Wanted):
             raise
 
     def _versions(self) -> list[tuple[int, int, int]]:
-        held = [*self.module.parameters(), *self.module.buffers()]
-        return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for t in held]
+        held = tensors_in(self.module.named_modules(), "_parameters", "_buffers")
+        return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for _, t in held]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -170,13 +172,17 @@ class Job(Wanted):
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage, and ends the build before one that has no time left."""
+        """Times a stage, but not those within it, and ends the build before one that has no time
+        left."""
         self.check_time()
+        outer, self._within = self._within, 0.0
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            spent = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._within
+            self._within = outer + spent
 
     def check_time(self) -> None:
         """Raises BuildStopped where no time is left."""

@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ovshim.attributes import Attributes
+from ovshim.attributes import Attributes, tensors_in
 from ovshim.modes import Drawing, Writes, draws, without_drawing
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
@@ -84,10 +84,12 @@ def look(
     inputs: Sequence[torch.Tensor],
     restore: bool,
     apart: bool = False,
+    ready: Callable[[], None] | None = None,
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
     Args:
+        ready: called just before; waits for what the call would otherwise run beside.
         restore: put buffers, generators, and the parameters that this thread writes to, back to
             what they were, because this is a trial and not a call of the user's, which keeps every
             effect it has. Attributes are the caller's business (`Look.undo`).
@@ -102,6 +104,8 @@ def look(
     world = _World(module, inputs, restore)
     found = Look()
     found.undo, found.made = world.put_back_attributes, world.made_attributes
+    if ready is not None:
+        ready()
     started = time.perf_counter()
     try:
         if apart:
@@ -120,7 +124,7 @@ def look(
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
     found.sources = sources(found.leaves, inputs)
-    found.reason = found.reason or _unfit_output(module, found, inputs)
+    found.reason = found.reason or _unfit_output(found, [*inputs, *world.held])
     return found
 
 
@@ -199,11 +203,12 @@ class _World:
         self.module = module
         self.inputs = [(t, _version(t)) for t in inputs]
         modules = list(module.named_modules())
-        parameters, buffers = _held(modules, "_parameters"), _held(modules, "_buffers")
+        parameters, buffers = (tensors_in(modules, kind) for kind in ("_parameters", "_buffers"))
         self.tensors = [
             (name, t, (_version(t), place_of(t))) for name, t in (*parameters, *buffers)
         ]
         self.parameters = [t for _, t in parameters]
+        self.held = [t for _, t, _ in self.tensors]
         self.attributes = [Attributes(name, m) for name, m in modules]
         self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
         # Not parameters: another thread may be at them, and its update must not be undone. Those
@@ -265,17 +270,6 @@ class _World:
         )
 
 
-def _held(modules: Sequence[tuple[str, nn.Module]], kind: str) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that named modules hold as `kind`, each once, and their names. (To have them by
-    `named_parameters` takes another walk over all modules each time.)"""
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for path, module in modules:
-        for name, tensor in getattr(module, kind).items():
-            if tensor is not None:
-                found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor))
-    return list(found.values())
-
-
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
@@ -306,7 +300,8 @@ def _containers(output: Any) -> list[Any]:
     return met
 
 
-def _unfit_output(module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]) -> Reason | None:
+def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
+    """Why no graph gives such an output; `taken`: the inputs and the module's own tensors."""
     try:
         kind_of(found.leaves, found.structure)
     except UnknownLeafError as unknown:
@@ -323,7 +318,7 @@ def _unfit_output(module: nn.Module, found: Look, inputs: Sequence[torch.Tensor]
         if _storage(tensor) and any(_overlap(tensor, other) for other in others):
             return reason("aliases-input", "two outputs overlap in memory")
         others.append(tensor)
-    owned = {_storage(t) for t in [*inputs, *module.parameters(), *module.buffers()]}
+    owned = {_storage(tensor) for tensor in taken}
     for leaf, given in zip(found.leaves, found.given, strict=True):
         if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:
             return reason("aliases-input")

@@ -65,7 +65,7 @@ def test_a_first_call_is_the_short_proof_of_a_hit_where_that_is_no_shorter(
     options: Any = {"prefer": "openvino", "cache_dir": tmp_path}
     ovshim.accelerate(module, x, **options)
     trial, trials = hit.trial, []
-    monkeypatch.setattr(hit, "trial", lambda *given: trials.append(given) or trial(*given))
+    monkeypatch.setattr(hit, "trial", lambda *a, **k: trials.append(a) or trial(*a, **k))
     fast = ovshim.accelerate(module, **options)
     check(fast, module, torch.randn(rows, 8), path="eager", reason="building")
     assert plans(fast)[0]["cache"] == "hit"
