@@ -3,15 +3,15 @@ back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-__all__ = ["Attributes", "tensors_in"]
+__all__ = ["Attributes", "tensors_of"]
 
 _MISSING: Any = object()
 
@@ -20,8 +20,7 @@ class Attributes:
     """Each attribute of a module, with a one-level copy of what it holds where that is a list, a
     dict or a set. (`_parameters`, `_buffers`, `_modules` and the hooks are dicts like others.)
 
-    A model has some thousands of them, and they are compared before each first call: what can be,
-    is compared by C code.
+    A model has some thousands of them, and each look at it compares them: what can be, C code does.
 
     Attributes:
         name: of the module in its tree.
@@ -73,18 +72,30 @@ class Attributes:
                 value.update(items)
 
 
-def tensors_in(
-    modules: Iterable[tuple[str, nn.Module]], *kinds: str
+def tensors_of(
+    root: nn.Module,
+    kind: Literal["parameters", "buffers"],
+    modules: Sequence[tuple[str, nn.Module]] | None = None,
 ) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in these attributes ("_parameters", "_buffers") of named modules, each once, and
-    their names. To have them by `named_parameters` and `named_buffers` takes a walk over all
-    modules for each, half a millisecond of some hundred."""
+    """The module's tensors of that kind, each once, and their names.
+
+    By one walk over its modules, for several kinds if need be, where `named_parameters` and
+    `named_buffers` take one each, half a millisecond of some hundred modules. A class that has
+    such a method of its own is asked by that too.
+
+    Args:
+        modules: what `root.named_modules()` gives, where it is at hand.
+    """
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for path, module in modules:
-        for kind in kinds:
-            for name, tensor in getattr(module, kind).items():
-                if tensor is not None and id(tensor) not in found:
-                    found[id(tensor)] = (f"{path}.{name}" if path else name, tensor)
+    for path, module in root.named_modules() if modules is None else modules:
+        for name, tensor in getattr(module, f"_{kind}").items():
+            if tensor is not None and id(tensor) not in found:
+                found[id(tensor)] = (f"{path}.{name}" if path else name, tensor)
+    for method in (f"named_{kind}", kind):
+        if getattr(type(root), method) is not getattr(nn.Module, method) or method in vars(root):
+            for given in getattr(root, method)():
+                name, tensor = given if method != kind else (kind, given)
+                found.setdefault(id(tensor), (name, tensor))
     return list(found.values())
 
 

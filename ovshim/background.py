@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -28,10 +29,9 @@ __all__ = ["LatePlanner", "apart"]
 
 log = logging.getLogger("ovshim")
 
-# A build that an example began waits so long for a first call, and until that is answered: side by
-# side eager and a build take several times as long as one after the other.
+# A build that an example asks for is held so long for a first call, and until that is answered:
+# side by side eager and a build take several times as long as one after the other.
 _FIRST_CALL_SECONDS = 0.05
-_LOOK_SECONDS = 0.005
 # What is larger is shared with the copy of the module and not copied.
 _COPIED_BYTES = 64 << 20
 
@@ -49,33 +49,32 @@ class LatePlanner(Planner):
         if not self._late:
             return super().answer(given)
         build = None
-        ahead: Build | None = None
+        held: list[Build] = []
         why: Reason | None = reason("building")
         if self._lock.acquire(blocking=False):
             try:
+                held = [first for first in self._builds if first.held]
                 family = self._families.of(given.kind, given.grad)
                 if not self._is_building(family):
                     why = self._put_off(family)
                     if why is None:
                         job = self._job(family, given, lenient=True)
                         build = family.build = Build(self, family, job)
-                else:
-                    ahead = family.build
             finally:
                 self._lock.release()
-        if ahead is not None:
-            ahead.called = True
         try:
+            for first in held:
+                first.called = True
             output = self.original(*given.args, **given.kwargs)
         except BaseException:
             if build is not None:
                 build.end()  # a call that fails is no example
             raise
         finally:
-            if ahead is not None:
-                ahead.go_on()
+            for first in held:
+                first.let_go()
         if build is not None:
-            build.start()
+            build.go_on()
         return output, why or reason("building")
 
     def prepare(self, given: Given, wait: bool = True) -> Plan | None:
@@ -87,10 +86,14 @@ class LatePlanner(Planner):
             if plan is not None:
                 return plan
         while self._late and not building_here():
-            build, own = self._asked(given, wait)
+            build, own = self._asked(given)
+            if own and wait:
+                build.go_on()
+            elif own:
+                build.hold()
             if not wait:
                 return None
-            build.go_on()
+            build.let_go()
             build.done.wait()
             if build.plan is None:
                 break  # the thread cannot: this one does
@@ -102,25 +105,31 @@ class LatePlanner(Planner):
         """Wait until no build is under way; whether that was so in time."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not building_here():
-            builds = [f.build for f in self._families if self._is_building(f)]
+            builds = self._builds
             if not builds:
                 return True
-            builds[0].go_on()
+            for held in builds:
+                held.let_go()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not builds[0].done.wait(left):
                 break
         return False
 
-    def _asked(self, given: Given, wait: bool) -> tuple[Build, bool]:
-        """The build for such calls that is under way, or a new one, and whether it is that."""
+    def _asked(self, given: Given) -> tuple[Build, bool]:
+        """The build for such calls that is under way, or a new one that is still to be started, and
+        whether it is that."""
         with self._lock, torch.set_grad_enabled(given.grad):
             family = self._families.of(given.kind, given.grad)
             if self._is_building(family):
                 return family.build, False
             job = self._job(family, given)
-            build = family.build = Build(self, family, job, lets_pass=not wait)
-        build.start()
+            build = family.build = Build(self, family, job)
         return build, True
+
+    @property
+    def _builds(self) -> list[Build]:
+        """Those that are under way, or about to be."""
+        return [family.build for family in self._families if self._is_building(family)]
 
     def _is_building(self, family: Family) -> bool:
         build = family.build
@@ -152,35 +161,45 @@ class LatePlanner(Planner):
 class Build(Work):
     """A plan to be made.
 
-    Args:
-        lets_pass: whether the first call goes first, if it comes soon.
-
     Attributes:
         plan: what it has come to; None where it was given up.
+        held: whether it is not to be started before a first call is over.
         called: whether that call is there.
     """
 
-    def __init__(
-        self, planner: LatePlanner, family: Family, job: Job, lets_pass: bool = False
-    ) -> None:
+    def __init__(self, planner: LatePlanner, family: Family, job: Job) -> None:
         super().__init__()
         self.planner = planner
         self.family = family
         self.job = job
         self.plan: Plan | None = None
-        self.called = False
-        self._free = threading.Event()
-        if not lets_pass:
-            self._free.set()
+        self.held = self.called = False
+        self._started = threading.Lock()  # taken by whoever starts it
+        self._timer = threading.Timer(_FIRST_CALL_SECONDS, _without_call, [weakref.ref(self)])
+        self._timer.daemon = True
+
+    def hold(self) -> None:
+        """Start it when a first call is over; soon, where none comes."""
+        self.held = True
+        try:
+            self._timer.start()
+        except RuntimeError as error:  # the program ends, or has all the threads it may have
+            log.debug("no thread to wait for a first call: %s", error)
+            self.go_on()
+
+    def let_go(self) -> None:
+        """Start it if it is held: the first call is over, or somebody waits for the plan."""
+        if self.held:
+            self.go_on()
 
     def go_on(self) -> None:
-        """The first call is over, or nobody waits for it."""
-        self._free.set()
+        """Start it, unless that was done."""
+        self.held = False
+        self._timer.cancel()
+        if self._started.acquire(blocking=False):
+            self.start()
 
     def make(self) -> None:
-        ends = time.monotonic() + _FIRST_CALL_SECONDS
-        while not self._free.wait(_LOOK_SECONDS) and (self.called or time.monotonic() < ends):
-            pause()
         self.plan = self.planner.make(self.family, self.job)
 
     def failed(self) -> None:
@@ -189,6 +208,12 @@ class Build(Work):
     def end(self) -> None:
         self.family.build = None
         super().end()
+
+
+def _without_call(reference: weakref.ref[Build]) -> None:
+    build = reference()
+    if build is not None and not build.called:
+        build.go_on()
 
 
 def apart(original: Any) -> Any:

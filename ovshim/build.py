@@ -21,7 +21,7 @@ from torch import nn
 
 from ovshim import early
 from ovshim.assemble import eager_plan
-from ovshim.attributes import tensors_in
+from ovshim.attributes import tensors_of
 from ovshim.building import own_modes
 from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
@@ -176,7 +176,9 @@ def _try_in_child(job: Job, family: str) -> None:
 
 
 def _refuse_at_sight(job: Job) -> None:
-    for name, tensor in tensors_in(job.module.named_modules(), "_parameters", "_buffers"):
+    module, modules = job.module, list(job.module.named_modules())
+    parameters = tensors_of(module, "parameters", modules)
+    for name, tensor in (*parameters, *tensors_of(module, "buffers", modules)):
         if not tensor.is_cpu:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():

@@ -10,6 +10,7 @@ same entry, and is dropped otherwise.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import logging
@@ -23,7 +24,7 @@ import xxhash
 from torch import nn
 
 from ovshim import blobs, runtime
-from ovshim.attributes import tensors_in
+from ovshim.attributes import tensors_of
 from ovshim.cache.entry import Entry
 from ovshim.cache.store import Store
 from ovshim.options import Options
@@ -39,8 +40,6 @@ __all__ = ["Ahead", "Early", "begin", "begin_for", "begin_with", "remember"]
 
 log = logging.getLogger("ovshim")
 
-# Of so many weights so many bytes are looked at.
-_SAMPLES = 16
 _SAMPLE_BYTES = 64
 _LOOK_UP_SECONDS = 1.0
 # Compared with its checksum while the graph is compiled: it takes as long as all that comes before.
@@ -236,9 +235,8 @@ def _pays(wanted: Wanted) -> bool:
 
 
 def _key(wanted: Wanted) -> str | None:
-    """What is seen of a module at a glance, the first bytes of some of its weights included, and of
-    the last ones: others that were trained from the same ones differ there. None for tensors that
-    show no bytes."""
+    """What is seen of a module at a glance, the first bytes of its weights included: others that
+    were trained from the same ones differ there. None for tensors that show no bytes."""
     module, options = wanted.module, wanted.options
     facts = [
         *(__version__, runtime.version(), runtime.processor(), torch.__version__),
@@ -256,14 +254,24 @@ def _key(wanted: Wanted) -> str | None:
     digest = xxhash.xxh3_128(json.dumps(facts).encode())
     try:
         modules = list(module.named_modules())
-        parameters = tensors_in(modules, "_parameters")
-        held = [*parameters, *tensors_in(modules, "_buffers")]
-        digest.update("".join(f"{n} {t.dtype} {tuple(t.shape)};" for n, t in held).encode())
-        for _, tensor in (*held[:: max(1, len(held) // _SAMPLES)], *parameters[-2:]):
-            count = min(tensor.numel(), _SAMPLE_BYTES // tensor.element_size())
-            first = tensor.detach().as_strided((count,), (1,), tensor.storage_offset())
-            digest.update(first.view(torch.uint8).numpy().data)
+        parameters = tensors_of(module, "parameters", modules)
+        for name, tensor in (*parameters, *tensors_of(module, "buffers", modules)):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(_first_bytes(tensor))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         log.debug("no hint: %s", error)
         return None
     return digest.hexdigest()
+
+
+def _first_bytes(tensor: torch.Tensor) -> bytes:
+    """By the address: a view for each tensor would take ten times as long. Raises TypeError for one
+    that is elsewhere."""
+    storage = tensor.untyped_storage()
+    start, size = int(storage.data_ptr()), int(storage.nbytes())
+    if not tensor.is_cpu:
+        raise TypeError(f"a tensor on {tensor.device}")
+    if start == 0:
+        return b""
+    offset = int(tensor.storage_offset()) * tensor.element_size()
+    return ctypes.string_at(start + offset, max(0, min(_SAMPLE_BYTES, size - offset)))

@@ -83,7 +83,6 @@ class Generation:
         self._modules = list(module.modules())
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
-        self._kinds = set(map(type, chain.from_iterable(map(_values, self._dicts))))
         self._dict_copies = [_copy(d) for d in self._dicts]
         self._children = [m._modules for m in self._modules if m._modules and _is_plain(m)]
         self._child_copies = [dict(d) for d in self._children]
@@ -98,7 +97,8 @@ class Generation:
         self._watch = Watch(guards, roots or {}, replaceable(self._modules))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
-        functions += self._held(types.FunctionType)
+        values = chain.from_iterable(map(_values, self._dicts))
+        functions += [value for value in values if isinstance(value, types.FunctionType)]
         self._reached = Reached(self._modules, functions) if follow else Reached((), ())
         self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
         classes = (*self._watch.classes, *self._reached.classes)
@@ -260,7 +260,7 @@ class Generation:
         self._ids = list(map(id, chain.from_iterable(map(_values, self._holders))))
         held: Iterable[Any] = chain.from_iterable(map(_values, self._holders))
         own = chain(self._module.parameters(), self._module.buffers())  # of scripted modules too
-        plain = self._held(torch.Tensor)
+        plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
         beyond = *self._watch.tensors, *self._reached.tensors
         found = {id(t): t for t in chain(held, own, plain, beyond) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
@@ -272,12 +272,6 @@ class Generation:
         self._layouts = list(map(_layout, self._tensors))
         self._storage_ids: list[int] = []
         self._hold_storages()
-
-    def _held(self, kind: type) -> list[Any]:
-        """What of that kind is in attributes. Mostly there is none, which their types tell."""
-        kinds = {held for held in self._kinds if issubclass(held, kind)}
-        values = chain.from_iterable(map(_values, self._dicts)) if kinds else ()
-        return [value for value in values if type(value) in kinds]
 
     def _hold_storages(self) -> None:
         """Weakly: they may go, and it is known then that they have."""

@@ -204,16 +204,6 @@ def _refuse_overflow(job: Job, entry: Entry) -> None:
 def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     """A small input, and one look at what eager makes of it."""
     small = small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
-    own = job.look
-    # Of a call of the user's own that is as small. (It may have been made in inference mode, and
-    # says nothing of gradients.)
-    if (
-        own is not None
-        and own.reason is None
-        and not job.grad
-        and sizes_of(small) == sizes_of(job.leaves)
-    ):
-        return small, own
     try:
         seen = trial(job, small, ready=lambda: _let_compile(job))
         if seen.reason is not None and seen.reason.code == "mutates-attribute":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ovshim import runtime
-from ovshim.attributes import tensors_in
+from ovshim.attributes import tensors_of
 from ovshim.cache.entry import Entry, write_details
 from ovshim.errors import PrecisionWarning
 from ovshim.fingerprint import Fingerprint, Unkeyable
@@ -138,7 +138,9 @@ class Job(Wanted):
             raise
 
     def _versions(self) -> list[tuple[int, int, int]]:
-        held = tensors_in(self.module.named_modules(), "_parameters", "_buffers")
+        module, modules = self.module, list(self.module.named_modules())
+        parameters = tensors_of(module, "parameters", modules)
+        held = (*parameters, *tensors_of(module, "buffers", modules))
         return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for _, t in held]
 
     @property

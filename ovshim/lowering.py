@@ -2,7 +2,7 @@
 
     capture → quantize, compress or lower → publish → compile → prove
 
-A build without int8, compressed weights or rules does not come here.
+A build without int8, compressed weights, rules or float16 does not come here.
 """
 
 from __future__ import annotations

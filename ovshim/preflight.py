@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ovshim.attributes import Attributes, tensors_in
+from ovshim.attributes import Attributes, tensors_of
 from ovshim.modes import Drawing, Writes, draws, without_drawing
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
@@ -203,7 +203,8 @@ class _World:
         self.module = module
         self.inputs = [(t, _version(t)) for t in inputs]
         modules = list(module.named_modules())
-        parameters, buffers = (tensors_in(modules, kind) for kind in ("_parameters", "_buffers"))
+        parameters = tensors_of(module, "parameters", modules)
+        buffers = tensors_of(module, "buffers", modules)
         self.tensors = [
             (name, t, (_version(t), place_of(t))) for name, t in (*parameters, *buffers)
         ]

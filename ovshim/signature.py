@@ -175,7 +175,7 @@ class Kind:
 
     @property
     def distinct(self) -> list[int]:
-        """The same, each object once: the inputs of a graph."""
+        """Indices of the leaves that are tensors, each object once: the inputs of a graph."""
         return [i for i in self.tensors if self.leaves[i].same_as == i]  # type: ignore[union-attr]
 
     @property

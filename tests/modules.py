@@ -6,6 +6,7 @@ They stand here rather than in the tests so that child processes can import them
 import dataclasses
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +200,23 @@ class CountsInBuffer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        return self.linear(x) + self.calls
+
+
+class CountsInNamed(nn.Module):
+    """Counts in a tensor that it gives for a buffer of its own accord."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.calls = torch.zeros(())
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        yield from super().named_buffers(*args, **kwargs)
+        yield "calls", self.calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
         return self.linear(x) + self.calls
 
 

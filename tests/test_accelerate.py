@@ -5,7 +5,6 @@ import gc
 import inspect
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from modules import AlwaysDrops, Mlp, Nest, Scaled, Towers, WritesInput, make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import hit
 
 
 class TwoInputs(nn.Module):
@@ -55,23 +53,6 @@ class Greedy(nn.Module):
 
 
 # What is accelerated, and how the example is given
-
-
-@pytest.mark.parametrize(("rows", "asked"), [(1, 0), (3, 1)])
-def test_a_first_call_is_the_short_proof_of_a_hit_where_that_is_no_shorter(
-    rows: int, asked: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    module, x = make(Mlp), torch.randn(rows, 8)
-    options: Any = {"prefer": "openvino", "cache_dir": tmp_path}
-    ovshim.accelerate(module, x, **options)
-    trial, trials = hit.trial, []
-    monkeypatch.setattr(hit, "trial", lambda *a, **k: trials.append(a) or trial(*a, **k))
-    fast = ovshim.accelerate(module, **options)
-    check(fast, module, torch.randn(rows, 8), path="eager", reason="building")
-    assert plans(fast)[0]["cache"] == "hit"
-    assert len(trials) == asked
-    for size in (rows, rows + 2):
-        check(fast, module, torch.randn(size, 8))
 
 
 def test_a_tensor_is_one_positional_argument() -> None:

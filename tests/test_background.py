@@ -102,10 +102,16 @@ def test_without_an_example_the_first_call_is_it(gate: Gate) -> None:
     assert len(gate.builds) == 1
 
 
-def test_a_first_call_that_comes_soon_has_the_processor_alone(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that an example asks for waits an hour for a first call."""
     monkeypatch.setattr(background, "_FIRST_CALL_SECONDS", 3600.0)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_a_first_call_that_comes_soon_has_the_processor_alone(
+    mode: Any, patient: None, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, begun = Original.__call__, []
 
     def slow(self: Original, /, *args: Any, **kwargs: Any) -> Any:
@@ -114,20 +120,29 @@ def test_a_first_call_that_comes_soon_has_the_processor_alone(
 
     module, x = make(Mlp), torch.randn(3, 8)
     fast = late(module, x)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, mode():
         patch.setattr(Original, "__call__", slow)
-        check(fast, module, x, path="eager", reason="building")
+        same(fast(x), module(x))
     assert begun == [False]
-    gate.open.set()
     assert gate.reached.wait(30)
+    gate.open.set()
     ready(fast)
     check(fast, module, x)
 
 
-def test_a_first_call_that_fails_is_over_as_well(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(background, "_FIRST_CALL_SECONDS", 3600.0)
+def test_a_build_that_is_held_holds_no_other(patient: None, gate: Gate) -> None:
+    gate.open.set()
+    held, other, x = make(Mlp), make(Mlp), torch.randn(3, 8)
+    first, second = late(held, x), late(other, x)
+    ready(second)
+    check(second, other, x)
+    deep = torch.randn(2, 3, 8)
+    first.ovshim.warm(deep)  # another kind
+    check(first, held, deep)
+    assert paths(first) == ["openvino"]
+
+
+def test_a_first_call_that_fails_is_over_as_well(patient: None, gate: Gate) -> None:
     module, x = make(Mlp), torch.randn(3, 8)
     fast = late(module, x)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.inference_mode():
@@ -140,9 +155,8 @@ def test_a_first_call_that_fails_is_over_as_well(
 
 @pytest.mark.parametrize("asked", ["wait", "warm"])
 def test_who_waits_for_a_plan_waits_for_no_first_call(
-    asked: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    asked: str, patient: None, gate: Gate
 ) -> None:
-    monkeypatch.setattr(background, "_FIRST_CALL_SECONDS", 3600.0)
     module, x = make(Mlp), torch.randn(3, 8)
     fast = late(module, x)
     gate.open.set()

@@ -537,6 +537,40 @@ def test_the_code_of_a_global_function_changed_in_place() -> None:
     moved(fast, module)
 
 
+def test_the_code_of_a_function_behind_a_proxy_changed_in_place() -> None:
+    class Proxy:
+        """Says, as `wrapt.ObjectProxy` does, that it is of the class of what it stands for."""
+
+        __class__ = property(lambda self: type(self.wrapped))  # type: ignore[assignment]
+
+        def __init__(self, wrapped: Any) -> None:
+            self.wrapped = wrapped
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.wrapped, name)
+
+        def __call__(self, *args: Any) -> Any:
+            return self.wrapped(*args)
+
+    class Acts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+            self.act = Proxy(helper)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.act(self.linear(x))
+
+    fast, module = pair(lambda: make(Acts))
+    check(fast, module, torch.randn(3, 8))
+    code = helper.__code__
+    helper.__code__ = (lambda x: x * 50).__code__
+    try:
+        moved(fast, module)
+    finally:
+        helper.__code__ = code
+
+
 def test_a_global_of_which_each_thread_has_its_own() -> None:
     class Reads(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch.nn.modules.module as torch_module
 import xxhash
 from torch import nn
 
-from ovshim.attributes import tensors_in
 from ovshim.fingerprint import bytecode, weights
 from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.errors import Unkeyable
@@ -74,15 +73,14 @@ def _walked(walk: _Walk, way: Callable[[_Walk], T]) -> T:
 
 class _Walk(Reach):
     def __init__(self, root: nn.Module, method: str) -> None:
-        modules = list(root.named_modules())
-        held = (tensors_in(modules, kind) for kind in ("_parameters", "_buffers"))
+        named, modules = (*root.named_parameters(), *root.named_buffers()), list(root.modules())
         super().__init__(
-            known={id(tensor): name for named in held for name, tensor in named},
-            made={base for _, m in modules for base in type(m).__mro__},
+            known={id(tensor): name for name, tensor in named},
+            made={base for m in modules for base in type(m).__mro__},
         )
         self.root = root
         self.method = method
-        self.tree = {id(m) for _, m in modules}
+        self.tree = {id(m) for m in modules}
 
     def digest(self) -> str:
         tensors = self.text()
