@@ -87,11 +87,9 @@ class LatePlanner(Planner):
                 return plan
         while self._late and not building_here():
             build, own = self._asked(given)
-            if own and wait:
-                build.go_on()
-            elif own:
-                build.hold()
             if not wait:
+                if own:
+                    build.wait_for_call()
                 return None
             build.let_go()
             build.done.wait()
@@ -116,20 +114,23 @@ class LatePlanner(Planner):
         return False
 
     def _asked(self, given: Given) -> tuple[Build, bool]:
-        """The build for such calls that is under way, or a new one that is still to be started, and
-        whether it is that."""
+        """The build for such calls that is under way, or a new one, which is held, and whether it
+        is that."""
         with self._lock, torch.set_grad_enabled(given.grad):
             family = self._families.of(given.kind, given.grad)
-            if self._is_building(family):
-                return family.build, False
-            job = self._job(family, given)
-            build = family.build = Build(self, family, job)
+            build = family.build
+            if build is not None and build.under_way:
+                return build, False
+            build = Build(self, family, self._job(family, given))
+            build.held = True  # from the beginning: then whoever comes can let it go
+            family.build = build
         return build, True
 
     @property
     def _builds(self) -> list[Build]:
         """Those that are under way, or about to be."""
-        return [family.build for family in self._families if self._is_building(family)]
+        builds = [family.build for family in self._families]  # which the building thread takes away
+        return [build for build in builds if build is not None and build.under_way]
 
     def _is_building(self, family: Family) -> bool:
         build = family.build
@@ -163,7 +164,8 @@ class Build(Work):
 
     Attributes:
         plan: what it has come to; None where it was given up.
-        held: whether it is not to be started before a first call is over.
+        held: whether it waits to be let go: by a first call that is over, by the time in which none
+            came, or by somebody who waits for the plan.
         called: whether that call is there.
     """
 
@@ -178,9 +180,8 @@ class Build(Work):
         self._timer = threading.Timer(_FIRST_CALL_SECONDS, _without_call, [weakref.ref(self)])
         self._timer.daemon = True
 
-    def hold(self) -> None:
-        """Start it when a first call is over; soon, where none comes."""
-        self.held = True
+    def wait_for_call(self) -> None:
+        """Let it go after a first call; soon, where none comes."""
         try:
             self._timer.start()
         except RuntimeError as error:  # the program ends, or has all the threads it may have
@@ -188,16 +189,16 @@ class Build(Work):
             self.go_on()
 
     def let_go(self) -> None:
-        """Start it if it is held: the first call is over, or somebody waits for the plan."""
+        """Start it if it is held."""
         if self.held:
             self.go_on()
 
     def go_on(self) -> None:
-        """Start it, unless that was done."""
+        """Start it, unless that was done, or it is its parent's, in a fork."""
+        if self.under_way and self._started.acquire(blocking=False):
+            self.start()
         self.held = False
         self._timer.cancel()
-        if self._started.acquire(blocking=False):
-            self.start()
 
     def make(self) -> None:
         self.plan = self.planner.make(self.family, self.job)

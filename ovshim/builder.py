@@ -110,9 +110,10 @@ class _Builder:
             self._queue.append(weakref.ref(build))
             if self._thread is not None:
                 return
-            self._thread = threading.Thread(target=self._work, name="ovshim-build")
+            # No daemon (as what starts it may be): one that is inside OpenVINO when the interpreter
+            # goes ends the process.
+            self._thread = threading.Thread(target=self._work, name="ovshim-build", daemon=False)
             try:
-                # No daemon: one that is inside OpenVINO when the interpreter goes ends the process.
                 self._thread.start()
             except RuntimeError as error:  # the program ends, or has all the threads it may have
                 log.debug("no thread for builds: %s", error)

@@ -75,9 +75,9 @@ class Early:
         self._given: list[Any] = []
         self._answer: list[torch.Tensor] | None = None
         self._taken = False
-        self._thread = threading.Thread(target=self._run, name="ovshim-compile")
+        # No daemon: one that is inside OpenVINO when the interpreter goes ends the process.
+        self._thread = threading.Thread(target=self._run, name="ovshim-compile", daemon=False)
         try:
-            # No daemon: one that is inside OpenVINO when the interpreter goes ends the process.
             self._thread.start()
         except RuntimeError as error:  # the program ends, or has all the threads it may have
             log.debug("no thread to compile in: %s", error)
@@ -258,7 +258,7 @@ def _key(wanted: Wanted) -> str | None:
         for name, tensor in (*parameters, *tensors_of(module, "buffers", modules)):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(_first_bytes(tensor))
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # whatever a class of tensors raises: without a hint it goes as well
         log.debug("no hint: %s", error)
         return None
     return digest.hexdigest()

@@ -122,6 +122,9 @@ def _proved(
     shared = _engine_of_sibling(job, entry)
     if shared is None and (job.ahead.early is None or job.ahead.early.entry is not entry):
         early.begin_with(job, entry, record)
+    with job.stage("compile"):
+        if job.ahead.early is not None:
+            job.ahead.early.wait()
     with job.stage("proof"):
         small, seen = _looked_small(job, record)
     with job.stage("compile"):
@@ -146,7 +149,7 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     have left: it is built anew. Raises BuildStopped where that would be no better."""
     if job.weights_moved():  # the entry is as good as before
         raise BuildStopped(MOVED) from None
-    if isinstance(trouble, BuildStopped) and trouble.reason.code == "build-too-slow":
+    if isinstance(trouble, BuildStopped) and trouble.reason.code in ("build-too-slow", "building"):
         raise trouble
     log.info("the entry %s does not serve: %s", entry.path, trouble)
     if other_mode:
@@ -205,7 +208,9 @@ def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     """A small input, and one look at what eager makes of it."""
     small = small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
     try:
-        seen = trial(job, small, ready=lambda: _let_compile(job))
+        seen = trial(job, small)
+        if seen.reason is not None and seen.reason.code in ("random", "mutates-buffer"):
+            seen = trial(job, small)  # another thread may have drawn, or written
         if seen.reason is not None and seen.reason.code == "mutates-attribute":
             seen = settled(job) or seen
             seen = seen if seen.reason is not None else trial(job, small)
@@ -216,12 +221,6 @@ def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
     if seen.reason is not None:
         raise BuildStopped(seen.reason)
     return small, seen
-
-
-def _let_compile(job: Job) -> None:
-    with job.stage("compile"):
-        if job.ahead.early is not None:
-            job.ahead.early.wait()
 
 
 def _answer_of(

@@ -114,7 +114,6 @@ class Job(Wanted):
         return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
 
     def __post_init__(self) -> None:
-        self._within = 0.0  # stages within the one that is under way
         self._weights = self._versions()
 
     def weights_moved(self) -> bool:
@@ -174,17 +173,13 @@ class Job(Wanted):
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage, but not those within it, and ends the build before one that has no time
-        left."""
+        """Times a stage, and ends the build before one that has no time left."""
         self.check_time()
-        outer, self._within = self._within, 0.0
         started = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._within
-            self._within = outer + spent
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def check_time(self) -> None:
         """Raises BuildStopped where no time is left."""

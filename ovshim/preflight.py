@@ -84,12 +84,10 @@ def look(
     inputs: Sequence[torch.Tensor],
     restore: bool,
     apart: bool = False,
-    ready: Callable[[], None] | None = None,
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
     Args:
-        ready: called just before; waits for what the call would otherwise run beside.
         restore: put buffers, generators, and the parameters that this thread writes to, back to
             what they were, because this is a trial and not a call of the user's, which keeps every
             effect it has. Attributes are the caller's business (`Look.undo`).
@@ -104,8 +102,6 @@ def look(
     world = _World(module, inputs, restore)
     found = Look()
     found.undo, found.made = world.put_back_attributes, world.made_attributes
-    if ready is not None:
-        ready()
     started = time.perf_counter()
     try:
         if apart:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,27 +71,17 @@ def _is_wide(leaf: Any) -> bool:
     return not (isinstance(leaf, torch.Tensor) and leaf.dtype in narrow)
 
 
-def trial(
-    job: Job,
-    leaves: Sequence[Any] | None = None,
-    keep: bool = False,
-    ready: Callable[[], None] | None = None,
-) -> Look:
-    """A call of our own, after which the module is as it was (but for attributes, with `keep`).
-
-    Args:
-        ready: see `preflight.look`.
-    """
+def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> Look:
+    """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
     given = job.copies() if leaves is None else job.kind.requiring(leaves)
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
     if job.apart is None:
-        seen = look(job.module, lambda: job.call_with(given), tensors, restore=True, ready=ready)
+        seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)
     else:
         args, kwargs = job.arguments(given)
         call = job.apart.resolve()
         module = job.apart.module
-        asked = functools.partial(call, *args, **kwargs)
-        seen = look(module, asked, tensors, restore=False, apart=True, ready=ready)
+        seen = look(module, lambda: call(*args, **kwargs), tensors, restore=False, apart=True)
     if not keep:
         seen.undo()
     return seen

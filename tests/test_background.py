@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,22 @@ def test_a_first_call_that_comes_soon_has_the_processor_alone(
     gate.open.set()
     ready(fast)
     check(fast, module, x)
+
+
+def test_a_program_may_end_while_a_build_goes_on_that_no_call_has_let_go(
+    tmp_path: Path,
+) -> None:
+    """The thread that builds is waited for, though a daemon has started it."""
+    code = """if True:
+        import sys, threading, time, torch, ovshim
+        net = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8))).eval()
+        options = {"prefer": "openvino", "cache_dir": sys.argv[1]}
+        fast = ovshim.accelerate(net, torch.ones(1, 1024), background=True, **options)
+        while not (found := [t for t in threading.enumerate() if t.name == "ovshim-build"]):
+            time.sleep(0.001)
+        print(found[0].daemon)
+    """
+    assert run_python(code, str(tmp_path)).split() == ["False"]
 
 
 def test_a_build_that_is_held_holds_no_other(patient: None, gate: Gate) -> None:
