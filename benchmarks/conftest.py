@@ -137,7 +137,7 @@ def pytest_terminal_summary(
 def _write(found: Board, docs: Path, say: Callable[[str], None]) -> None:
     """Write each page of which the run has measured everything."""
     measured = {(case, backend) for case, chosen in found.chosen.items() for backend in chosen}
-    cold = len(found.cold) == 2 * len(_COLD) and len(found.built) == 2 * len(_BUILT)
+    cold = len(found.cold) == 3 * len(_COLD) and len(found.built) == 2 * len(_BUILT)
     calls = not set(workloads.cases(small=False)) - measured and cold
     precision = len(found.precision) == len(precisions.SUBJECTS)
     if calls:
