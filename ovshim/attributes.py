@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 __all__ = ["Attributes", "tensors_of"]
+
+Named = tuple[str, torch.Tensor]
 
 _MISSING: Any = object()
 
@@ -73,21 +75,24 @@ class Attributes:
 
 
 def tensors_of(
-    root: nn.Module,
-    kind: Literal["parameters", "buffers"],
-    modules: Sequence[tuple[str, nn.Module]] | None = None,
-) -> list[tuple[str, torch.Tensor]]:
-    """The module's tensors of that kind, each once, and their names.
+    root: nn.Module, modules: Sequence[tuple[str, nn.Module]] | None = None
+) -> tuple[list[Named], list[Named]]:
+    """The module's parameters, and its buffers, each once, with their names.
 
-    By one walk over its modules, for several kinds if need be, where `named_parameters` and
-    `named_buffers` take one each, half a millisecond of some hundred modules. A class that has
-    such a method of its own is asked by that too.
+    By one walk over its modules, where `named_parameters` and `named_buffers` take one each, half a
+    millisecond of some hundred modules. A class that has such a method of its own is asked by that
+    too.
 
     Args:
         modules: what `root.named_modules()` gives, where it is at hand.
     """
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for path, module in root.named_modules() if modules is None else modules:
+    modules = list(root.named_modules()) if modules is None else modules
+    return _held(root, modules, "parameters"), _held(root, modules, "buffers")
+
+
+def _held(root: nn.Module, modules: Sequence[tuple[str, nn.Module]], kind: str) -> list[Named]:
+    found: dict[int, Named] = {}
+    for path, module in modules:
         for name, tensor in getattr(module, f"_{kind}").items():
             if tensor is not None and id(tensor) not in found:
                 found[id(tensor)] = (f"{path}.{name}" if path else name, tensor)

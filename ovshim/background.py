@@ -55,7 +55,7 @@ class LatePlanner(Planner):
             try:
                 held = [first for first in self._builds if first.held]
                 family = self._families.of(given.kind, given.grad)
-                if not self._is_building(family):
+                if self._under_way(family) is None:
                     why = self._put_off(family)
                     if why is None:
                         job = self._job(family, given, lenient=True)
@@ -106,8 +106,8 @@ class LatePlanner(Planner):
             builds = self._builds
             if not builds:
                 return True
-            for held in builds:
-                held.let_go()
+            for build in builds:
+                build.let_go()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not builds[0].done.wait(left):
                 break
@@ -118,8 +118,8 @@ class LatePlanner(Planner):
         is that."""
         with self._lock, torch.set_grad_enabled(given.grad):
             family = self._families.of(given.kind, given.grad)
-            build = family.build
-            if build is not None and build.under_way:
+            build = self._under_way(family)
+            if build is not None:
                 return build, False
             build = Build(self, family, self._job(family, given))
             build.held = True  # from the beginning: then whoever comes can let it go
@@ -129,13 +129,12 @@ class LatePlanner(Planner):
     @property
     def _builds(self) -> list[Build]:
         """Those that are under way, or about to be."""
-        builds = [family.build for family in self._families]  # which the building thread takes away
-        return [build for build in builds if build is not None and build.under_way]
+        return [build for family in self._families if (build := self._under_way(family))]
 
-    def _is_building(self, family: Family) -> bool:
-        build = family.build
+    def _under_way(self, family: Family) -> Build | None:
+        build: Build | None = family.build  # read once: the building thread takes it away
         # A forked child has its parent's builds, and nobody who makes them.
-        return build is not None and build.under_way
+        return build if build is not None and build.under_way else None
 
     def make(self, family: Family, job: Job) -> Plan | None:
         """Make a plan, in this thread. None where the module cannot be copied."""

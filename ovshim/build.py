@@ -15,6 +15,7 @@ import json
 import logging
 import sys
 import time
+from itertools import chain
 
 import torch
 from torch import nn
@@ -176,9 +177,7 @@ def _try_in_child(job: Job, family: str) -> None:
 
 
 def _refuse_at_sight(job: Job) -> None:
-    module, modules = job.module, list(job.module.named_modules())
-    parameters = tensors_of(module, "parameters", modules)
-    for name, tensor in (*parameters, *tensors_of(module, "buffers", modules)):
+    for name, tensor in chain(*tensors_of(job.module)):
         if not tensor.is_cpu:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():

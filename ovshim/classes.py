@@ -10,7 +10,6 @@ import copyreg
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -23,13 +22,10 @@ _LIBRARIES = frozenset({"torch", "numpy", "transformers", "ovshim", "openvino"})
 def classes_of(modules: Iterable[nn.Module], objects: Iterable[Any]) -> list[type]:
     """The user's classes among those of the modules, of what their attributes hold, and `objects`
     (classes themselves, or objects of them), each once, with the user's classes above them."""
-    modules = list(modules)
-    held = [*chain.from_iterable(map(dict.values, map(vars, modules))), *objects]
-    # First their types, by C code: of some thousand values hardly any is a class.
-    kinds = dict.fromkeys(map(type, (*modules, *held)))
-    if any(issubclass(kind, type) for kind in kinds):
-        kinds.update(dict.fromkeys(value for value in held if isinstance(value, type)))
-    return list(dict.fromkeys(b for cls in kinds for b in cls.__mro__ if is_users(b)))
+    held = [value for module in modules for value in module.__dict__.values()]
+    things = (*modules, *held, *objects)
+    each = dict.fromkeys(x if isinstance(x, type) else type(x) for x in things)
+    return list(dict.fromkeys(b for cls in each for b in cls.__mro__ if is_users(b)))
 
 
 def snapshot(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:

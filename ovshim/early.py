@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import logging
 import platform
@@ -253,9 +254,7 @@ def _key(wanted: Wanted) -> str | None:
     ]
     digest = xxhash.xxh3_128(json.dumps(facts).encode())
     try:
-        modules = list(module.named_modules())
-        parameters = tensors_of(module, "parameters", modules)
-        for name, tensor in (*parameters, *tensors_of(module, "buffers", modules)):
+        for name, tensor in itertools.chain(*tensors_of(module)):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(_first_bytes(tensor))
     except Exception as error:  # whatever a class of tensors raises: without a hint it goes as well

@@ -7,6 +7,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,9 +138,7 @@ class Job(Wanted):
             raise
 
     def _versions(self) -> list[tuple[int, int, int]]:
-        module, modules = self.module, list(self.module.named_modules())
-        parameters = tensors_of(module, "parameters", modules)
-        held = (*parameters, *tensors_of(module, "buffers", modules))
+        held = chain(*tensors_of(self.module))
         return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for _, t in held]
 
     @property

@@ -120,7 +120,9 @@ def look(
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
     found.sources = sources(found.leaves, inputs)
-    found.reason = found.reason or _unfit_output(found, [*inputs, *world.held])
+    found.reason = found.reason or _unfit_output(
+        found, [*inputs, *(tensor for _, tensor, _ in world.tensors)]
+    )
     return found
 
 
@@ -196,16 +198,13 @@ class _World:
     """What a call may leave changed, before the call."""
 
     def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor], copies: bool) -> None:
-        self.module = module
         self.inputs = [(t, _version(t)) for t in inputs]
         modules = list(module.named_modules())
-        parameters = tensors_of(module, "parameters", modules)
-        buffers = tensors_of(module, "buffers", modules)
+        parameters, buffers = tensors_of(module, modules)
         self.tensors = [
             (name, t, (_version(t), place_of(t))) for name, t in (*parameters, *buffers)
         ]
         self.parameters = [t for _, t in parameters]
-        self.held = [t for _, t, _ in self.tensors]
         self.attributes = [Attributes(name, m) for name, m in modules]
         self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
         # Not parameters: another thread may be at them, and its update must not be undone. Those
