@@ -12,6 +12,7 @@ from ovshim import blobs, executed, runtime
 from ovshim.cache import Entry
 from ovshim.checks import INTEGERS
 from ovshim.eager import Eager
+from ovshim.early import Compiled, Early
 from ovshim.floats import floats_of
 from ovshim.generation import Generation
 from ovshim.guards import ValueGuard, roots_of
@@ -121,20 +122,22 @@ def _compiled(
     """
     settings, device = settings_of(job, record, precision, further), job.options.device
     inputs = [job.leaves[i].dtype for i in job.kind.distinct]
+    early: Early | None = None if job.ahead is None else job.ahead.early
     try:
         if entry is None or sizes is not None:
-            compiled = runtime.compile_model(source, device, settings, sizes)
+            made = Compiled(runtime.compile_model(source, device, settings, sizes))
         else:
-            begun = None if job.ahead is None else job.ahead.early
-            made = None if begun is None else begun.take(entry, device, settings)
-            compiled, job.imported = made or blobs.compiled(job.store, entry, device, settings)
-            job.model, job.settings = compiled, settings
+            begun = None if early is None else early.take(entry, device, settings)
+            made = begun or Compiled(*blobs.compiled(job.store, entry, device, settings))
+            job.imported, job.model, job.settings = made.imported, made.graph, settings
+        ran = made.precision_run or executed.precision_run(made.graph)
         if sizes is None:
-            job.precision_run = executed.precision_run(compiled)
-            job.modules_run, job.warnings = warnings_of(job, compiled)
-        elif executed.precision_run(compiled) != job.precision_run:
+            job.precision_run = ran
+            job.modules_run, job.warnings = warnings_of(job, made.graph)
+        elif ran != job.precision_run:
             raise ValueError("for these sizes it runs in another precision")
-        return engine_for(compiled, job.placement["threads"], inputs, record.computed)
+        threads = job.placement["threads"]
+        return made.engine or engine_for(made.graph, threads, inputs, record.computed)
     except (RuntimeError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         raise BuildStopped(reason("compile-failed", detail)) from error

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ovshim.binding import binding
 from ovshim.pool import Pool
 from ovshim.slots import (
     ALONE,
@@ -100,12 +101,7 @@ class Engine:
     def __init__(
         self, compiled: Any, inputs: Sequence[torch.dtype], outputs: Sequence[torch.dtype]
     ) -> None:
-        import openvino as ov
-
-        # The base class's method: openvino.InferRequest.infer costs 3 µs more, for conveniences
-        # that are not used here.
-        from openvino._pyopenvino import InferRequest
-
+        ov = binding()
         if len(inputs) != len(compiled.inputs) or len(outputs) != len(compiled.outputs):
             raise ValueError(
                 f"{len(inputs)} inputs and {len(outputs)} outputs were named, the model has "
@@ -119,7 +115,8 @@ class Engine:
         # How many calls at once make the most of it.
         self.advised = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._tensor: Any = ov.Tensor
-        self._infer: Any = InferRequest.infer
+        # openvino.InferRequest.infer costs 3 µs more, for conveniences that are not used here.
+        self._infer: Any = ov.InferRequest.infer
         self._compiled = compiled
         self._dtypes = [port_dtype(port, known) for port in compiled.inputs]
         # Equal ones that belong to nothing: a port's own keeps the compiled model in memory.

@@ -8,13 +8,13 @@ import hashlib
 import logging
 import os
 import platform
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .binding import binding, package
 from .errors import OptionError
 
 _log = logging.getLogger("ovshim")
@@ -32,22 +32,18 @@ _ISA = (
 )
 
 _core: Any = None
+_bare: Any = None
 _core_lock = threading.Lock()
 _inherited: list[Any] = []
 
 
 def openvino() -> Any:
     """The package itself, imported at the first call."""
-    # The telemetry package forks and calls out on every conversion; without it
-    # openvino.tools.ovc falls back to a stub of its own.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino as package
-
-    return package
+    return package()
 
 
 def core() -> Any:
-    """The process's one `openvino.Core`."""
+    """The process's one `openvino.Core`, which takes the models that the package makes."""
     global _core
     if _core is None:
         with _core_lock:
@@ -56,13 +52,22 @@ def core() -> Any:
     return _core
 
 
+def _bare_core() -> Any:
+    """A core for files, devices and properties: the package is not imported for it."""
+    global _bare
+    if _bare is None:
+        with _core_lock:
+            if _bare is None:
+                _bare = binding().Core()
+    return _bare
+
+
 def _forget_after_fork() -> None:
-    global _core, _core_lock
+    global _core, _bare, _core_lock
     # Destroying what the parent made hangs in the child, and the lock may have been held by a
     # thread that is not here any more.
-    if _core is not None:
-        _inherited.append(_core)
-    _core = None
+    _inherited.extend(made for made in (_core, _bare) if made is not None)
+    _core = _bare = None
     _core_lock = threading.Lock()
 
 
@@ -72,7 +77,7 @@ if hasattr(os, "register_at_fork"):
 
 def version() -> str:
     """OpenVINO's version with its build number."""
-    return str(openvino().get_version())
+    return str(binding().get_version())
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,12 @@ class Device:
 def devices() -> list[Device]:
     """The devices that can be used, in OpenVINO's order."""
     found = []
-    for name in core().available_devices:
-        capabilities = core().get_property(name, "OPTIMIZATION_CAPABILITIES")
+    for name in _bare_core().available_devices:
+        capabilities = _bare_core().get_property(name, "OPTIMIZATION_CAPABILITIES")
         found.append(
             Device(
                 name=name,
-                full_name=str(core().get_property(name, "FULL_DEVICE_NAME")).strip(),
+                full_name=str(_bare_core().get_property(name, "FULL_DEVICE_NAME")).strip(),
                 precisions=tuple(_CAPABILITIES[c] for c in _CAPABILITIES if c in capabilities),
             )
         )
@@ -120,13 +125,13 @@ def members(device: str) -> list[str]:
         return wanted
     if kind == "AUTO":
         left_out = {item[1:] for item in named}
-        return [name for name in core().available_devices if name not in left_out]
+        return [name for name in _bare_core().available_devices if name not in left_out]
     return [device]
 
 
 def check_device(device: str) -> None:
     """OptionError when a device that was named is not there."""
-    available = list(core().available_devices)
+    available = list(_bare_core().available_devices)
     # One GPU is listed without its number and answers to GPU.0 too; of several, GPU is the first.
     numbered = {f"{name}.0" for name in available if "." not in name and name != "CPU"}
     known = {*available, *numbered, *(name.partition(".")[0] for name in available)}
@@ -241,7 +246,7 @@ def _accepted(device: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     if device == "CPU":
         return dict(ours)
     try:
-        known = core().get_property(device, "SUPPORTED_PROPERTIES")
+        known = _bare_core().get_property(device, "SUPPORTED_PROPERTIES")
     except RuntimeError as error:
         # The device is not there, or says nothing of itself: compiling will tell.
         _log.debug("No list of properties from %s: %s", device, error)
@@ -278,10 +283,10 @@ def compile_model(
     alone the graph is compiled then. RuntimeError when OpenVINO cannot.
     """
     if sizes is None:
-        return core().compile_model(str(source), device, dict(settings))
-    model = core().read_model(str(source))
-    model.reshape({i: openvino().PartialShape(list(size)) for i, size in enumerate(sizes)})
-    return core().compile_model(model, device, dict(settings))
+        return _bare_core().compile_model(str(source), device, dict(settings))
+    model = _bare_core().read_model(str(source), config={})
+    model.reshape({i: binding().PartialShape(list(size)) for i, size in enumerate(sizes)})
+    return _bare_core().compile_model(model, device, dict(settings))
 
 
 def export_model(compiled: Any) -> bytes:
@@ -293,7 +298,7 @@ def import_model(blob: bytes, weights: Path, device: str, settings: Mapping[str,
     """A compiled model again. `weights`: the `.bin` of the IR; `settings`: those that it was
     compiled with. RuntimeError when OpenVINO cannot."""
     told = {"WEIGHTS_PATH": str(weights)} if "CACHE_MODE" in settings else {}
-    return core().import_model(blob, device, {**settings, **told})
+    return _bare_core().import_model(blob, device, {**settings, **told})
 
 
 def hides_failures(compiled: Any, threads: int | None) -> bool:
@@ -315,7 +320,7 @@ def processor() -> str:
     Letters, digits and dashes; the same in every process of a machine. In it: the model, the
     instruction sets that matter, and oneDNN's cap on them.
     """
-    name = str(core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+    name = str(_bare_core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
     facts = {"name": name, "machine": platform.machine(), **_cpuinfo()}
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         facts[variable] = os.environ.get(variable, "").upper()

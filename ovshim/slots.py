@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ovshim.binding import binding
+
 __all__ = [
     "ALONE",
     "Array",
@@ -48,8 +50,7 @@ ALONE = _count_when_alone()
 
 
 def element_types() -> dict[Any, torch.dtype]:
-    import openvino as ov
-
+    ov = binding()
     return {
         ov.Type.f32: torch.float32,
         ov.Type.f64: torch.float64,
