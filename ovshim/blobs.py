@@ -85,10 +85,12 @@ def _discard(store: Store, key: str) -> None:
         store.discard(blob)
 
 
-def is_large(entry: Path) -> bool:
-    """Whether the graph of an entry is one whose compilation takes time."""
+def is_large(entry: Path, least: int | None = None) -> bool:
+    """Whether the graph of an entry is one whose compilation takes time: it has that many bytes of
+    weights; None: as many as make a file of the compiled one worth while."""
     try:
-        return (entry / "model.bin").stat().st_size >= _LEAST_BYTES
+        size = (entry / "model.bin").stat().st_size
+        return size >= (_LEAST_BYTES if least is None else least)
     except OSError:
         return False
 

@@ -47,7 +47,7 @@ class BuildStopped(Exception):
         self.reason = why
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job(Wanted):
     """What is to be built. The tensors in `leaves` are copies that nobody else holds.
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ovshim import intraop
+
 __all__ = ["Drawing", "Operators", "Writes", "draws", "without_drawing"]
 
 
@@ -49,6 +51,7 @@ class Writes(_Lasting):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        intraop.look_up()
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
             given.update(kwargs or {})
@@ -87,6 +90,7 @@ class _NoDrawing(_Lasting):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        intraop.look_up()
         kwargs = kwargs or {}
         tags = getattr(func, "tags", ())  # higher-order operators have none
         if torch.Tag.nondeterministic_seeded in tags and _would_draw(func, args, kwargs):

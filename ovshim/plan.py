@@ -58,7 +58,7 @@ class OutOfRangeError(Exception):
     """An index of a call lies outside of its table: eager knows what to raise."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Served:
     """What serves a plan in OpenVINO.
 
@@ -107,7 +107,7 @@ class Served:
         return computed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """All that it takes to compile a plan's graph once more, and to call it, elsewhere too.
 
@@ -164,7 +164,7 @@ class Mixed(Protocol):
         """The submodules in OpenVINO, for a report."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Plan:
     """How one signature is served, and everything a report says of it.
 

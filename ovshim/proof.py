@@ -55,7 +55,7 @@ class DiedOfSizesError(Exception):
         self.places = frozenset(places)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Proof:
     """What was found.
 

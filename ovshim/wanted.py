@@ -34,7 +34,7 @@ class Placement(TypedDict):
     threads: int
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Wanted:
     """What a plan is wanted for.
 

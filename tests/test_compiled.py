@@ -14,7 +14,8 @@ from checks import same
 from torch import nn
 
 import ovshim
-from ovshim import blobs, cache, early, runtime
+from ovshim import blobs, cache, early, executed, hit, intraop, runtime
+from ovshim.cache.entry import OURS
 from ovshim.infer import Engine, EngineDead
 
 
@@ -185,10 +186,12 @@ class Ran:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.threads: list[str] = []
+        self.engines: list[Engine] = []
         run = Engine.run
 
         def running(engine: Engine, *given: Any, **kwargs: Any) -> list[torch.Tensor]:
             self.threads.append(threading.current_thread().name)
+            self.engines.append(engine)
             return run(engine, *given, **kwargs)
 
         monkeypatch.setattr(Engine, "run", running)
@@ -202,9 +205,72 @@ def test_the_proof_takes_the_call_that_was_made_early(
     fast = fast_net(tmp_path)
     assert ran.threads == ["ovshim-compile"]
     check(fast, "hit")
+    # What it took memory for, and is bound to, serves on.
+    assert len(set(map(id, ran.engines))) == 1
 
 
-Call = Callable[[Any], list[torch.Tensor]]
+@pytest.mark.parametrize("threads", [2, 3])
+def test_eager_works_in_one_thread_beside_a_compilation(
+    threads: int, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, that is: of more it would take too long."""
+    check(fast_net(tmp_path), "miss")
+    looked, counted = threading.Event(), []
+    importing, look = runtime.import_model, hit._looked_small
+
+    def slowly(*given: Any) -> Any:
+        looked.wait(10 if threads == 2 else 0.2)
+        return importing(*given)
+
+    def watched(*given: Any) -> Any:
+        counted.append((torch.get_num_threads(), looked.is_set()))
+        looked.set()
+        return look(*given)
+
+    monkeypatch.setattr(runtime, "import_model", slowly)
+    monkeypatch.setattr(hit, "_looked_small", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast = fast_net(tmp_path)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one = threads == 2 and intraop.can_be_one()
+    assert counted == [(1 if one else threads, False)]
+    check(fast, "hit")
+
+
+def test_eager_that_fails_beside_a_compilation_waits_for_it(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    looked, importing = threading.Event(), runtime.import_model
+
+    def slowly(*given: Any) -> Any:
+        looked.wait(10)
+        return importing(*given)
+
+    def fails(*given: Any) -> Any:
+        looked.set()
+        raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(runtime, "import_model", slowly)
+            patched.setattr(hit, "_looked_small", fails)
+            with pytest.raises(KeyboardInterrupt):
+                fast_net(tmp_path)
+        assert not any(t.name == "ovshim-compile" for t in threading.enumerate())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    check(fast_net(tmp_path), "hit")
+
+
+Call = Callable[[Any], tuple[Engine, list[torch.Tensor]]]
 
 
 def change_early_call(
@@ -244,10 +310,16 @@ def test_a_wrong_answer_to_the_early_call_never_serves(
     seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(fast_net(tmp_path), "miss")
+
+    def wrong(_: list[Any], call: Call) -> Call:
+        def answer(compiled: Any) -> tuple[Engine, list[torch.Tensor]]:
+            engine, tensors = call(compiled)
+            return engine, [tensor + 1 for tensor in tensors]
+
+        return answer
+
     with monkeypatch.context() as patched:
-        change_early_call(
-            patched, lambda _, call: lambda compiled: [tensor + 1 for tensor in call(compiled)]
-        )
+        change_early_call(patched, wrong)
         check(fast_net(tmp_path), "miss")
     check(fast_net(tmp_path), "hit")
 
@@ -257,7 +329,7 @@ def test_an_early_call_that_fails_costs_the_graph(
 ) -> None:
     check(fast_net(tmp_path), "miss")
 
-    def failing(compiled: Any) -> list[torch.Tensor]:
+    def failing(compiled: Any) -> tuple[Engine, list[torch.Tensor]]:
         raise EngineDead("it failed")
 
     change_early_call(monkeypatch, lambda *_: failing)
@@ -267,15 +339,95 @@ def test_an_early_call_that_fails_costs_the_graph(
     assert seen.imported == ["ovshim-compile", threading.current_thread().name]
 
 
-def test_weights_damaged_on_the_disk_are_found_meanwhile(seen: Seen, tmp_path: Path) -> None:
-    check(fast_net(tmp_path), "miss")
-    (weights,) = tmp_path.glob("v1/*/*/model.bin")
+@pytest.fixture(params=["beside", "behind"])
+def compared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the weights are compared with their checksum: beside the compilation, or behind it."""
+    where: str = request.param
+    if where == "behind":
+        monkeypatch.setattr(early, "_BEHIND_BYTES", 0)
+    return where
+
+
+def damage(directory: Path) -> None:
+    (weights,) = directory.glob("v1/*/*/model.bin")
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 0x40
     weights.write_bytes(data)
+
+
+def test_weights_are_compared_where_it_takes_no_time(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: str
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    whole, sound = [], cache.Store.sound
+
+    def watched(store: cache.Store, path: Path, unread: str | None = None) -> Any:
+        if unread is None:
+            whole.append(threading.current_thread().name)
+        return sound(store, path, unread)
+
+    monkeypatch.setattr(cache.Store, "sound", watched)
+    check(fast_net(tmp_path), "hit")
+    here = threading.current_thread().name
+    assert whole == ["ovshim-compile" if compared == "behind" else here]
+
+
+def test_weights_damaged_on_the_disk_are_found_meanwhile(
+    seen: Seen, tmp_path: Path, compared: str
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    damage(tmp_path)
     check(fast_net(tmp_path), "miss")
     assert (tmp_path / "v1" / "quarantine").is_dir()
     check(fast_net(tmp_path), "hit")
+
+
+def test_weights_are_compared_though_the_compilation_has_failed(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: str
+) -> None:
+    check(fast_net(tmp_path), "miss")
+    ran = executed.precision_run
+
+    def fails(compiled: Any) -> str:
+        if threading.current_thread().name == "ovshim-compile":
+            raise RuntimeError("it fails there")
+        return ran(compiled)
+
+    monkeypatch.setattr(executed, "precision_run", fails)
+    check(fast_net(tmp_path), "hit")
+    damage(tmp_path)
+    check(fast_net(tmp_path), "miss")
+    assert (tmp_path / "v1" / "quarantine").is_dir()
+
+
+def test_an_entry_that_took_the_place_of_a_damaged_one_serves(
+    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "_BEHIND_BYTES", 0)
+    check(fast_net(tmp_path), "miss")
+    (entry,) = tmp_path.glob("v1/*/*/model.bin")
+    importing = runtime.import_model
+
+    def meanwhile(*given: Any) -> Any:
+        compiled = importing(*given)
+        store = cache.Store(tmp_path)
+        (found,) = store.entries(entry.parents[1].name)
+        # The same graph, published anew beside another file.
+        head = {name: found.manifest[name] for name in found.manifest if name not in OURS}
+        kept = {name: found.file(name).read_bytes() for name in found.manifest["files"]}
+        kept["more"] = b"than there was"
+
+        def write(directory: Path) -> None:
+            for name, data in kept.items():
+                (directory / name).write_bytes(data)
+
+        store.discard(found)
+        store.publish(found.family, found.variant, write, head)
+        return compiled
+
+    monkeypatch.setattr(runtime, "import_model", meanwhile)
+    check(fast_net(tmp_path), "hit")
+    assert (entry.parent / "more").exists()
 
 
 def test_a_compiled_graph_brings_no_weights(seen: Seen, tmp_path: Path) -> None:
