@@ -14,6 +14,8 @@ import dataclasses
 import gc
 import mmap
 import os
+import threading
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,9 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 # A tensor of more dimensions keeps them outside of itself, where another thread that reads it at
 # the moment of the change could find neither the old nor the new ones.
 _MOST_DIMS = 5
+# An operation of another thread holds what it reads, of a small module soon all there is.
+_LOOKS = 50
+_BETWEEN_LOOKS_SECONDS = 0.002
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +66,15 @@ def held_alone(module: nn.Module) -> list[Block]:
     fit = [block for block in blocks if _fits(block)]
     if not all(map(_is_alone, fit)):
         gc.collect()  # what a capture leaves goes in cycles
+        _wait_for_others(fit)
     return [block for block in fit if _is_alone(block)]
+
+
+def _wait_for_others(blocks: Sequence[Block]) -> None:
+    for _ in range(_LOOKS):
+        if all(map(_is_alone, blocks)) or threading.active_count() == 1:
+            break
+        time.sleep(_BETWEEN_LOOKS_SECONDS)
 
 
 def _fits(block: Block) -> bool:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,8 +190,26 @@ def test_calls_of_many_threads_while_it_is_built(
     # What an operation of another thread held at that moment goes when the next plan is made.
     fast.ovshim.warm(torch.randn(2, 4, 256))  # type: ignore[operator, union-attr]
     given_back = [p["given_back"] or 0 for p in ovshim.explain(fast).to_dict()["plans"]]
-    assert given_back[0] > 0
     assert sum(given_back) == _WEIGHTS
+
+
+def test_what_another_thread_holds_for_an_operation_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = net()
+    inside = [module.first.weight.t(), module.mixing.t()]  # type: ignore[operator]
+    threads = 1
+
+    def operation_ends(_: float) -> None:
+        inside.pop()
+
+    monkeypatch.setattr(mapped, "threading", SimpleNamespace(active_count=lambda: threads))
+    monkeypatch.setattr(mapped, "time", SimpleNamespace(sleep=operation_ends))
+    assert not mapped.held_alone(module)  # the program holds them: nobody would let go
+    threads = 2
+    blocks = mapped.held_alone(module)
+    assert sum(block.storage.nbytes() for block in blocks) == _WEIGHTS
+    assert not inside
 
 
 def test_the_file_is_kept_and_found(tmp_path: Path) -> None:
