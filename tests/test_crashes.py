@@ -1,5 +1,6 @@
 """Builds that kill their process, and what the next process makes of it."""
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -79,3 +80,28 @@ def test_a_mark_is_never_found_before_it_is_locked(
         assert not marks.left_behind(tmp_path, "ab")
         assert len(list(tmp_path.glob("ab.*"))) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mark_that_its_owner_has_just_taken_away_was_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = marks.children
+
+    def taken_away(directory: Path) -> list[Path]:
+        paths = listed(directory)
+        building.close()
+        return paths
+
+    monkeypatch.setattr(marks, "children", taken_away)
+    with contextlib.ExitStack() as building:
+        building.enter_context(marks.marked(tmp_path, "ab"))
+        assert not marks.left_behind(tmp_path, "ab")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mark_that_was_left_is_told_of_once(tmp_path: Path) -> None:
+    (tmp_path / "ab.0").touch()
+    (tmp_path / "abc.0").touch()
+    assert marks.left_behind(tmp_path, "ab")
+    assert not marks.left_behind(tmp_path, "ab")
+    assert [path.name for path in tmp_path.iterdir()] == ["abc.0"]

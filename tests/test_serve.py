@@ -76,9 +76,10 @@ def test_several_are_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(3)
     run = Engine.run
 
-    def wait_for_others(self: Engine, tensors: Any) -> list[Tensor]:
-        together.wait(30)
-        return run(self, tensors)
+    def wait_for_others(self: Engine, tensors: Any, **how: bool) -> list[Tensor]:
+        if not how:  # by way of its rival, the same call comes a second time
+            together.wait(30)
+        return run(self, tensors, **how)
 
     monkeypatch.setattr(Engine, "run", wait_for_others)
     xs = [torch.randn(3, 8) for _ in range(9)]
@@ -297,7 +298,7 @@ def test_an_engine_that_dies_is_eagers_turn(monkeypatch: pytest.MonkeyPatch) -> 
     module, fast = fast_mlp()
     xs = [torch.randn(3, 8) for _ in range(5)]
 
-    def die(self: Engine, tensors: Any) -> list[Tensor]:
+    def die(self: Engine, tensors: Any, **how: bool) -> list[Tensor]:
         raise EngineDead("it died")
 
     monkeypatch.setattr(Engine, "run", die)
@@ -465,9 +466,9 @@ def test_nothing_is_answered_at_once_behind_a_long_call(monkeypatch: pytest.Monk
     few, many = torch.randn(3, 8), torch.randn(64, 8)
     go, run = threading.Event(), Engine.run
 
-    def hold(self: Engine, tensors: Any) -> list[Tensor]:
+    def hold(self: Engine, tensors: Any, **how: bool) -> list[Tensor]:
         assert len(tensors[0]) == 3 or go.wait(30)
-        return run(self, tensors)
+        return run(self, tensors, **how)
 
     with torch.inference_mode():
         same(fast(many), module(many))  # of sizes that are new, by eager too
@@ -496,15 +497,26 @@ def test_what_is_quick_and_eagers_is_eagers(monkeypatch: pytest.MonkeyPatch) -> 
             next(line)
 
 
+def test_who_waits_is_told_where_no_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = fast_mlp()
+
+    def fail(self: Engine, tensors: Any, **how: bool) -> list[Tensor]:
+        raise MemoryError("none is left")
+
+    monkeypatch.setattr(Engine, "run", fail)
+    with torch.inference_mode(), pytest.raises(MemoryError, match="none is left"):
+        fast.ovshim.submit(torch.randn(3, 8)).result(60)
+
+
 def test_a_future_that_is_cancelled_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     module, fast = fast_mlp()
     started, go = threading.Event(), threading.Event()
     run = Engine.run
 
-    def hold(self: Engine, tensors: Any) -> list[Tensor]:
+    def hold(self: Engine, tensors: Any, **how: bool) -> list[Tensor]:
         started.set()
         assert go.wait(30)
-        return run(self, tensors)
+        return run(self, tensors, **how)
 
     monkeypatch.setattr(Engine, "run", hold)
     x = torch.randn(3, 8)

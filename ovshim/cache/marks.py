@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 
+from ovshim.cache import files
 from ovshim.cache.upkeep import attempt, children
 
 __all__ = ["left_behind", "marked"]
@@ -43,25 +44,22 @@ def marked(directory: Path, family: str, **options: Any) -> Iterator[None]:
             _remove(path, lock)
 
 
-def left_behind(directory: Path, family: str, **options: Any) -> bool:
+def left_behind(directory: Path, family: str) -> bool:
     """Whether a process has died in a build of this family. Its mark is taken away."""
     found = False
     for path in children(directory):
-        if not path.name.startswith(f"{family}."):
-            continue
-        lock = filelock.FileLock(path, **options)
-        try:
-            lock.acquire(timeout=0)
-        except (OSError, NotImplementedError) as error:  # a Timeout, somebody is at it, is one too
-            _log.debug("%s is in use: %s", path, error)
-            continue
-        found = _remove(path, lock) or found
+        if path.name.startswith(f"{family}."):
+            # Claimed, not locked by `filelock`: that would make anew what its owner has taken away
+            # since, and find it left. Of several that look, the one that removes it tells. (Windows
+            # removes none that is open.)
+            with files.claim(path) as free:
+                found = (free and attempt("remove a mark", path.unlink)) or found
     return found
 
 
-def _remove(path: Path, lock: filelock.BaseFileLock) -> bool:
-    """Whether the mark is gone. Where nothing can be removed it would tell of the dead for ever."""
+def _remove(path: Path, lock: filelock.BaseFileLock) -> None:
     # Before it is unlocked: nobody must find it free. On Windows a locked file cannot be removed.
     gone = attempt("remove a mark", lambda: path.unlink(missing_ok=True))
     attempt("unlock", lock.release)
-    return gone or attempt("remove a mark", lambda: path.unlink(missing_ok=True))
+    if not gone:
+        attempt("remove a mark", lambda: path.unlink(missing_ok=True))

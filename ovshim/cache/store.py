@@ -133,7 +133,7 @@ class Store:
         check_key(family)
         if self.root is None:
             return False
-        return marks.left_behind(self._room / "marks", family, **_HARD_ONLY)
+        return marks.left_behind(self._room / "marks", family)
 
     def entries(self, family: str) -> list[Entry]:
         """The family's sound entries, newest first.

@@ -237,6 +237,9 @@ def _fly(flight: Flight, module: nn.Module, lanes: _Lanes, future: Future[Any]) 
         computed = _computed(flight)
     except FAILURES as error:
         log.debug("submitted in vain: %s", error)
+    except BaseException as error:  # no memory is left, say: who waits has to be told
+        future.set_exception(error)
+        return
     finally:
         lanes.long.discard(flight)
     if computed is not None and flight.holds():
