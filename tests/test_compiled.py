@@ -14,7 +14,7 @@ from checks import same
 from torch import nn
 
 import ovshim
-from ovshim import blobs, cache, early, executed, hit, intraop, runtime
+from ovshim import blobs, build, cache, early, executed, hit, intraop, runtime
 from ovshim.cache.entry import OURS
 from ovshim.infer import Engine, EngineDead
 
@@ -406,7 +406,8 @@ def test_an_entry_that_took_the_place_of_a_damaged_one_serves(
     monkeypatch.setattr(early, "_BEHIND_BYTES", 0)
     check(fast_net(tmp_path), "miss")
     (entry,) = tmp_path.glob("v1/*/*/model.bin")
-    importing = runtime.import_model
+    importing, from_cache = runtime.import_model, build.from_cache
+    replaced = threading.Event()
 
     def meanwhile(*given: Any) -> Any:
         compiled = importing(*given)
@@ -423,9 +424,15 @@ def test_an_entry_that_took_the_place_of_a_damaged_one_serves(
 
         store.discard(found)
         store.publish(found.family, found.variant, write, head)
+        replaced.set()
         return compiled
 
+    def afterwards(*given: Any) -> Any:
+        assert replaced.wait(60)
+        return from_cache(*given)
+
     monkeypatch.setattr(runtime, "import_model", meanwhile)
+    monkeypatch.setattr(build, "from_cache", afterwards)
     check(fast_net(tmp_path), "hit")
     assert (entry.parent / "more").exists()
 
