@@ -160,7 +160,8 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     have left: it is built anew. Raises BuildStopped where that would be no better."""
     if job.weights_moved():  # the entry is as good as before
         raise BuildStopped(MOVED) from None
-    if isinstance(trouble, BuildStopped) and trouble.reason.code in ("build-too-slow", "building"):
+    code = trouble.reason.code if isinstance(trouble, BuildStopped) else ""
+    if code in ("build-too-slow", "building") or (code == "eager-refuses" and _is_refused(job)):
         raise trouble
     log.info("the entry %s does not serve: %s", entry.path, trouble)
     if other_mode:
@@ -168,6 +169,17 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     if job.imported:
         blobs.discard(job.store, entry, job.options.device, job.settings)
     job.store.discard(entry)
+
+
+def _is_refused(job: Job) -> bool:
+    """Whether eager refuses the example itself, and not only at the entry's sizes: one bad input
+    must not cost others what they have."""
+    try:
+        trial(job)
+    except Exception as error:  # whatever the user's module raises
+        log.debug("eager refuses the example: %s", error)
+        return True
+    return False
 
 
 def _engine_of_sibling(job: Job, entry: Entry) -> Engine | None:
@@ -242,8 +254,11 @@ def _wait(job: Job, begun: Early | None) -> None:
 
 
 def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
-    """A small input, and one look at what eager makes of it."""
+    """A small input, and one look at what eager makes of it: that at the call of the user's, where
+    it was this."""
     small = small_leaves(job.kind, job.leaves, record.pattern, record.sizes)
+    if job.look is not None and job.look.reason is None and sizes_of(small) == sizes_of(job.leaves):
+        return small, job.look
     try:
         seen = trial(job, small)
         if seen.reason is not None and seen.reason.code in ("random", "mutates-buffer"):
