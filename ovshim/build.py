@@ -162,6 +162,8 @@ def _try_in_child(job: Job, family: str) -> None:
     from ovshim.child import try_in_child
 
     log.info("%s: an earlier build ended its process", type(job.module).__qualname__)
+    if job.ahead.early is not None:
+        job.ahead.early.wait()  # another graph's: OpenVINO is not to be at work when we fork
     # Both are held for the child: it could not get the first from a thread that waits for the
     # second, which no other thread may hold when the process forks.
     with (

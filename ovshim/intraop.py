@@ -54,7 +54,8 @@ def one_thread(until: Callable[[], bool]) -> Iterator[None]:
     def restore() -> None:
         _here.look_up = None
         try:
-            openmp(before)
+            if torch.get_num_threads() == 1:  # nobody has set it meanwhile
+                openmp(before)
         finally:  # apart: an interrupt comes between two calls
             mkl(local or 0)
 

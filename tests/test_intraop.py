@@ -104,3 +104,13 @@ def test_products_come_out_alike_and_no_other_thread_works_on_them() -> None:
 def _time_of_others() -> float:
     """Seconds of the processors that this process took in all threads but this one."""
     return time.process_time() - time.thread_time()
+
+
+@pytest.mark.skipif(not intraop.can_be_one(), reason="torch without OpenMP or MKL")
+def test_a_number_that_is_set_meanwhile_stays() -> None:
+    before = torch.get_num_threads()
+    with intraop.one_thread(lambda: False):
+        torch.set_num_threads(3)
+    now = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert now == 3
