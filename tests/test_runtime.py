@@ -291,8 +291,8 @@ def test_importing_loads_no_openvino_and_telemetry_stays_away() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_makes_its_own_core(path: Path) -> None:
-    # The parent keeps its compiled model: one freed before the fork leaves an idle executor to
-    # OpenVINO whose threads the child does not have, and compiling the same there waits for ever.
+    # The parent keeps its compiled model. (One that is let go of before a fork:
+    # test_threads_and_processes.)
     code = f"""
 import faulthandler, os, numpy as np, openvino as ov
 from pathlib import Path
