@@ -209,16 +209,21 @@ def as_it_runs() -> Iterator[None]:
 
 
 def share_of_other_threads(work: Callable[[], Any]) -> float:
-    """Of the processors' time that this work costs, what other threads of this process take."""
+    """Of the processors' time that this work costs, what other threads of this process take. The
+    least of three times: threads of other tests may be at work."""
+
+    def share() -> float:
+        time.sleep(0.1)  # those that it has woken spin on
+        own, whole = time.thread_time(), time.process_time()
+        for _ in range(10):
+            work()
+        own = time.thread_time() - own
+        time.sleep(0.1)
+        whole = time.process_time() - whole
+        return (whole - own) / whole
+
     work()
-    time.sleep(0.1)  # those that it has woken spin on
-    own, whole = time.thread_time(), time.process_time()
-    for _ in range(10):
-        work()
-    own = time.thread_time() - own
-    time.sleep(0.1)
-    whole = time.process_time() - whole
-    return (whole - own) / whole
+    return min(share() for _ in range(3))
 
 
 def run_python(source: str, *arguments: str, **environment: str) -> str:
