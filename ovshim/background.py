@@ -56,7 +56,7 @@ class LatePlanner(Planner):
                 held = [first for first in self._builds if first.held]
                 family = self._families.of(given.kind, given.grad)
                 if self._under_way(family) is None:
-                    why = self._put_off(family)
+                    why = self._put_off(family, given)
                     if why is None:
                         job = self._job(family, given, lenient=True)
                         build = family.build = Build(self, family, job)

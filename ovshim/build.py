@@ -33,6 +33,7 @@ from ovshim.plan import Plan
 from ovshim.preflight import used_up
 from ovshim.reasons import reason
 from ovshim.signature import Kind
+from ovshim.values import holds_nan
 from ovshim.wanted import own_dtype
 
 __all__ = ["build", "is_cached"]
@@ -57,6 +58,8 @@ def build(job: Job) -> Plan:
             if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
                 why = MOVED
+            elif why.code == "proof-failed" and holds_nan(job.leaves):
+                why = reason("special-values")
             plan = eager_plan(job, why)
             plan.trouble = _without_frames(stopped.__cause__)
         except OptionError:

@@ -28,6 +28,7 @@ from ovshim.reasons import reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
+from ovshim.values import holds_nan
 
 __all__ = ["from_cache"]
 
@@ -164,6 +165,8 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     if code in ("build-too-slow", "building") or (code == "eager-refuses" and _is_refused(job)):
         raise trouble
     log.info("the entry %s does not serve: %s", entry.path, trouble)
+    if isinstance(trouble, ProofFailedError) and holds_nan(job.leaves):
+        raise BuildStopped(reason("special-values")) from trouble  # others have better examples
     if other_mode:
         return
     if job.imported:

@@ -12,6 +12,7 @@ from ovshim.job import Job
 from ovshim.reasons import Reason
 from ovshim.record import Record
 from ovshim.signature import sizes_of
+from ovshim.values import holds_nan
 
 __all__ = ["head_of", "keep_compiled", "keep_data", "keep_verdict", "known_data"]
 
@@ -44,6 +45,8 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
     """Let no process look for again what is so for good."""
     if why.code not in _FOR_GOOD or job.weights_moved():
         return
+    if why.code == "proof-failed" and holds_nan(job.leaves):
+        return  # that is the example's fault
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
     processor = runtime.processor() if why.code in _OF_PROCESSOR else ""

@@ -24,6 +24,7 @@ from ovshim.preflight import Look, look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
+from ovshim.values import holds_nan
 from ovshim.waiting import look_at
 
 __all__ = ["Given", "Planner", "known_kind", "unfit"]
@@ -34,6 +35,8 @@ _PLANS_PER_KIND = 8
 _MOST_MET = 32
 # With these there is nothing to keep: it changed under the build, or somebody else builds it.
 _PASSING = frozenset({"stale", "building"})
+# With this it is the example that no graph can be proved with.
+_NAN = "special-values"
 
 
 class Given(NamedTuple):
@@ -102,7 +105,7 @@ class Planner:
             return self.original(*given.args, **given.kwargs), reason("building")
         try:
             family = self._families.of(given.kind, given.grad)
-            why = self._put_off(family)
+            why = self._put_off(family, given)
             if why is not None:
                 return self.original(*given.args, **given.kwargs), why
             job = self._job(family, given, lenient=True)
@@ -170,13 +173,16 @@ class Planner:
 
     # --- making one ---------------------------------------------------------------------------
 
-    def _put_off(self, family: Family) -> Reason | None:
+    def _put_off(self, family: Family, given: Given) -> Reason | None:
         if family.wait > 0:
             family.wait -= 1
             return family.why
         if len(family.plans) >= _PLANS_PER_KIND:
             return reason("too-many-plans")
-        return self._families.too_seldom(family)
+        seldom = self._families.too_seldom(family)
+        if seldom is None and family.why.code == _NAN and holds_nan(given.leaves):
+            return family.why  # as the last one
+        return seldom
 
     def _watched(self, given: Given) -> tuple[Any, Look]:
         tensors = [leaf for leaf in given.leaves if isinstance(leaf, torch.Tensor)]
@@ -225,13 +231,16 @@ class Planner:
     def _make(self, family: Family, job: Job) -> Plan:
         with Building():
             plan = _built(job)
-            passing = plan.reason is not None and plan.reason.code in _PASSING
+            code = "" if plan.reason is None else plan.reason.code
+            passing = code in _PASSING
             if plan.path == "eager" and not passing and self._divide is not None:
                 plan = self._divide(job, plan)
         if job.options.memory == "lean" and plan.path == "openvino":
             self._let_go(job, plan)
         with self._lock:
-            if passing:
+            if code == _NAN and plan.path == "eager":
+                family.why = reason(_NAN)  # the next one is made of a call without
+            elif passing:
                 why = plan.reason if plan.reason and plan.reason.code != "stale" else None
                 family.put_off(why=why)
             elif any(known is family for known in self._families):  # not if all was dropped

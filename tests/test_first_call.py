@@ -199,3 +199,58 @@ def test_a_hint_that_was_wrong_costs_no_answer(tmp_path: Path) -> None:
         for _ in range(2):
             same(fast(x)[0], module(x)[0])
     assert (cached(fast), counts(fast)) == ("miss", (1, 1))
+
+
+class Clipped(nn.Module):
+    """Of a NaN OpenVINO makes a 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("way", ["as the example", "in the first call"])
+def test_a_nan_costs_nobody_a_graph(tmp_path: Path, way: str) -> None:
+    options: Any = {"prefer": "openvino", "cache_dir": tmp_path}
+    x, bad = torch.ones(2, 8), torch.ones(2, 8)
+    bad[0, 3] = torch.nan
+    module = Clipped().eval()
+    for known in (False, True):
+        with torch.inference_mode():
+            if way == "as the example":
+                fast = ovshim.accelerate(module, bad, **options)
+            else:
+                fast = ovshim.accelerate(module, **options)
+            same(fast(bad), module(bad))
+            assert ovshim.explain(fast).to_dict()["plans"] == []
+            for _ in range(2):
+                same(fast(x), module(x))
+            assert (cached(fast), counts(fast)) == ("hit" if known else "miss", (1, 2))
+            same(fast(bad), module(bad))
+            assert counts(fast) == (1, 3)
+
+
+class Filled(Clipped):
+    """Has a branch that no graph can take, and a part that has never seen a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Linear(8, 512), nn.ReLU(), *(nn.Linear(512, 512) for _ in range(6)))
+        self.last = nn.Sequential(*layers)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(torch.isnan(x).any()):
+            x = torch.nan_to_num(x)
+        return super().forward(x)
+
+
+def test_parts_do_not_see_the_nan(tmp_path: Path) -> None:
+    module, bad = Filled().eval(), torch.full((64, 8), torch.nan)
+    with torch.inference_mode():
+        with pytest.warns(ovshim.FallbackWarning, match="in part"):
+            fast = ovshim.accelerate(module, bad, prefer="openvino", cache_dir=tmp_path)
+        same(fast(bad), module(bad))
+    assert fast.ovshim.stats() == {"openvino": 0, "mixed": 1, "eager": 0}
