@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ovshim import building
+from ovshim.answered import forget_answer
 from ovshim.background import LatePlanner
 from ovshim.buckets import Bucket
 from ovshim.builder import wait_for
@@ -183,7 +184,10 @@ class Dispatcher:
                 and plan.generation.holds()
                 and (plan.other_values_fit if settled else plan.values_fit)(tensors)
             )
-            return (plan, tensors) if fits else None
+            if not fits:
+                return None
+            forget_answer(plan.served.engine)  # type: ignore[union-attr] # it fits
+            return plan, tensors
         return None
 
     def _in_lane(self, asked: Asked, bucket: Bucket) -> Any:

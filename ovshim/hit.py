@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ovshim import blobs, early, intraop, proof, runtime
+from ovshim.answered import keep_answer
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry
 from ovshim.early import Early
@@ -33,6 +34,9 @@ from ovshim.values import holds_nan
 __all__ = ["from_cache"]
 
 log = logging.getLogger("ovshim")
+
+# What an engine was given, and what it has computed.
+_Known = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 class _DamagedError(Exception):
@@ -104,7 +108,7 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
     if lease is None:
         return None
     try:
-        served, record, entry = _proved(job, entry, record, generation, other_mode)
+        served, record, entry, known = _proved(job, entry, record, generation, other_mode)
     except _DamagedError:
         lease.release()
         return None
@@ -121,13 +125,18 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
         raise
     weakref.finalize(served.engine, lease.release)
     keep_compiled(job, entry)
-    return plan_of(job, served, record, generation, "hit", entry)
+    plan = plan_of(job, served, record, generation, "hit", entry)
+    # Not behind a call: what the program gives next will be something else.
+    if known is not None and plan.path == "openvino" and not job.lenient:
+        keep_answer(served.engine, *known)
+    return plan
 
 
 def _proved(
     job: Job, entry: Entry, record: Record, generation: Generation, other_mode: bool
-) -> tuple[Served, Record, Entry]:
-    """What serves by an entry, compared with eager; and what is known of it by now.
+) -> tuple[Served, Record, Entry, _Known | None]:
+    """What serves by an entry, compared with eager; what is known of it by now; and what it was
+    given and has computed, if that is at hand.
 
     Raises:
         BuildStopped, ProofFailedError, DiedOfSizesError, EngineDead, _DamagedError.
@@ -145,7 +154,8 @@ def _proved(
         served = served_by(job, engine, record, generation, seen, small)
         tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
         eager = eager_of(job)
-        answer = _answer_of(served, begun, small)
+        computed = None if begun is None else begun.answer(small)
+        answer = served.answer if computed is None else _answer_of(served, computed)
         error = proof.prove_small(eager, answer, tensors, seen)
         if other_mode:
             error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
@@ -153,7 +163,8 @@ def _proved(
             record, entry = _wholly_proved(job, served, record, entry)
     if job.weights_moved():
         raise BuildStopped(MOVED)
-    return served, dataclasses.replace(record, error=max(error, record.error)), entry
+    known = None if computed is None else ([small[i] for i in job.kind.distinct], computed)
+    return served, dataclasses.replace(record, error=max(error, record.error)), entry, known
 
 
 def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception) -> None:
@@ -279,10 +290,8 @@ def _looked_small(job: Job, record: Record) -> tuple[list[Any], Look]:
 
 
 def _answer_of(
-    served: Served, begun: Early | None, small: Sequence[Any]
+    served: Served, computed: list[torch.Tensor]
 ) -> Callable[[Sequence[torch.Tensor]], Any]:
-    """What answers as OpenVINO does; it has been asked about the small input already, perhaps."""
-    computed = None if begun is None else begun.answer(small)
-    if computed is None:
-        return served.answer
-    return lambda given: served.builder(served.in_range(computed), given)
+    """What answers as OpenVINO has done already."""
+    # A copy, for what records gradients writes to it.
+    return lambda given: served.builder(served.in_range(list(computed)), given)

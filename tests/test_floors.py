@@ -50,6 +50,7 @@ FLOORS: dict[str, set[str]] = {
     "2b": {"preflight", "inputs", "verify", "race", "generation", "child", "frozen", "mapped"},
     "2c": {"infer", "pool", "single", "slots", "capture", "precision"},
     "3": {
+        "answered",
         "artifact",
         "auto",
         "background",

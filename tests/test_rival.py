@@ -171,6 +171,7 @@ def test_one_that_another_thread_has_found_wrong_does_not_serve(
     settle(accelerate(module, tmp_path), module)
     fast = accelerate(module, tmp_path)
     engine = plan_of(fast).served.engine
+    check(fast, module, torch.randn(2, 8))  # not the example, whose answer would be at hand
     mine, compare = engine.rival, rival.compare
 
     def meanwhile(*args: Any) -> None:
