@@ -15,6 +15,7 @@ pytestmark = pytest.mark.benchmark(timer=clock)
 _WAYS = {
     "openvino": "raw OpenVINO",
     "ovshim": "ovshim",
+    "otherwise": "ovshim, another input first",
     "at-call": "ovshim, no example",
     "background": "ovshim, background=True",
 }
