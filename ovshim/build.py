@@ -28,12 +28,11 @@ from ovshim.errors import OptionError
 from ovshim.fingerprint import Unkeyable, fingerprint
 from ovshim.hit import from_cache
 from ovshim.job import MOVED, BuildStopped, Job, versions
-from ovshim.kept import keep_verdict
+from ovshim.kept import is_of_nan, keep_verdict
 from ovshim.plan import Plan
 from ovshim.preflight import used_up
 from ovshim.reasons import reason
 from ovshim.signature import Kind
-from ovshim.values import holds_nan
 from ovshim.wanted import own_dtype
 
 __all__ = ["build", "is_cached"]
@@ -58,7 +57,7 @@ def build(job: Job) -> Plan:
             if why.code in _OF_ONE_MODULE and job.weights_moved():
                 # Two answers were of two modules: it says nothing of either.
                 why = MOVED
-            elif why.code == "proof-failed" and holds_nan(job.leaves):
+            elif is_of_nan(job, why):
                 why = reason("special-values")
             plan = eager_plan(job, why)
             plan.trouble = _without_frames(stopped.__cause__)

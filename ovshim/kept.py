@@ -14,7 +14,7 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.values import holds_nan
 
-__all__ = ["head_of", "keep_compiled", "keep_data", "keep_verdict", "known_data"]
+__all__ = ["head_of", "is_of_nan", "keep_compiled", "keep_data", "keep_verdict", "known_data"]
 
 log = logging.getLogger("ovshim")
 
@@ -36,6 +36,11 @@ def keep_compiled(job: Job, entry: Entry) -> None:
     early.remember(job, entry)
 
 
+def is_of_nan(job: Job, why: Reason) -> bool:
+    """Whether it says nothing of the graph: its proof has failed with a NaN in the example."""
+    return why.code == "proof-failed" and holds_nan(job.leaves)
+
+
 def head_of(job: Job, record: Record) -> dict[str, Any]:
     """What the manifest of an entry says from the beginning."""
     return {**job.identity, "graph": record.graph(job.kind)}
@@ -43,10 +48,8 @@ def head_of(job: Job, record: Record) -> dict[str, Any]:
 
 def keep_verdict(job: Job, family: str, why: Reason) -> None:
     """Let no process look for again what is so for good."""
-    if why.code not in _FOR_GOOD or job.weights_moved():
+    if why.code not in _FOR_GOOD or job.weights_moved() or is_of_nan(job, why):
         return
-    if why.code == "proof-failed" and holds_nan(job.leaves):
-        return  # that is the example's fault
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
     processor = runtime.processor() if why.code in _OF_PROCESSOR else ""
