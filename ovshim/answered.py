@@ -13,7 +13,7 @@ import torch
 
 from ovshim.infer import Engine, Rival
 
-__all__ = ["forget_answer", "keep_answer"]
+__all__ = ["forget_answer", "hold_the_same", "keep_answer"]
 
 # Of inputs and outputs: they are held until the first call, which may never come.
 _MOST_BYTES = 16 << 20
@@ -49,7 +49,7 @@ class _Answered:
         except IndexError:
             return engine.run(tensors, alone=True)
         self.leave(engine)
-        if engine.dead is None and _same(given, tensors):
+        if engine.dead is None and hold_the_same(given, tensors):
             # Copies, for under inference mode they have to be made in it.
             return [tensor.clone() for tensor in computed]
         return engine.run(tensors)
@@ -79,8 +79,8 @@ def forget_answer(engine: Engine) -> None:
         kept.leave(engine)
 
 
-def _same(given: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether they hold the same bits: 1 / -0.0 is not 1 / 0.0."""
+def hold_the_same(given: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors, of the same dtypes, hold the same bits: 1 / -0.0 is not 1 / 0.0."""
     if len(given) != len(tensors) or any(tensor.is_neg() for tensor in tensors):
         return False
     with torch.no_grad():

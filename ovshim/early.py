@@ -156,8 +156,13 @@ class Early:
     def answer(self, leaves: Sequence[Any]) -> list[torch.Tensor] | None:
         """What the graph that was taken computes of these leaves of a call; None where it was not
         asked about them."""
+        # Not before it is asked: what begins a start has to be short.
+        from ovshim.answered import hold_the_same
+
         answer, self._answer = self._answer, None
-        return answer if self._taken and _same(self._given, leaves) else None
+        if not self._taken or len(self._given) != len(leaves):
+            return None
+        return answer if hold_the_same(_tensors(self._given), _tensors(leaves)) else None
 
     def _run(self) -> None:
         try:
@@ -281,10 +286,8 @@ def _small_call(
     return leaves, call
 
 
-def _same(given: Sequence[Any], leaves: Sequence[Any]) -> bool:
-    """Whether the tensors among leaves of two calls of one kind hold the same."""
-    pairs = [(a, b) for a, b in zip(given, leaves, strict=False) if isinstance(a, torch.Tensor)]
-    return len(given) == len(leaves) and all(torch.equal(a, b) for a, b in pairs)
+def _tensors(leaves: Sequence[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _pays(wanted: Wanted) -> bool:
