@@ -186,6 +186,8 @@ def _refuse_at_sight(job: Job) -> None:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
         if tensor.is_inference():
             raise BuildStopped(reason("untracked-weights", name))
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise BuildStopped(reason("special-tensor", f"{name} of layout {tensor.layout}"))
     if _is_sharded(job.module):
         raise BuildStopped(reason("untracked-weights", "FSDP gathers them anew for each call"))
     why = used_up(job.module)

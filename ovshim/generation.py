@@ -65,8 +65,8 @@ class Generation:
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
-        ValueError: a tensor of the module counts no versions (it was made in inference mode), so
-            that nobody could tell when it changes.
+        ValueError: a tensor of the module counts no versions (it was made in inference mode) or
+            does not lie in one place (it is sparse), so that nobody could tell when it changes.
         UnwatchableError: too much could be read.
     """
 
@@ -267,6 +267,8 @@ class Generation:
         for tensor in self._tensors:
             if tensor.is_inference():
                 raise ValueError("a weight was made in inference mode and counts no versions")
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                raise ValueError(f"a tensor of layout {tensor.layout} does not lie in one place")
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
         self._layouts = list(map(_layout, self._tensors))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
 __all__ = ["Look", "Sources", "look", "place_of", "sources", "used_up"]
+
+log = logging.getLogger("ovshim")
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -116,6 +119,17 @@ def look(
         found.reason = found.reason or world.difference(call if restore else None, apart)
         if restore:
             world.put_back()
+    try:
+        _describe(found, output, inputs, world)
+    except Exception as error:  # a fault of ours must not take away the user's answer
+        log.debug("the output was not understood", exc_info=True)
+        found.reason = reason("build-failed", f"{type(error).__name__}: {error}")
+        found.leaves, found.structure = flatten(())
+        found.containers, found.given, found.sources = [], [], []
+    return found
+
+
+def _describe(found: Look, output: Any, inputs: Sequence[torch.Tensor], world: _World) -> None:
     found.leaves, found.structure = flatten(output)
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
@@ -123,7 +137,6 @@ def look(
     found.reason = found.reason or _unfit_output(
         found, [*inputs, *(tensor for _, tensor, _ in world.tensors)]
     )
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,23 +163,27 @@ def sources(leaves: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Sourc
     """
     given: dict[Any, int] = {}
     for i, tensor in enumerate(inputs):
-        if tensor.requires_grad:
+        if _is_in_graph(tensor):
             given.setdefault(_edge(tensor), i)
     edges: dict[Any, int] = {}
     for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and _edge(leaf) not in given:
+        if _is_in_graph(leaf) and _edge(leaf) not in given:
             edges.setdefault(_edge(leaf), i)
-    return [
-        _sources(leaf, given, edges)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-        else None
-        for leaf in leaves
-    ]
+    return [_sources(leaf, given, edges) if _is_in_graph(leaf) else None for leaf in leaves]
+
+
+def _is_in_graph(leaf: Any) -> bool:
+    """Whether autograd follows a tensor further. A view of a parameter that was made without grad
+    says that it requires grad, and comes from nowhere."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+        return False
+    return leaf.grad_fn is not None or not leaf._is_view()
 
 
 def _edge(tensor: torch.Tensor) -> Any:
     """Where a tensor comes from in autograd's graph."""
-    return tuple(torch.autograd.graph.get_gradient_edge(tensor)[:2])
+    with torch.inference_mode(False):  # a leaf's is that of a view of it
+        return tuple(torch.autograd.graph.get_gradient_edge(tensor)[:2])
 
 
 def _sources(tensor: torch.Tensor, given: dict[Any, int], edges: dict[Any, int]) -> Sources:

@@ -139,8 +139,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Move it with .to('cpu'); the device= option chooses where OpenVINO computes.",
         ),
         "untracked-weights": Sentence(
-            "Changes of a weight would go unnoticed, because it was made in inference mode or is "
-            "sharded.",
+            "Changes of a weight would go unnoticed, because it was made in inference mode, is "
+            "sharded or does not lie in one place.",
             "Build or load the module outside torch.inference_mode(), and accelerate it unsharded.",
         ),
         "double-precision": Sentence(

@@ -101,7 +101,19 @@ def nonzero_size(self: Any, x: Tensor) -> Tensor:
     return by(self.linear, x)[x[:, 0] > 0]
 
 
+def with_its_weight_turned(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    return by(self.linear, x), self.linear.weight.t()
+
+
+def holds_sparse() -> nn.Module:
+    module = make(Of, lambda self, x: by(self.linear, x))
+    module.register_buffer("held", torch.eye(4).to_sparse())
+    return module
+
+
 MODULES = [
+    pytest.param(lambda: make(Of, with_its_weight_turned), {"aliases-input"}, id="weight's view"),
+    pytest.param(holds_sparse, {"special-tensor"}, id="sparse buffer"),
     pytest.param(lambda: make(UsesHistc), {"unsupported-op"}, id="unsupported operator"),
     pytest.param(lambda: make(Branches), {"value-dependent"}, id="branch"),
     pytest.param(lambda: make(ReadsItem), {"value-dependent"}, id="item"),
@@ -690,6 +702,30 @@ def test_the_users_exception_reaches_the_user() -> None:
             assert raised.value.__cause__ is None
             assert raised.value.__context__ is None
     check(fast, module, torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_views_of_weights_in_and_out_of_a_first_call(mode: Any) -> None:
+    """Made without grad they say that they require it, and have no place in autograd's graph."""
+    module = make(Of, with_its_weight_turned)
+    with quietly(), mode():
+        fast = ovshim.accelerate(module, prefer="openvino")
+        for x in (module.linear.weight[:3], torch.randn(5, 8), module.linear.weight):
+            same(fast(x), with_its_weight_turned(module, x))
+
+
+def test_a_fault_of_ours_behind_the_first_call_is_not_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise AssertionError("a fault")
+
+    monkeypatch.setattr("ovshim.preflight.sources", fails)
+    module = make(Mlp)
+    with falls_back("build-failed"):
+        fast = ovshim.accelerate(module, prefer="openvino")
+        check(fast, module, torch.randn(3, 8), path="eager")
+    assert "a fault" in plans(fast)[0]["reason"]["message"]
 
 
 def test_the_first_calls_exception_reaches_the_user() -> None:
