@@ -932,6 +932,25 @@ def test_fully_masked_rows() -> None:
             check(fast, module, torch.randn(2, 2, 5, 8), masked, path=None)
 
 
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -torch.inf])
+def test_rows_whose_additive_mask_is_lowest(lowest: float) -> None:
+    """Where it is finite eager sees everything alike; at minus infinity nothing."""
+
+    class Biased(nn.Module):
+        def forward(self, q: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q, torch.where(mask, bias, lowest))
+
+    module = Biased().eval()
+    q, bias = torch.randn(2, 2, 5, 8), torch.randn(2, 5, 5)
+    mask = torch.rand(2, 1, 5, 5) > 0.5
+    mask[..., 0] = True
+    fast = ovshim.accelerate(module, (q, bias, mask), prefer="openvino")
+    for row in (0, 4):
+        masked = mask.clone()
+        masked[0, :, row] = False
+        check(fast, module, torch.randn(2, 2, 5, 8), bias, masked)
+
+
 def test_integers_wrap_as_in_eager() -> None:
     class Wraps(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

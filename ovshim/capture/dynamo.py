@@ -26,7 +26,6 @@ from ovshim.capture import (
     CaptureError,
     FlatModule,
     Request,
-    attention,
     frontend,
     readers,
     rewrites,
@@ -117,7 +116,6 @@ def _finish(
     sources = Sources(request, args, kwargs, imports)
     refuse_contents(graph, sources)
     check_domains(graph)
-    attention.apply(graph)
     rewrites.apply(graph)
     if common.shape_env.deferred_runtime_asserts:
         # A number taken out of a tensor was used as if it were known: torch.compile would check it
