@@ -23,6 +23,7 @@ from torch import nn
 from ovshim import proof
 from ovshim.bound import install, installed, uninstall
 from ovshim.building import Backward, own_modes, serving
+from ovshim.carried import Carried
 from ovshim.dispatch import Dispatcher
 from ovshim.eager import Eager
 from ovshim.errors import OptionError
@@ -33,7 +34,7 @@ from ovshim.options import Options
 from ovshim.plan import Plan
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
-from ovshim.reasons import Reason
+from ovshim.reasons import Reason, reason
 from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
 from ovshim.twin import make_twin
@@ -64,6 +65,9 @@ class Parts:
     Args:
         tree: a twin of the module, ours alone.
         recording: whether gradients are recorded.
+
+    Attributes:
+        carried: carries over what calls leave in the tree's attributes; None while it is built.
     """
 
     def __init__(self, job: Job, tree: nn.Module, recording: bool) -> None:
@@ -72,10 +76,15 @@ class Parts:
         # The user's own: what is registered on those does not reach the twin.
         self._hooks = backward_hooks(job.module) if recording else ()
         self._backward = job.backward if recording else None
+        self.carried: Carried | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module's own method answers, in eager but for the parts."""
-        return self.call(*args, **kwargs)
+        try:
+            return self.call(*args, **kwargs)
+        finally:
+            if self.carried is not None and not self.carried.unchanged():
+                self.carried.carry()
 
     def refusal(self, tensors: Sequence[torch.Tensor]) -> Reason | None:
         """Why eager has to answer a call of these as a whole."""
@@ -135,6 +144,7 @@ def _divided(job: Job, whole: Plan) -> Plan:
         _serve_parts(job, tree, parts)
     if not parts.served():
         return whole
+    carried = Carried(job.module, tree)
     with job.stage("proof"):
         error = _proved(job, parts)
     medians = None
@@ -143,6 +153,9 @@ def _divided(job: Job, whole: Plan) -> Plan:
             medians = _raced(job, parts)
     if medians is not None and medians[0] <= medians[1]:
         return whole
+    if not carried.unchanged():
+        raise BuildStopped(reason("mutates-attribute", "at sizes or values other than these"))
+    parts.carried = carried
     open_ = tuple((None,) * tensor.dim() for tensor in job.tensors)
     return dataclasses.replace(
         whole,

@@ -33,6 +33,7 @@ FLOORS: dict[str, set[str]] = {
         "attributes",
         "reached",
         "dict_versions",
+        "carried",
         "untouched",
         "special_mode",
         "modes",

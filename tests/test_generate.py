@@ -572,6 +572,16 @@ def test_training_and_gradients_are_eagers(cache: Path) -> None:
         assert fast(PROMPT, labels=PROMPT).loss.requires_grad
 
 
+def test_the_plan_of_a_decoder_draws_nothing_of_the_programs() -> None:
+    for model, given in ((lm.make("llama"), {"inputs": PROMPT}), lm.make_encoder_decoder("t5")):
+        fast = accelerated(model, cache_dir=False)
+        generate(fast, **given, do_sample=False)
+        assert counts(fast)["openvino"] >= 5
+        after = torch.get_rng_state()
+        torch.manual_seed(3)
+        assert torch.equal(torch.get_rng_state(), after)
+
+
 # --- things that change -----------------------------------------------------------------------
 
 

@@ -155,6 +155,36 @@ def test_a_hook_on_a_part_fires() -> None:
     assert seen == [fast.blocks[0]]  # type: ignore[index]
 
 
+class Settles(nn.Module):
+    """Goes over to something else at its first call of more than four rows, and keeps a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Mlp(8, 16, 8)
+        self.doubles, self.kept = False, None
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if x.shape[1] > 4:
+            self.doubles, self.kept = True, self.block
+        y: Tensor = branch(self.block(x))
+        y = y if scale is None else y * scale
+        return y * 2 if self.doubles else y
+
+
+def test_what_a_later_call_writes_to_attributes_is_the_users() -> None:
+    module = make(Settles)
+    reference = copy.deepcopy(module)
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(2, 3, 8), prefer="openvino")
+        check(fast, reference, torch.randn(2, 3, 8), path="mixed")
+        check(fast, reference, torch.randn(2, 6, 8), path="mixed")
+        assert fast.doubles
+        assert fast.kept is fast.block
+        for scale in (None, torch.tensor(3.0), torch.tensor(3.0)):
+            check(fast, reference, torch.randn(2, 3, 8), scale, path=None)
+    assert counts(fast)["mixed"] >= 2
+
+
 def test_what_the_module_raises_between_its_parts_is_raised() -> None:
     def demanding(x: Tensor) -> Tensor:
         if x.isnan().any():

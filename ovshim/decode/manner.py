@@ -147,12 +147,17 @@ class Causal:
     ) -> tuple[nn.Module, tuple[torch.Tensor, ...], list[set[int]]]:
         """The step to be captured, its arguments, and which of their dimensions are open."""
         whole = PAST + LENGTH
+        generator = torch.Generator().manual_seed(0)  # the program's own stream is not touched
+
+        def random(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, dtype=form.dtype, generator=generator)
+
         given = (
             torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % self.vocabulary,
             torch.ones((BATCH, whole), dtype=torch.int64),
             torch.arange(PAST, whole).expand(BATCH, LENGTH).clone(),
             torch.arange(LENGTH - KEPT, LENGTH),
-            *(torch.randn(BATCH, h, PAST, w, dtype=form.dtype) for h, w in form.sizes),
+            *(random(BATCH, heads, PAST, size) for heads, size in form.sizes),
         )
         open_ = [{0, 1}, {0, 1}, {0, 1}, {0}, *({0, 2} for _ in form.sizes)]
         return Step(call.__self__, call, form), given, open_

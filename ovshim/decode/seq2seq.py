@@ -200,7 +200,8 @@ class Seq2Seq(Causal):
 
     def form(self, call: Callable[..., Any]) -> Form:
         dtype = next(self.module.parameters()).dtype
-        hidden = torch.randn(2, _SOURCE, self.width, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)  # the program's own stream is not touched
+        hidden = torch.randn(2, _SOURCE, self.width, dtype=dtype, generator=generator)
         encoded = BaseModelOutput(last_hidden_state=hidden)
         ids = torch.zeros((2, 2), dtype=torch.long)
         output = call(decoder_input_ids=ids, encoder_outputs=encoded, use_cache=True)
@@ -209,8 +210,10 @@ class Seq2Seq(Causal):
     def example(
         self, form: Form, call: Any
     ) -> tuple[nn.Module, tuple[torch.Tensor, ...], list[set[int]]]:
+        generator = torch.Generator().manual_seed(0)
+
         def random(*sizes: int) -> torch.Tensor:
-            return torch.randn(*sizes, dtype=form.dtype)
+            return torch.randn(*sizes, dtype=form.dtype, generator=generator)
 
         given = (
             torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % self.vocabulary,
