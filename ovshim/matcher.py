@@ -25,6 +25,7 @@ from ovshim.signature import (
     fits,
     flatten_call,
     kind_of,
+    text_of,
     unflatten,
 )
 
@@ -96,7 +97,11 @@ class _Writer:
         self.ordered = ordered
         self.pattern = pattern
         self.access: list[str] = []
-        self.scope: dict[str, Any] = {"Tensor": torch.Tensor, "strided": torch.strided}
+        self.scope: dict[str, Any] = {
+            "Tensor": torch.Tensor,
+            "strided": torch.strided,
+            "text_of": text_of,
+        }
         self.tensor_names: list[str] = []
 
     def containers(self) -> list[str] | None:
@@ -184,8 +189,11 @@ class _Writer:
         self.scope[f"c{i}"], self.scope[f"t{i}"] = leaf.value, leaf.type
         if leaf.type in (int, str, bytes):
             return [f"    if type({place}) is not t{i} or {place} != c{i}: return None"]
-        # repr, not ==: it tells 0.0 from -0.0 and finds a NaN equal to itself.
-        return [f"    if type({place}) is not t{i} or repr({place}) != {leaf.text!r}: return None"]
+        # As text, not by ==: that tells 0.0 from -0.0 and finds a NaN equal to itself.
+        text = "repr" if leaf.type in (float, complex) else "text_of"
+        return [
+            f"    if type({place}) is not t{i} or {text}({place}) != {leaf.text!r}: return None"
+        ]
 
 
 def _generic_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str]) -> Matcher:

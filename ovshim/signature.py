@@ -26,6 +26,7 @@ __all__ = [
     "flatten_call",
     "kind_of",
     "sizes_of",
+    "text_of",
     "unflatten",
     "unflatten_call",
 ]
@@ -50,6 +51,8 @@ _CONSTANTS = (
     slice,
     type(Ellipsis),
 )
+# Of which there may be classes of the user's own.
+_BASES = (int, float, complex, str, bytes)
 
 
 class UnknownLeafError(Exception):
@@ -214,6 +217,17 @@ class Kind:
         return f"{self.structure} [{leaves}]"
 
 
+def text_of(constant: Any) -> str:
+    """What stands for the value of a constant, whatever a class of the user's own shows of it."""
+    if isinstance(constant, enum.Enum):
+        return enum.Enum.__repr__(constant)
+    base = next((base for base in _BASES if isinstance(constant, base)), None)
+    if base is None or type(constant) in (base, bool):
+        return repr(constant)
+    beside = getattr(constant, "__dict__", None)
+    return f"{base.__repr__(constant)} {beside}" if beside else base.__repr__(constant)
+
+
 def kind_of(leaves: Sequence[Any], structure: Structure, grad: bool = False) -> Kind:
     """The kind of a flattened call.
 
@@ -232,7 +246,7 @@ def kind_of(leaves: Sequence[Any], structure: Structure, grad: bool = False) -> 
             requires_grad = leaf.requires_grad if grad else None
             found.append(TensorLeaf(leaf.dtype, leaf.dim(), dense, same_as, requires_grad))
         elif isinstance(leaf, _CONSTANTS):
-            found.append(Const(type(leaf), repr(leaf), leaf))
+            found.append(Const(type(leaf), text_of(leaf), leaf))
         else:
             raise UnknownLeafError(f"{type(leaf).__module__}.{type(leaf).__qualname__}")
     return Kind(structure, tuple(found))

@@ -95,6 +95,30 @@ def test_nested_in_and_out_with_none_and_constants_between() -> None:
     assert len(plans(fast)) == 4
 
 
+class Seconds(float):
+    def __repr__(self) -> str:
+        return f"{int(self)} s"
+
+
+class Shown(enum.Enum):
+    ONE = 1.0
+    TWO = 2.0
+
+    def __repr__(self) -> str:
+        return "a number"
+
+
+@pytest.mark.parametrize(("given", "other"), [(Seconds(2.2), Seconds(2.9)), (Shown.ONE, Shown.TWO)])
+def test_constants_are_told_apart_by_their_values(given: Any, other: Any) -> None:
+    def scaled(self: Any, x: Tensor, by: Any) -> Any:
+        return self.linear(x) * (by.value if isinstance(by, Shown) else by)
+
+    module, fast = of(scaled, torch.randn(3, 8), given)
+    check(fast, module, torch.randn(3, 8), given)
+    settle(fast, module, torch.randn(3, 8), other)
+    check(fast, module, torch.randn(3, 8), given)
+
+
 def test_a_list_is_not_a_tuple() -> None:
     def tell(self: Any, x: Any) -> Any:
         return self.linear(x[0]) + (1.0 if isinstance(x, list) else 2.0)

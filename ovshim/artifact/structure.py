@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from ovshim.signature import Const, Kind, Structure, TensorLeaf, flatten
+from ovshim.signature import Const, Kind, Structure, TensorLeaf, flatten, text_of
 
 __all__ = [
     "Fields",
@@ -192,7 +192,7 @@ def kind_from_json(stored: Any) -> Kind:
     for leaf in stored["leaves"]:
         if isinstance(leaf, dict):
             value = const_from_json(leaf["const"])
-            leaves.append(Const(type(value), repr(value), value))
+            leaves.append(Const(type(value), text_of(value), value))
             continue
         dtype, rank, contiguous, same_as = leaf
         if type(contiguous) is not bool:

@@ -18,7 +18,7 @@ import xxhash
 
 from ovshim.checks import first_items
 from ovshim.errors import CalibrationError
-from ovshim.signature import Kind, TensorLeaf, flatten_call
+from ovshim.signature import Kind, TensorLeaf, flatten_call, text_of
 
 __all__ = ["Misfit", "Samples", "collect", "digest_of"]
 
@@ -191,7 +191,7 @@ def _tensors(leaves: Sequence[Any], kind: Kind) -> tuple[torch.Tensor, ...]:
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != known.dtype:
                 raise Misfit("calibration", _shown(leaves), _allowed(wanted), _remedy())
             given.append(tensor.detach().to("cpu", copy=True).contiguous())
-        elif type(leaf) is not known.type or repr(leaf) != known.text:
+        elif type(leaf) is not known.type or text_of(leaf) != known.text:
             raise Misfit("calibration", leaf, f"the example's constant {known.text}", _remedy())
     lacking = {known.rank - tensor.dim() for tensor, known in zip(given, wanted, strict=True)}
     if lacking == {1}:
