@@ -77,6 +77,11 @@ def prepare(chosen: argparse.Namespace) -> None:
 
     if chosen.module is None and chosen.script is None:
         raise OptionError("script", None, "a file, a directory, or -m and a module", "Name one.")
+    if chosen.report is not None and not os.path.isdir(
+        os.path.dirname(os.path.abspath(chosen.report))
+    ):
+        remedy = "Make the directory first."
+        raise OptionError("report", chosen.report, "a file in a directory that exists", remedy)
     options = resolve(None, _given(chosen, "device", "precision", "prefer"))
     if enabled_in_environment() and options.device != "CPU":
         check_device(options.device)
