@@ -10,11 +10,12 @@ import torch
 
 from ovshim import runtime
 from ovshim.buckets import Bucket, compile_bucket, compile_sizes
-from ovshim.cache import Entry, Store
+from ovshim.cache import Entry
 from ovshim.deferred import later
 from ovshim.eager import LOW_TOLERANCE
 from ovshim.job import Job
 from ovshim.lanes import Lane
+from ovshim.options import Options
 from ovshim.plan import Plan
 from ovshim.race import Finish, race
 from ovshim.reasons import Reason, reason
@@ -22,7 +23,7 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.unmet import Unmet
 
-__all__ = ["EntryNotes", "decide", "slower"]
+__all__ = ["EntryNotes", "decide", "placed", "slower"]
 
 
 class EntryNotes:
@@ -31,10 +32,11 @@ class EntryNotes:
     Processes that write at once may lose one another's notes; then something is looked at twice.
     """
 
-    def __init__(self, store: Store, entry: Entry, record: Record, grad: bool) -> None:
-        self._store = store
+    def __init__(self, job: Job, entry: Entry, record: Record) -> None:
+        self._store = job.store
         self._entry = entry
-        self._grad = grad
+        self._grad = job.grad
+        self._placed = placed(job.options)
         self._race = dict(record.race)
         self._met = [list(map(list, sizes)) for sizes in record.met]
 
@@ -47,16 +49,16 @@ class EntryNotes:
         """A race in this bucket came out so. What was not decided is run again by the next
         process, on a quieter machine perhaps."""
         if finish.decided:
-            self._race[_where(bucket, self._grad)] = finish.to_json()
+            self._race[_where(bucket, self._grad, self._placed)] = finish.to_json()
             self._write("race", dict(self._race))
 
     def known_alone(self, sizes: Sequence[Sequence[int]]) -> Finish | None:
         """How the graph for these sizes alone has done against the open one."""
-        return Finish.of_json(self._race.get(_alone(sizes)))
+        return Finish.of_json(self._race.get(_alone(sizes, self._placed)))
 
     def raced_alone(self, sizes: Sequence[Sequence[int]], finish: Finish) -> None:
         """It has done so; the open one is the "eager" of the finish."""
-        self._race[_alone(sizes)] = finish.to_json()
+        self._race[_alone(sizes, self._placed)] = finish.to_json()
         self._write("race", dict(self._race))
 
     def condemn(self, why: Reason) -> None:
@@ -74,11 +76,11 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     plan.key = plan.bucket
     plan.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
     plan.raced = job.options.prefer == "faster"
-    plan.notes = None if entry is None else EntryNotes(job.store, entry, record, job.grad)
+    plan.notes = None if entry is None else EntryNotes(job, entry, record)
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
     if plan.raced:
         for bucket in plan.lanes:
-            known = Finish.of_json(record.race.get(_where(bucket, job.grad)))
+            known = Finish.of_json(record.race.get(_where(bucket, job.grad, placed(job.options))))
             if known is not None:
                 plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
         bucket = of_sizes(sizes_of(job.leaves))
@@ -90,7 +92,7 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
 
 def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple[float, float]:
     """The medians of eager and of OpenVINO, in seconds."""
-    finish = Finish.of_json(record.race.get(_where(bucket, job.grad)))
+    finish = Finish.of_json(record.race.get(_where(bucket, job.grad, placed(job.options))))
     if finish is None:
         args, kwargs = job.arguments()
 
@@ -120,14 +122,21 @@ def slower(finish: Finish) -> Reason:
     return reason("slower", text)
 
 
-def _where(bucket: Bucket, grad: bool) -> str:
-    """A race is valid on one sort of processor, for one number of threads, for like sizes, in one
-    grad mode: recording takes eager's time, and ours."""
+def placed(options: Options) -> str:
+    """How a graph is placed on its device, for the key of a race; nothing of what is usual."""
+    hint = None if options.hint == "latency" else options.hint
+    given = {"threads": options.threads, "streams": options.streams, "hint": hint}
+    return "".join(f" {name}={value}" for name, value in given.items() if value is not None)
+
+
+def _where(bucket: Bucket, grad: bool, placed: str) -> str:
+    """A race is valid on one sort of processor, for one number of threads (eager's), for like
+    sizes, in one grad mode: recording takes eager's time, and ours."""
     mode = " grad" if grad else ""
-    return f"{runtime.measured_on(torch.get_num_threads())} bucket={bucket}{mode}"
+    return f"{runtime.measured_on(torch.get_num_threads())}{placed} bucket={bucket}{mode}"
 
 
-def _alone(sizes: Sequence[Sequence[int]]) -> str:
+def _alone(sizes: Sequence[Sequence[int]], placed: str) -> str:
     """The same, for these very sizes."""
     exactly = list(map(list, sizes))
-    return f"{runtime.measured_on(torch.get_num_threads())} alone={exactly}"
+    return f"{runtime.measured_on(torch.get_num_threads())}{placed} alone={exactly}"

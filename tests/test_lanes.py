@@ -15,8 +15,10 @@ from modules import Mlp, make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import deferred, verdict
 from ovshim.buckets import compile_bucket, compile_sizes
 from ovshim.lanes import Lane
+from ovshim.race import Finish
 from ovshim.unmet import Unmet
 
 SIZES = st.integers(0, 5000)
@@ -116,15 +118,18 @@ def test_sizes_are_compared_once_in_each_bucket() -> None:
     assert counts(fast) == {"openvino": 7, "mixed": 0, "eager": 0}
 
 
-def test_what_was_compared_is_kept_with_the_entry(tmp_path: Path) -> None:
-    from ovshim import deferred
-
-    module = make(Mlp)
-    fast = accelerated(module, cache_dir=tmp_path)
-    check(fast, module, torch.randn(40, 8))
+def wait_for_notes() -> None:
+    """Until what is written to entries by another thread is there."""
     deferred.later(lambda: None)
     assert deferred._writer is not None
     deferred._writer.submit(int).result(30)
+
+
+def test_what_was_compared_is_kept_with_the_entry(tmp_path: Path) -> None:
+    module = make(Mlp)
+    fast = accelerated(module, cache_dir=tmp_path)
+    check(fast, module, torch.randn(40, 8))
+    wait_for_notes()
     manifest = json.loads((Path(plans(fast)[0]["cache_path"]) / "manifest.json").read_text())
     assert [[40, 8]] in manifest["record"]["met"]
     again = accelerated(module, cache_dir=tmp_path)
@@ -186,6 +191,24 @@ def test_a_lane_is_closed_by_what_it_has_timed(eager_wins: bool) -> None:
     assert lane.eager is eager_wins
     assert lane.open is not eager_wins
     assert lane.turn() == ("eager" if eager_wins else "openvino")
+
+
+def test_a_race_is_of_one_way_to_place_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    races: list[None] = []
+
+    def won(*_: Any) -> Finish:
+        races.append(None)
+        return Finish(2.0, 1.0, 1.9, 2.1)
+
+    monkeypatch.setattr(verdict, "race", won)
+    module, x = make(Mlp), torch.randn(3, 8)
+    ways: list[dict[str, Any]] = [{}, {"threads": 1}, {"streams": 2, "hint": "throughput"}]
+    for count, options in enumerate(ways, 1):
+        for _ in range(2):  # the second finds how it came out
+            fast = ovshim.accelerate(module, x, **options)
+            wait_for_notes()
+            assert paths(fast) == ["openvino"]
+            assert len(races) == count
 
 
 def test_an_undecided_race_leaves_openvino_serving() -> None:

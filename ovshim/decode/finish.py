@@ -18,7 +18,7 @@ from ovshim.job import Job
 from ovshim.race import Finish, race
 from ovshim.reasons import Reason
 from ovshim.signature import Pattern, flatten_call, kind_of
-from ovshim.verdict import slower
+from ovshim.verdict import placed, slower
 
 __all__ = ["by_eager", "finished", "run_race"]
 
@@ -77,7 +77,8 @@ def _finish(
     ready, generation = made.ready, made.generation
     assert ready is not None
     assert generation is not None
-    where = f"{runtime.measured_on(torch.get_num_threads())} prompt={raced.pieces[0]}"
+    measured = runtime.measured_on(torch.get_num_threads()) + placed(job.options)
+    where = f"{measured} prompt={raced.pieces[0]}"
     stored = Finish.of_json(known.get(where))
     if stored is not None:
         return stored
