@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ovshim.errors import (
         ArtifactError,
         CalibrationError,
-        DeviceWarning,
         FallbackError,
         FallbackWarning,
         OptionError,
@@ -36,7 +35,6 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "Device",
-    "DeviceWarning",
     "FallbackError",
     "FallbackWarning",
     "OptionError",

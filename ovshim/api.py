@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 from torch import nn
 
 from ovshim import early, runtime
+from ovshim.checks import no_module
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
 from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
@@ -77,7 +78,8 @@ def accelerate(
         A twin of the module over the same tensors; the module itself with `inplace=True`.
 
     Raises:
-        OptionError: a value that cannot be right.
+        OptionError: a value that cannot be right; a module that is not initialised yet (a lazy
+            one), or that cannot be copied without `inplace=True`.
         FallbackError: `strict=True`, and eager would have to serve the example. (With
             `background=True` the next such call raises it.)
     """
@@ -147,7 +149,7 @@ def explain(
         OptionError: a plain module without an example, or a value that cannot be right.
     """
     if not isinstance(module, nn.Module):
-        raise _no_module(module)
+        raise no_module(module)
     from ovshim.handle import Handle
 
     handle = module.__dict__.get("ovshim")
@@ -172,14 +174,9 @@ def explain(
     return fast.ovshim.report()  # type: ignore[no-any-return, operator, union-attr]
 
 
-def _no_module(value: Any) -> OptionError:
-    remedy = "Give the model itself, not its class, a function or its output."
-    return OptionError("module", value, "an instance of torch.nn.Module", remedy)
-
-
 def _check_module(module: Any, options: Options) -> None:
     if not isinstance(module, nn.Module):
-        raise _no_module(module)
+        raise no_module(module)
     for name in options.methods:
         if not callable(getattr(module, name, None)):
             raise OptionError(

@@ -186,6 +186,12 @@ def _calibration(name: str, value: object) -> object:
     return value
 
 
+def no_module(value: Any) -> OptionError:
+    """What is raised of something that should have been a module."""
+    remedy = "Give the model itself, not its class, a function or its output."
+    return OptionError("module", value, "an instance of torch.nn.Module", remedy)
+
+
 def first_items(source: Any, transform: Callable[[Any], Any] | None) -> Iterator[Any]:
     """The items of calibration data, as far as they are used, or what `transform` takes out of
     them."""

@@ -8,7 +8,6 @@
     OvshimWarning (UserWarning)
       FallbackWarning                 a module, or some of its calls, runs in eager
       PrecisionWarning                computed in another precision than asked for
-      DeviceWarning                   computed on another device than asked for
 
 Each carries its parts as fields, survives pickling, and says the remedy last.
 """
@@ -117,7 +116,3 @@ class ArtifactError(_About, OvshimError):
 
 class PrecisionWarning(_About, OvshimWarning):
     """Computed in another precision than asked for; `value` is the precision asked for."""
-
-
-class DeviceWarning(_About, OvshimWarning):
-    """Computed on another device than asked for; `value` is the device asked for."""

@@ -1,7 +1,7 @@
 """Guards: the assumptions of a captured graph, as data that can be stored, read and checked.
 
 Two sorts. A *size guard* is a condition over the sizes of a call's tensors, an expression in
-`s<tensor>[<dimension>]`; it becomes a line of the matcher (`signature.compile_matcher`). A *value
+`s<tensor>[<dimension>]`; it becomes a line of the matcher (`matcher.compile_matcher`). A *value
 guard* is a path from the module, from its forward's globals or from an imported module to
 something that the graph read, and what was found there; `generation` watches it.
 

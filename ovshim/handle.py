@@ -69,8 +69,7 @@ class Handle:
     def refresh(self) -> None:
         """Drop every plan and build anew at the next call.
 
-        Needed after a write that torch does not count: through `.data`, a NumPy view, or an
-        optimizer with `fused=True`.
+        Needed after a write that torch does not count: into `.data`, or a NumPy view.
         """
         for dispatcher in self._dispatchers:
             dispatcher.refresh()
@@ -78,7 +77,9 @@ class Handle:
     def warm(self, *examples: Any) -> None:
         """Make the plans for these examples now (each in the forms of `example_input`).
 
-        Raises OptionError for an example that the module itself refuses.
+        Raises:
+            OptionError: an example that the module itself refuses, or in none of the forms.
+            FallbackError: `strict`, and eager would serve it.
         """
         for example in examples:
             for dispatcher in self._dispatchers:

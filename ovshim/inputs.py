@@ -26,8 +26,7 @@ def redraw(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     Floats and masks (two values or fewer) are permuted; integers are drawn anew between the
     smallest and the largest seen, so that an index stays within its table (but bytes over their
     whole range). A single integer, which shows no range, becomes the next. A constant float tensor
-    says nothing of its distribution: it gets standard normal values added, unless it looks like a
-    mask (all zeros or all ones stay possible as one: it is then left alone in every second draw).
+    says nothing of its distribution: it gets standard normal values added.
     """
     if tensor.numel() == 0:
         return tensor.clone()

@@ -30,7 +30,9 @@ from ovshim.signature import describe, sizes_of
 __all__ = ["load"]
 
 # The others are about conversion, or about eager.
-_TAKEN = frozenset({"device", "hint", "streams", "threads", "properties", "strict", "progress"})
+_TAKEN = frozenset({"device", "hint", "streams", "threads", "properties"})
+# Nothing is converted, and there is no eager to go to.
+_SETTLED: dict[str, Any] = {"cache_dir": False, "strict": True}
 
 
 def load(
@@ -55,9 +57,13 @@ def load(
             answers here.
         OptionError: an option that has no meaning here, or cannot be right.
     """
-    chosen = resolve(options, {**fields, "cache_dir": False, "strict": True})
-    default = Options(cache_dir=False, strict=True)
-    for name in set(Options.__dataclass_fields__) - _TAKEN - {"cache_dir"}:
+    for name, only in _SETTLED.items():
+        if fields.get(name, only) != only:
+            remedy = "Leave it out: it is so in any case."
+            raise OptionError(name, fields.get(name), repr(only), remedy)
+    chosen = resolve(options, {**fields, **_SETTLED})
+    default = Options(**_SETTLED)
+    for name in set(Options.__dataclass_fields__) - _TAKEN - _SETTLED.keys():
         harmless = (getattr(default, name), "openvino" if name == "prefer" else None)
         if getattr(chosen, name) not in harmless:
             given = getattr(chosen, name)

@@ -106,8 +106,9 @@ class Options:
     """Names of the methods that are accelerated. Stored as a tuple."""
 
     strict: bool = False
-    """Raise FallbackError where a call would run in eager (except in training, under gradients,
-    or because eager is faster)."""
+    """Raise FallbackError where a call would run in eager. Not where that is how the module is
+    used: in training, under gradients, for values or indices that only eager can take, while a plan
+    is being made or tried, and because eager is faster."""
 
     cache_dir: str | os.PathLike[str] | Literal[False] | None = None
     """Directory of the cache; None: `OVSHIM_CACHE_DIR` or the user's cache directory; False:

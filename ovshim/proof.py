@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Proof",
     "ProofFailedError",
+    "amount",
     "prove",
     "prove_small",
     "redrawn",
@@ -129,7 +130,7 @@ def prove(
             met.append(sizes)
     check_time()
     limits = _integer_limits(eager, served, tensors, fitting, generator)
-    return Proof(worst, min(met, key=_amount), tuple(met), frozenset(pinned), limits)
+    return Proof(worst, min(met, key=amount), tuple(met), frozenset(pinned), limits)
 
 
 def prove_values(
@@ -337,5 +338,6 @@ def tied(
     return tuple(guards)
 
 
-def _amount(sizes: Sizes) -> int:
+def amount(sizes: Sizes) -> int:
+    """How many elements tensors of these sizes have."""
     return sum(torch.Size(dims).numel() for dims in sizes)

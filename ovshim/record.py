@@ -73,7 +73,8 @@ class Record:
         proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
-        race: medians of eager and of the plan in seconds, by processor, threads and sizes.
+        race: how eager and the plan came out, as `Finish.to_json` gives it, by processor, threads
+            and sizes; and in rows that say `alone`, the open graph and one for these sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
         rest: where something is integers, what the rest is fastest in, by processor and threads.
         ways: for tiny graphs, how they run fastest, by processor and threads.

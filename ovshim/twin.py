@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ovshim.bound import BoundMethod, Original, claim, installed
+from ovshim.errors import OptionError
 
 _SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 _OWN_DICTS = frozenset(
@@ -50,7 +51,7 @@ def make_twin(module: nn.Module) -> nn.Module:
     modules they stay the original's, as in a deep copy. A module used in two places is one
     object in both trees. Methods accelerated in the original are accelerated anew in the twin.
 
-    Raises ValueError for a module with uninitialised parameters (a lazy module), and for a class
+    Raises OptionError for a module with uninitialised parameters (a lazy module), and for a class
     whose objects cannot be made without calling its constructor.
     """
     return _Tree().grow(module)
@@ -259,17 +260,21 @@ def _empty(module: nn.Module) -> nn.Module:
     cls = type(module)
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(is_lazy(tensor) for tensor in tensors if tensor is not None):
-        raise ValueError(
-            f"{cls.__name__} has parameters that are not initialised yet. "
-            "Run the module once on an example before accelerating it."
+        raise OptionError(
+            "module",
+            cls.__qualname__,
+            "a module whose parameters are initialised",
+            "Run the module once on an example before accelerating it.",
         )
     try:
         # Not cls.__new__: GraphModule's makes a new class, and others want arguments.
         return object.__new__(cls)
     except TypeError as error:
-        raise ValueError(
-            f"An object of {cls.__name__} cannot be copied without its constructor ({error}). "
-            "Accelerate the module itself: inplace=True."
+        raise OptionError(
+            "module",
+            cls.__qualname__,
+            f"one whose objects can be copied without their constructor ({error})",
+            "Accelerate the module itself: inplace=True.",
         ) from error
 
 

@@ -14,7 +14,6 @@ from ovshim import errors
 from ovshim.errors import (
     ArtifactError,
     CalibrationError,
-    DeviceWarning,
     FallbackError,
     FallbackWarning,
     OptionError,
@@ -48,11 +47,6 @@ EXAMPLES: list[tuple[Exception, dict[str, Any], str]] = [
         PrecisionWarning("fp16", "the processor computes in bf16.", "Give precision='bf16'."),
         {"value": "fp16", "problem": "the processor computes in bf16."},
         "Give precision='bf16'.",
-    ),
-    (
-        DeviceWarning("GPU", "the driver failed.", "Update it."),
-        {"value": "GPU", "problem": "the driver failed."},
-        "Update it.",
     ),
 ]
 each = pytest.mark.parametrize(

@@ -95,6 +95,22 @@ def test_precisions_that_make_no_sense(precision: Any) -> None:
     assert caught.value.name == "precision"
 
 
+@pytest.mark.parametrize("tolerance", ["strict", None, True])
+def test_tolerances_that_are_no_numbers(tolerance: Any) -> None:
+    with pytest.raises(ovshim.OptionError) as caught:
+        sensitivity(make(Outlier), DATA[0], calibration=DATA, tolerance=tolerance)
+    assert caught.value.name == "tolerance"
+
+
+def test_what_is_no_module_or_no_example() -> None:
+    with pytest.raises(ovshim.OptionError) as caught:
+        sensitivity(Outlier, DATA[0], calibration=DATA)  # type: ignore[arg-type]
+    assert caught.value.name == "module"
+    with pytest.raises(ovshim.FallbackError) as fallen:
+        sensitivity(make(Outlier), (object(),), calibration=DATA, precision="bf16")
+    assert fallen.value.reason.code == "unknown-leaf"
+
+
 def test_a_module_that_cannot_be_captured() -> None:
     with pytest.raises(ovshim.FallbackError) as caught:
         sensitivity(make(UsesHistc), torch.randn(3, 8), calibration=[torch.randn(3, 8)])

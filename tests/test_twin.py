@@ -29,6 +29,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from ovshim import bound
 from ovshim.bound import BoundMethod, install, installed, uninstall
+from ovshim.errors import OptionError
 from ovshim.twin import make_twin
 
 JIT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -805,7 +806,7 @@ def test_compiled_in_place_modules_do_not_run_the_original(module: Net, x: torch
 
 def test_lazy_modules_are_refused_until_they_have_run(x: torch.Tensor) -> None:
     module = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match="Run the module once"):
+    with pytest.raises(OptionError, match="Run the module once"):
         make_twin(module)
     module.eval()(x)
     assert torch.equal(accelerated(module)(x), module(x))

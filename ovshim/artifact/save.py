@@ -9,7 +9,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from ovshim.artifact.structure import (
     structure_to_json,
 )
 from ovshim.artifact.tensors import Writer
-from ovshim.building import Building
+from ovshim.building import Building, own_modes
 from ovshim.cache import files
 from ovshim.cache.entry import listed
 from ovshim.eager import Answer, Eager
 from ovshim.errors import ArtifactError, FallbackWarning
 from ovshim.inputs import small_leaves
 from ovshim.plan import OutOfRangeError, Plan
-from ovshim.proof import redrawn
+from ovshim.proof import amount, redrawn
 from ovshim.signature import describe
 from ovshim.verify import Mismatch
 from ovshim.version import __version__
@@ -174,7 +173,7 @@ def _written(
         "names": [list(part) for part in names_of(kind, graph, call)],
     }
     writer = Writer()
-    with _aside():
+    with own_modes(False), Building():  # calls in here are eager's
         cases = [_recorded(writer, *case) for case in _cases(module, call, plan)]
     if not cases:
         raise Mismatch("no call of it could be recorded")
@@ -205,7 +204,7 @@ def _cases(
     eager = Eager(module, "forward", call, plan.kind, graph.leaves, plan.tolerance)
     generator = torch.Generator().manual_seed(0)
     spent = 0
-    for n, sizes in enumerate(sorted(graph.met, key=_amount)):
+    for n, sizes in enumerate(sorted(graph.met, key=amount)):
         leaves = small_leaves(plan.kind, graph.leaves, plan.pattern, sizes)
         values = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         found = [(eager.answer(values), values)]
@@ -223,19 +222,3 @@ def _cases(
                 continue  # of values drawn anew: nothing to record
             spent += size
             yield given, answer
-
-
-@contextmanager
-def _aside() -> Iterator[None]:
-    """Calls in here are eager's, whatever modes the caller is in."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        Building(),
-    ):
-        yield
-
-
-def _amount(sizes: Sequence[Sequence[int]]) -> int:
-    return sum(torch.Size(dims).numel() for dims in sizes)

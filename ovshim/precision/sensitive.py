@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from ovshim.capture import CaptureError, Request, capture, names
+from ovshim.checks import no_module
 from ovshim.errors import FallbackError, OptionError
 from ovshim.example import as_call
 from ovshim.options import Options
 from ovshim.precision import calibration, graphs, islands, quantize
 from ovshim.progress import bar
 from ovshim.reasons import reason
-from ovshim.signature import flatten, flatten_call, kind_of
+from ovshim.signature import UnknownLeafError, flatten, flatten_call, kind_of
 
 __all__ = ["Sensitivity", "sensitivity"]
 
@@ -79,11 +80,15 @@ def sensitivity(
         tolerance: the largest relative L2 error that the rules may cost.
 
     Raises:
-        OptionError: a value that cannot be right.
+        OptionError: a value that cannot be right, or no module.
         CalibrationError: calibration data that cannot be read, or is of other calls.
-        FallbackError: the module cannot be captured, or its graph does not say which module an
-            operation comes from.
+        FallbackError: the module cannot be captured, its graph does not say which module an
+            operation comes from, or the example holds something of an unknown type.
     """
+    if not isinstance(module, nn.Module):
+        raise no_module(module)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise OptionError("tolerance", tolerance, "a number above 0", "Give for example 0.01.")
     options = Options(
         precision=precision,
         tolerance=tolerance,
@@ -167,7 +172,10 @@ def _captured(
     to judge by."""
     args, kwargs = call
     leaves, structure = flatten_call(args, kwargs)
-    kind = kind_of(leaves, structure)
+    try:
+        kind = kind_of(leaves, structure)
+    except UnknownLeafError as error:
+        raise FallbackError(reason("unknown-leaf", str(error))) from error
     given = options.calibration, options.transform
     samples = calibration.collect(*given, module.forward, args, kwargs, kind)
     with torch.no_grad():
