@@ -14,7 +14,15 @@ from ovshim.record import Record
 from ovshim.signature import sizes_of
 from ovshim.values import holds_nan
 
-__all__ = ["head_of", "is_of_nan", "keep_compiled", "keep_data", "keep_verdict", "known_data"]
+__all__ = [
+    "head_of",
+    "is_of_nan",
+    "keep_compiled",
+    "keep_data",
+    "keep_verdict",
+    "known_data",
+    "processor_of",
+]
 
 log = logging.getLogger("ovshim")
 
@@ -52,13 +60,17 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
         return
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
-    processor = runtime.processor() if why.code in _OF_PROCESSOR else ""
-    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor)
+    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor_of(why))
     head = {**head_of(job, record), "verdict": why.to_dict()}
     try:
         job.store.publish(family, record.variant(job.kind), job.keep_details, head)
     except StoreError as error:
         log.debug("a verdict is not cached: %s", error)
+
+
+def processor_of(why: Reason) -> str:
+    """The only processor that a verdict holds for; empty: it holds for all."""
+    return runtime.processor() if why.code in _OF_PROCESSOR else ""
 
 
 def known_data(entry: Entry) -> list[str]:

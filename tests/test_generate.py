@@ -905,6 +905,31 @@ def test_a_plan_is_made_in_the_background(cache: Path) -> None:
     assert counts(fast)["openvino"] == before + 12
 
 
+def test_a_failed_proof_is_of_one_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ovshim.decode.build import _Build
+    from ovshim.job import BuildStopped
+    from ovshim.reasons import reason
+
+    model = lm.make("llama")
+    proofs: list[str] = []
+
+    def fails(self: Any, family: str | None) -> Any:
+        proofs.append(runtime.processor())
+        raise BuildStopped(reason("proof-failed", "a fault"))
+
+    with quietly(), monkeypatch.context() as patched:
+        patched.setattr(_Build, "_from_capture", fails)
+        for _ in range(2):  # the second finds the verdict
+            accelerated(model, cache_dir=tmp_path).ovshim.warm(PROMPT)
+        assert len(proofs) == 1
+    monkeypatch.setattr(runtime, "processor", lambda: "another one")
+    fast = accelerated(model, cache_dir=tmp_path)
+    fast.ovshim.warm(PROMPT)
+    alike(fast, model, inputs=PROMPT, do_sample=False)
+
+
 @pytest.mark.slow
 def test_the_race_is_asked_who_serves(cache: Path) -> None:
     model = lm.make("llama")

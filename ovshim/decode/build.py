@@ -45,7 +45,7 @@ from ovshim.errors import OptionError
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError
 from ovshim.job import MOVED, BuildStopped, Job
-from ovshim.kept import keep_data, known_data
+from ovshim.kept import keep_data, known_data, processor_of
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 
@@ -152,7 +152,8 @@ class _Build:
     def _keep_verdict(self, family: str, why: Reason) -> None:
         if why.code not in _FOR_GOOD or self.job.weights_moved():
             return
-        head = self._head(StepRecord()) | {"verdict": why.to_dict()}
+        record = StepRecord(processor=processor_of(why))
+        head = self._head(record) | {"verdict": why.to_dict()}
         try:
             self.job.store.publish(family, "0", self.job.keep_details, head)
         except StoreError as error:
@@ -170,6 +171,8 @@ class _Build:
             except (BadGuardError, GuardFailedError, KeyError, TypeError, ValueError) as error:
                 log.info("the entry %s is passed over: %s", entry.path, error)
                 continue
+            if record.processor not in ("", runtime.processor()):
+                continue  # what its kernels make of a graph, this one's may make otherwise
             if record.verdict is not None:
                 return by_eager(job, record.verdict, entry)
             self._refuse_overflow(entry)

@@ -33,6 +33,7 @@ class StepRecord:
         rest: for compressed weights, what is fastest around them, by processor and threads.
         proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
+        processor: the only one for which the verdict holds; empty: it holds for all.
     """
 
     size_guards: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class StepRecord:
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
     proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
+    processor: str = ""
 
     @staticmethod
     def of_module(guards: Iterable[ValueGuard], replaced: Sequence[str]) -> tuple[ValueGuard, ...]:
@@ -80,6 +82,7 @@ class StepRecord:
             "code": None if self.code is None else list(self.code),
             "route": self.route,
             "checked": self.checked,
+            "processor": self.processor,
         }
 
     def proof_to_json(self) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class StepRecord:
         """
         graph, verdict = entry.manifest["graph"], entry.manifest.get("verdict")
         if verdict is not None:
-            return StepRecord(verdict=_reason(verdict))
+            return StepRecord(verdict=_reason(verdict), processor=str(graph.get("processor", "")))
         proof = entry.manifest["proof"]  # without one it was never proved
         most = proof["most"]
         return StepRecord(
