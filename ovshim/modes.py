@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovshim import intraop
 
-__all__ = ["Drawing", "Operators", "Writes", "draws", "without_drawing"]
+__all__ = ["Drawing", "Operators", "Writes", "without_drawing"]
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -66,14 +66,6 @@ class Writes(_Lasting):
         parameter = self._parameters.pop(written.untyped_storage().data_ptr(), None)
         if parameter is not None:
             self.copies.append((parameter, parameter.detach().clone()))
-
-
-def draws(call: Callable[[], Any]) -> bool:
-    """Whether a call draws random numbers. It is made."""
-    seen = Operators()
-    with seen:
-        call()
-    return seen.drawn
 
 
 class Drawing(BaseException):

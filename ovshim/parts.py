@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,6 +32,7 @@ from ovshim.options import Options
 from ovshim.plan import Plan
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
+from ovshim.random_generators import GeneratorStates, drawn_by, seeded
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
@@ -141,12 +140,13 @@ def _divided(job: Job, whole: Plan) -> Plan:
     trained = any(parameter.requires_grad for parameter in job.module.parameters())
     parts = Parts(job, tree, recording=job.grad and (trained or job.kind.requires_grad))
     with job.stage("parts"):
-        _serve_parts(job, tree, parts)
+        drawn = _drawn(job)
+        _serve_parts(job, tree, parts, drawn)
     if not parts.served():
         return whole
     carried = Carried(job.module, tree)
     with job.stage("proof"):
-        error = _proved(job, parts)
+        error = _proved(job, parts, drawn)
     medians = None
     if job.options.prefer == "faster":
         with job.stage("race"):
@@ -185,12 +185,28 @@ class _Met:
     started: float = 0.0
 
 
-def _serve_parts(job: Job, tree: nn.Module, parts: Parts) -> None:
+def _drawn(job: Job) -> frozenset[str]:
+    """The generators that the whole draws from. They are left as they were."""
+    if job.apart is not None:
+        return frozenset()  # what was seen to draw is not divided there
+
+    def call() -> None:
+        job.call_with(job.copies())
+
+    states = GeneratorStates()
+    call()
+    moved = states.moved()
+    drawn = drawn_by(call, moved) if moved else moved
+    states.put_back(drawn)
+    return drawn
+
+
+def _serve_parts(job: Job, tree: nn.Module, parts: Parts, drawn: frozenset[str]) -> None:
     """Put plans on the largest submodules that can have one."""
     elsewhere = _plans_elsewhere(job, tree)
     frontier = _children(tree)
     while frontier:
-        met = _meet(job, parts, frontier)
+        met = _meet(job, parts, frontier, drawn)
         below: dict[int, nn.Module] = {}
         for module in frontier:
             call = met.get(id(module))
@@ -213,7 +229,9 @@ def _children(module: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Met]:
+def _meet(
+    job: Job, parts: Parts, modules: Sequence[nn.Module], drawn: frozenset[str]
+) -> dict[int, _Met]:
     """Call the whole on the example, and see how these submodules are called."""
     met: dict[int, _Met] = {}
 
@@ -232,7 +250,7 @@ def _meet(job: Job, parts: Parts, modules: Sequence[nn.Module]) -> dict[int, _Me
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         args, kwargs = job.arguments(job.copies())
-        with _seeded(job):
+        with seeded(drawn):
             parts(args, kwargs)
     return met
 
@@ -313,32 +331,33 @@ class _Candidate:
 
     job: Job
     parts: Parts
+    drawn: frozenset[str]
     checked: bool = True
 
     def answer(self, values: Sequence[torch.Tensor]) -> Any:
-        with serving(), _seeded(self.job):
+        with serving(), seeded(self.drawn):
             return self.parts(*self.job.arguments(self.job.leaves_with(values)))
 
 
-def _proved(job: Job, parts: Parts) -> float:
+def _proved(job: Job, parts: Parts, drawn: frozenset[str]) -> float:
     """The error of the whole.
 
     Raises:
         ProofFailedError: it does not answer as eager does.
     """
 
-    def seeded(*args: Any, **kwargs: Any) -> Any:
-        with _seeded(job):
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with seeded(drawn):
             return job.call(*args, **kwargs)
 
-    eager = Eager(job.module, job.method, seeded, job.kind, job.leaves, job.tolerance)
+    eager = Eager(job.module, job.method, call, job.kind, job.leaves, job.tolerance)
     sizes = sizes_of(job.leaves)
     pattern = tuple(
         tuple(None if d in dims else n for d, n in enumerate(own))
         for own, dims in zip(sizes, job.dynamic, strict=True)
     )
     guards = proof.tied(pattern, (), sizes)
-    candidate = _Candidate(job, parts)
+    candidate = _Candidate(job, parts, drawn)
     found = proof.prove(eager, candidate, job.tensors, pattern, guards, job.check_time)
     return found.error
 
@@ -357,21 +376,3 @@ def _raced(job: Job, parts: Parts) -> tuple[float, float]:
         return finish.eager, finish.candidate
     log.debug("parts of %s in OpenVINO gain nothing: %s", type(job.module).__qualname__, finish)
     return finish.eager, finish.eager
-
-
-@contextlib.contextmanager
-def _seeded(job: Job) -> Iterator[None]:
-    """Random numbers that are the same each time, and the user's own left untouched."""
-    if job.apart is not None:
-        yield  # other threads draw meanwhile, and this module does not
-        return
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

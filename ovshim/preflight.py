@@ -21,7 +21,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ovshim.attributes import Attributes, tensors_of
-from ovshim.modes import Drawing, Writes, draws, without_drawing
+from ovshim.modes import Drawing, Writes, without_drawing
+from ovshim.random_generators import GeneratorStates, drawn_by, watched
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 
@@ -96,8 +97,8 @@ def look(
             effect it has. Attributes are the caller's business (`Look.undo`).
         apart: the module is a copy that nobody else has, and other threads go on meanwhile. The
             generators are theirs too: they are neither compared nor put back. An operator that
-            would draw from torch's is not run. (What Python's or NumPy's give shows in the output:
-            two calls then differ.)
+            would draw from torch's is not run, and this thread is watched for Python's. (What
+            NumPy's gives shows in the output: two calls then differ.)
 
     Raises:
         whatever the module raises.
@@ -108,7 +109,9 @@ def look(
     started = time.perf_counter()
     try:
         if apart:
-            output = without_drawing(call)
+            with watched() as drew:
+                output = without_drawing(call)
+            found.reason = reason("random") if drew else None
         else:
             output = world.keeping(call) if restore else call()
     except Drawing:
@@ -223,14 +226,14 @@ class _World:
         ]
         self.parameters = [t for _, t in parameters]
         self.attributes = [Attributes(name, m) for name, m in modules]
-        self.generators = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+        self.generators = GeneratorStates()
         # Not parameters: another thread may be at them, and its update must not be undone. Those
         # that this thread writes to are copied just before.
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
         size = sum(b.numel() * b.element_size() for _, b in buffers)
         copied = buffers if copies and size <= _RESTORABLE_BYTES else ()
         self.copies = [(b, b.detach().clone()) for _, b in copied]
-        self.drew = False
+        self.drew: frozenset[str] = frozenset()
 
     def keeping(self, call: Callable[[], Any]) -> Any:
         """`call()`, with a copy kept of each parameter that it writes to."""
@@ -251,14 +254,14 @@ class _World:
             changed = attributes.changed()
             if changed:
                 return reason("mutates-attribute", f"{attributes.name}.{changed}".lstrip("."))
-        self.drew = not apart and self._drawn(call)
+        if not apart:
+            self.drew = self.generators.moved()
+            if self.drew and call is not None:
+                self.drew = drawn_by(call, self.drew)
         return reason("random") if self.drew else None
 
     def put_back(self) -> None:
-        if self.drew:
-            torch.set_rng_state(self.generators[0])
-            random.setstate(self.generators[1])
-            np.random.set_state(self.generators[2])
+        self.generators.put_back(self.drew)
         with torch.no_grad():
             for buffer, copy in [*self.written, *self.copies]:
                 if not torch.equal(buffer, copy):
@@ -271,16 +274,6 @@ class _World:
     def put_back_attributes(self) -> None:
         for attributes in self.attributes:
             attributes.put_back()
-
-    def _drawn(self, call: Callable[[], Any] | None) -> bool:
-        torch_state, python_state, numpy_state = self.generators
-        # All threads share torch's generator: who moved it is seen in a call of its own.
-        if not torch.equal(torch.get_rng_state(), torch_state) and (call is None or draws(call)):
-            return True
-        numpy_now = np.random.get_state()
-        return random.getstate() != python_state or not all(
-            np.array_equal(a, b) for a, b in zip(numpy_now, numpy_state, strict=True)
-        )
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -37,6 +37,7 @@ FLOORS: dict[str, set[str]] = {
         "untouched",
         "special_mode",
         "modes",
+        "random_generators",
         "fingerprint",
         "cache",
         "onnx_module",
