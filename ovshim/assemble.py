@@ -28,6 +28,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.rival import add_rival
 from ovshim.shapes import ordered_keywords
+from ovshim.shortage import compile_failure
 from ovshim.signature import Kind, Pattern, sizes_of
 from ovshim.single import engine_for
 from ovshim.tiny import add_exact, fastest
@@ -139,8 +140,7 @@ def _compiled(
         threads = job.placement["threads"]
         return made.engine or engine_for(made.graph, threads, inputs, record.computed)
     except (RuntimeError, TypeError, ValueError) as error:
-        detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-        raise BuildStopped(reason("compile-failed", detail)) from error
+        raise BuildStopped(compile_failure(error)) from error
 
 
 def served_by(

@@ -27,6 +27,7 @@ from ovshim.preflight import Look
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import Record
+from ovshim.shortage import SHORTAGE, compile_failure
 from ovshim.signature import sizes_of
 from ovshim.trial import settled, trial
 from ovshim.values import holds_nan
@@ -34,6 +35,9 @@ from ovshim.values import holds_nan
 __all__ = ["from_cache"]
 
 log = logging.getLogger("ovshim")
+
+# They say nothing of an entry.
+_PASSING = frozenset({"build-too-slow", "building", SHORTAGE})
 
 # What an engine was given, and what it has computed.
 _Known = tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -173,8 +177,10 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     if job.weights_moved():  # the entry is as good as before
         raise BuildStopped(MOVED) from None
     code = trouble.reason.code if isinstance(trouble, BuildStopped) else ""
-    if code in ("build-too-slow", "building") or (code == "eager-refuses" and _is_refused(job)):
+    if code in _PASSING or (code == "eager-refuses" and _is_refused(job)):
         raise trouble
+    if isinstance(trouble, EngineDead) and (why := compile_failure(trouble)).code == SHORTAGE:
+        raise BuildStopped(why) from trouble
     log.info("the entry %s does not serve: %s", entry.path, trouble)
     if isinstance(trouble, ProofFailedError) and holds_nan(job.leaves):
         raise BuildStopped(reason("special-values")) from trouble  # others have better examples

@@ -21,6 +21,7 @@ from ovshim.precision.lowering import Lowering
 from ovshim.precision.overflow import overflow
 from ovshim.progress import bar
 from ovshim.reasons import reason
+from ovshim.shortage import compile_failure
 from ovshim.signature import sizes_of
 
 __all__ = [
@@ -58,8 +59,7 @@ def lowered(job: Job, captured: Captured) -> tuple[Captured, dict[str, Any]]:
         try:
             islands.lower(model, lambda node: _float_of(lowering, node))
         except RuntimeError as error:
-            detail = str(error).strip().splitlines()[-1][:200]
-            raise BuildStopped(reason("compile-failed", detail)) from error
+            raise BuildStopped(compile_failure(error)) from error
     if lowering.marked:
         names.name_by_module(model)
     return dataclasses.replace(captured, model=model), told

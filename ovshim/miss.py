@@ -26,6 +26,7 @@ from ovshim.preflight import Look
 from ovshim.proof import DiedOfSizesError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
+from ovshim.shortage import SHORTAGE, compile_failure
 from ovshim.signature import sizes_of
 from ovshim.trial import seen_twice
 
@@ -61,6 +62,8 @@ def from_capture(job: Job, family: str | None) -> Plan:
         try:
             return _climb(job, family, seen, rung)
         except BuildStopped as stopped:
+            if stopped.reason.code == SHORTAGE:
+                raise  # not `first`, which is kept: this rung might have cured it
             if stopped.reason.code not in ("proof-failed", "compile-failed", "infer-failed"):
                 raise first or stopped from None
             log.info("%s, %s: %s", type(job.module).__qualname__, rung.name or "as is", stopped)
@@ -128,8 +131,7 @@ def _fold(captured: Captured) -> None:
     try:
         runtime.fold(captured.model)
     except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1][:200]
-        raise BuildStopped(reason("compile-failed", detail)) from error
+        raise BuildStopped(compile_failure(error)) from error
 
 
 def _wanted(seen: Look) -> tuple[int, ...]:

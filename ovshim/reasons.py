@@ -168,6 +168,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "OpenVINO could not compile the captured graph.",
             "Try another device or precision, or accelerate a part of the module.",
         ),
+        "out-of-resources": Sentence(
+            "OpenVINO had too little memory, or too few threads or files, to compile the graph.",
+            "Free some, and call fast.ovshim.refresh() or start the program again.",
+        ),
         "infer-failed": Sentence(
             "OpenVINO failed while it was running the compiled graph.",
             "Try another device, or report the module and the message.",

@@ -47,6 +47,7 @@ from ovshim.guards import BadGuardError
 from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_data, known_data, processor_of
 from ovshim.reasons import Reason, reason
+from ovshim.shortage import SHORTAGE
 from ovshim.signature import flatten_call, kind_of
 
 __all__ = ["build"]
@@ -183,7 +184,7 @@ class _Build:
                 engine, record, entry = self.prover.still_right(entry, record)
             except BuildStopped as trouble:
                 lease.release()
-                if job.weights_moved() or trouble.reason.code == "build-too-slow":
+                if job.weights_moved() or trouble.reason.code in ("build-too-slow", SHORTAGE):
                     raise
                 log.info("the entry %s does not serve: %s", entry.path, trouble)
                 job.store.discard(entry)

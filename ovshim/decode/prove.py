@@ -26,6 +26,7 @@ from ovshim.job import BuildStopped, Job
 from ovshim.plan import OutOfRangeError
 from ovshim.ran import warnings_of
 from ovshim.reasons import reason
+from ovshim.shortage import compile_failure
 
 __all__ = ["Prover"]
 
@@ -168,8 +169,7 @@ class Prover:
                 engine.keys_and_values = executed.keys_and_values(compiled)
                 return engine
             except (RuntimeError, TypeError, ValueError) as error:
-                detail = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-                raise BuildStopped(reason("compile-failed", detail)) from error
+                raise BuildStopped(compile_failure(error)) from error
 
     def proved(
         self, engine: StatefulEngine, record: StepRecord, asked: Sequence[probes.Probe]

@@ -1,0 +1,72 @@
+"""What OpenVINO did not compile for want of memory, threads or files may be compiled later."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from checks import check, plans, quietly
+from modules import Mlp, make
+
+import ovshim
+from ovshim import runtime
+from ovshim.shortage import SHORTAGE, compile_failure
+
+PASSING = [
+    "Resource temporarily unavailable",
+    "std::bad_alloc",
+    "Exception from src/core/src/runtime/allocator.cpp:79:\nbad allocation",
+    "Cannot allocate memory",
+    "Check 'ptr' failed at src/cpu_memory.cpp:257:\nFailed to allocate 76638 bytes of memory",
+    "Could not allocate memory",
+    "could not create a memory object",
+    "out of memory",
+    "Can not create file mapping for model.bin, err=Too many open files\nin front of more",
+    "Can not open file model.bin for mapping. Ensure that file exists",
+    "No space left on device",
+    "pthread_create has failed",
+]
+LASTING = [
+    "Cannot fallback on ngraph reference implementation",
+    "could not create a primitive descriptor for the matmul primitive",
+    "Cannot allocate memory for incompatible descriptors.",
+    "Failed to allocate required number of vector registers",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", PASSING)
+def test_a_want_passes(text: str) -> None:
+    found = compile_failure(RuntimeError(text))
+    assert found.code == SHORTAGE
+    assert re.sub(r"\s+", " ", text.splitlines()[-1]) in found.message
+
+
+@pytest.mark.parametrize("text", LASTING)
+def test_a_fault_of_the_graph_stays(text: str) -> None:
+    assert compile_failure(RuntimeError(text)).code == "compile-failed"
+
+
+def test_no_verdict_is_kept_and_no_entry_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError("Resource temporarily unavailable")
+
+    def made() -> tuple[str, str, str | None]:
+        with quietly():
+            (plan,) = plans(ovshim.accelerate(module, x, prefer="openvino"))
+        return plan["path"], plan["cache"], plan["reason"] and plan["reason"]["code"]
+
+    def wanting() -> tuple[str, str, str | None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "compile_model", refuse)
+            patch.setattr(runtime, "import_model", refuse)
+            return made()
+
+    assert wanting() == ("eager", "off", SHORTAGE)
+    assert made() == ("openvino", "miss", None)
+    assert wanting() == ("eager", "off", SHORTAGE)
+    assert made() == ("openvino", "hit", None)
+    with quietly():
+        check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
