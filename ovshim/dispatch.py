@@ -23,6 +23,7 @@ from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
 from ovshim.plan import OutOfRangeError, Plan
 from ovshim.planner import Given, Planner, known_kind, unfit
+from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import look_out, unrecordable
 from ovshim.rest import Rest
@@ -42,6 +43,7 @@ _grad_enabled = torch.is_grad_enabled
 _LOOK_AGAIN = 8
 _OFF = reason("off")
 _OUT_OF_RANGE = reason("out-of-range")
+_REENTERED = reason("reentered")
 _SELDOM = reason("seldom")
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
@@ -222,7 +224,8 @@ class Dispatcher:
     def failed(self, plan: Plan, error: Exception) -> None:
         """OpenVINO raised while it ran: eager answers. If the engine died of it, for good."""
         log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
-        why = reason("infer-failed", str(error))
+        reentered = isinstance(error, ReenteredError)
+        why = _REENTERED if reentered else reason("infer-failed", str(error))
         if isinstance(error, EngineDead):
             self.tally.retire([plan])
             plan.served, plan.reason = None, why

@@ -179,7 +179,8 @@ class Engine:
 
         Raises EngineDead when `infer` fails, in this call or an earlier one; ValueError when the
         model does not take these sizes, and SpecialValuesError when an input that is to be checked
-        holds a NaN, an infinity or a value near 1e19 (the engine stays usable).
+        holds a NaN, an infinity or a value near 1e19 (the engine stays usable); ReenteredError in a
+        call from within another one of this thread's, where no request is free.
 
         `alone`: not by way of `rival`.
         """
@@ -266,7 +267,7 @@ class Engine:
             self.exact.close(why)
 
     def _forget_slots(self) -> None:
-        self._pool: Pool[Slot] = Pool()
+        self._pool: Pool[Slot] = Pool(Engine.run.__code__)
 
     def _new_slot(self) -> Slot:
         compiled = self._compiled

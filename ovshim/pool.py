@@ -9,21 +9,30 @@ lock around each call would cost more than all of this.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Generic, TypeVar
 
-__all__ = ["Pool"]
+__all__ = ["Pool", "ReenteredError"]
 
 _GATHERING_SECONDS = 20e-6
 
 T = TypeVar("T")
 
 
+class ReenteredError(RuntimeError):
+    """Made from within a call of the same: by a signal handler, or where an object is freed."""
+
+
 class Pool(Generic[T]):
     """What running calls hold.
+
+    Args:
+        holder: the code that holds one, which has the pool in a local variable by then.
 
     Attributes:
         free: those that wait; a call pops one, or takes one by `new` where there is none.
@@ -31,18 +40,21 @@ class Pool(Generic[T]):
             gathered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holder: CodeType) -> None:
         self.free: list[T] = []
         self.back = self.free
         # Weakly, so that one is never waited for that an interrupt has cost.
         self._all: weakref.WeakSet[T] = weakref.WeakSet()
-        self._making = threading.Lock()
+        self._holder = holder
+        self._making = threading.RLock()
+        self._gathering = False
 
     def new(self, make: Callable[[], T]) -> T:
         """One for a call that has found none: one that has come back meanwhile, or a new one.
 
-        Raises whatever `make` raises.
+        Raises ReenteredError, and whatever `make` raises.
         """
+        self._refuse_within(sys._getframe(2))  # the next one is the call itself
         with self._making:
             with contextlib.suppress(IndexError):
                 return self.free.pop()
@@ -57,12 +69,25 @@ class Pool(Generic[T]):
     @contextlib.contextmanager
     def alone(self) -> Iterator[list[T]]:
         """Inside, nobody holds any: no call runs. Gives them all; what is taken out of the list is
-        let go."""
+        let go. Raises ReenteredError."""
+        self._refuse_within(sys._getframe(1))
         with self._making, self._gathered() as gathered:
             yield gathered
 
+    def _refuse_within(self, frame: FrameType | None) -> None:
+        """Raise where this thread holds one further down its stack: it would wait for itself, or
+        for who waits for it. The stack is asked, for a note of who holds what would be a part of
+        each call."""
+        while frame is not None:
+            if frame.f_code is self._holder and any(v is self for v in frame.f_locals.values()):
+                raise ReenteredError
+            frame = frame.f_back
+
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[list[T]]:
+        if self._gathering:  # by this thread, whose lock it is
+            raise ReenteredError
+        self._gathering = True
         gathered: list[T] = []
         self.back = gathered
         try:
@@ -75,3 +100,4 @@ class Pool(Generic[T]):
         finally:
             self.back = self.free
             self.free.extend(gathered)
+            self._gathering = False

@@ -129,6 +129,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "A tensor has no elements.",
             "Nothing needs doing: eager answers such calls.",
         ),
+        "reentered": Sentence(
+            "A signal handler or a finalizer has called the module within another call of it.",
+            "Nothing needs doing: eager answers such calls.",
+        ),
         "special-mode": Sentence(
             "A functorch transform, forward-mode differentiation, a function or dispatch mode, "
             "anomaly detection or hooks on saved tensors are active.",

@@ -18,7 +18,7 @@ __all__ = ["Tally"]
 _FINE_WITH_STRICT = frozenset(
     {"training", "grad", "input-grad", "slower", "prefer-eager", "off", "building"}
     | {"backward", "first-step", "seldom", "stale", "special-values", "out-of-range"}
-    | {"taking-turns", "new-sizes", "empty-tensor"}
+    | {"taking-turns", "new-sizes", "empty-tensor", "reentered"}
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}

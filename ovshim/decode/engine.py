@@ -125,7 +125,7 @@ class StatefulEngine(Engine):
             state.state = _as_openvino(self._tensor, given[state.name].detach())
 
     def _settle(self) -> None:
-        self._turns: Pool[Turn] = Pool()
+        self._turns: Pool[Turn] = Pool(StatefulEngine.step.__code__)
 
 
 class OneThreadStatefulEngine(StatefulEngine, SingleThreadEngine):

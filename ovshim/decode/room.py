@@ -35,6 +35,7 @@ from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import OutOfRangeError
 from ovshim.planner import unfit
+from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten_call, kind_of
 from ovshim.tally import Tally
@@ -243,7 +244,8 @@ class Room:
     def _failed(self, made: Decoding, error: Exception) -> Reason:
         """OpenVINO raised while it ran. If the engine died of it, for good."""
         log.debug("OpenVINO failed on %s", type(self.module).__qualname__, exc_info=error)
-        why = reason("infer-failed", str(error))
+        reentered = isinstance(error, ReenteredError)
+        why = reason("reentered") if reentered else reason("infer-failed", str(error))
         if isinstance(error, EngineDead):
             self.tally.retire([made])
             made.ready, made.reason = None, why

@@ -1,0 +1,123 @@
+"""Calls from within a call: a signal handler's, or of what is freed, at any place of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import check, counts, plans, same
+from modules import Mlp, make
+
+import ovshim
+from ovshim import tiny
+from ovshim.bound import installed
+from ovshim.pool import Pool, ReenteredError
+
+
+@pytest.fixture(autouse=True)
+def one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not another one for the example's sizes alone."""
+    monkeypatch.setattr(tiny, "_seconds", lambda call: 1.0)
+
+
+def engine_of(fast: Any) -> Any:
+    (plan,) = installed(fast)["forward"].dispatcher.plans  # type: ignore[attr-defined]
+    assert plan.served is not None
+    return plan.served.engine
+
+
+def within(work: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which does that work too at its end, once."""
+    todo = [work]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if todo:
+            todo.pop()()
+        return result
+
+    return wrapped
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_call_within_an_inference(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, other = make(Mlp), torch.randn(3, 8), torch.randn(rows, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino")
+    with torch.inference_mode():
+        check(fast, module, x)
+        check(fast, module, x)
+        check(fast, module, other, path=None)
+        before = counts(fast)
+        engine, inner = engine_of(fast), []
+        wrapped = within(lambda: inner.append(fast(other)), engine._infer)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_infer", wrapped)
+            outer = fast(x)
+        same([outer, *inner], [module(x), module(other)])
+    served = counts(fast)
+    assert served["openvino"] == before["openvino"] + 1
+    assert served["eager"] == before["eager"] + 1
+    assert ovshim.explain(fast).to_dict()["eager_reasons"]["reentered"] == 1
+    for _ in range(2):
+        check(fast, module, x)
+    assert plans(fast)[0]["path"] == "openvino"
+
+
+def test_a_call_while_a_request_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino")
+    check(fast, module, x)
+    engine, inner = engine_of(fast), []
+    while engine._pool.free:  # as if other threads held them
+        held = engine._pool.free.pop()
+    with torch.inference_mode():
+        wrapped = within(lambda: inner.append(fast(x)), engine._new_slot)
+        monkeypatch.setattr(engine, "_new_slot", wrapped)
+        engine._pool._all.discard(held)
+        same([fast(x), *inner], [module(x), module(x)])
+    assert len(inner) == 1
+    check(fast, module, x)
+
+
+class Held:
+    """What a pool is of."""
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.pool: Pool[Held] = Pool(Holder.run.__code__)
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        pool = self.pool
+        try:
+            held = pool.free.pop()
+        except IndexError:
+            held = pool.new(Held)
+        try:
+            return work()
+        finally:
+            pool.back.append(held)
+
+    def alone(self) -> int:
+        with self.pool.alone() as held:
+            return len(held)
+
+
+def test_within_a_call_nobody_waits_for_all_to_end() -> None:
+    one, other = Holder(), Holder()
+    for work in (one.alone, lambda: one.run(int)):
+        with pytest.raises(ReenteredError):
+            one.run(work)
+    assert one.run(lambda: other.run(lambda: 7)) == 7
+    assert one.run(other.alone) == len(other.pool.free)
+    assert one.alone() == len(one.pool.free)
+
+
+def test_who_has_all_refuses_itself_and_nothing_is_lost() -> None:
+    one = Holder()
+    one.run(int)
+    with one.pool.alone() as held, pytest.raises(ReenteredError):
+        one.run(int)
+    assert one.pool.free == held
+    assert one.pool.free is one.pool.back
+    assert one.run(lambda: 7) == 7
