@@ -21,7 +21,7 @@ from ovshim.generation import obstacle
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment
-from ovshim.plan import OutOfRangeError, Plan
+from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.planner import Given, Planner, known_kind, unfit
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
@@ -159,8 +159,9 @@ class Dispatcher:
 
     def ready(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], settled: bool = True
-    ) -> tuple[Plan, tuple[torch.Tensor, ...]] | None:
-        """The plan by which OpenVINO would serve this call, and the call's tensors.
+    ) -> tuple[Plan, Served, tuple[torch.Tensor, ...]] | None:
+        """The plan by which OpenVINO would serve this call, what would serve it (the plan may lose
+        it at any time, in another thread), and the call's tensors.
 
         None where `call` would have eager answer: the same questions, and nothing is counted.
 
@@ -177,10 +178,12 @@ class Dispatcher:
             tensors = plan.match(args, kwargs)
             if tensors is None:
                 continue
+            served = plan.served
+            if served is None:
+                return None
             fits = (
-                plan.served is not None
                 # What it would save for a backward pass may be written to before its turn.
-                and plan.served.recorder is None
+                served.recorder is None
                 and (not settled or plan.key(tensors) in plan.open)
                 and plan.generation is not None
                 and plan.generation.holds()
@@ -188,8 +191,8 @@ class Dispatcher:
             )
             if not fits:
                 return None
-            forget_answer(plan.served.engine)  # type: ignore[union-attr] # it fits
-            return plan, tensors
+            forget_answer(served.engine)
+            return plan, served, tensors
         return None
 
     def _in_lane(self, asked: Asked, bucket: Bucket) -> Any:

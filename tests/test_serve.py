@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import ovshim
 from ovshim import pace
 from ovshim.infer import Engine, EngineDead
-from ovshim.serve import Batcher, sizing
+from ovshim.reasons import reason
+from ovshim.serve import Batcher, ahead, alike, sizing
 from ovshim.serve.copies import joined
-from ovshim.serve.flight import Flight
+from ovshim.serve.flight import Flight, ready
 from ovshim.serve.flight import Kept as KeptCall
 
 
@@ -305,6 +306,34 @@ def test_an_engine_that_dies_is_eagers_turn(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.inference_mode(), falls_back("infer-failed"):
         same(list(fast.ovshim.map(xs, in_flight=2)), [module(x) for x in xs])
     assert counts(fast) == {"openvino": 0, "mixed": 0, "eager": 5}
+
+
+ONE_BY_ONE: dict[str, Callable[[Any, list[Tensor]], list[Any]]] = {
+    "submit": lambda fast, xs: [fast.ovshim.submit(x).result(60) for x in xs],
+    "map": lambda fast, xs: list(fast.ovshim.map(xs)),
+    "map, two at once": lambda fast, xs: list(fast.ovshim.map(xs, in_flight=2)),
+}
+
+
+@pytest.mark.parametrize("way", ONE_BY_ONE)
+def test_an_engine_that_dies_once_it_was_asked(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, fast = fast_mlp(hint="throughput")
+    xs = [torch.randn(3, 8) for _ in range(3)]
+
+    def dying(*args: Any) -> Any:
+        found = ready(*args)
+        if found is not None:
+            plan, asked, _ = found
+            asked.engine.close("it died")
+            plan.served, plan.reason = None, reason("infer-failed")
+        return found
+
+    with torch.inference_mode():
+        with by_openvino(fast, 1):
+            fast(xs[0])
+        monkeypatch.setattr(ahead, "ready", dying)
+        with quietly():
+            same(ONE_BY_ONE[way](fast, xs), [module(x) for x in xs])
 
 
 def test_nothing_is_left_of_a_map_that_is_not_finished() -> None:
@@ -610,6 +639,25 @@ def test_calls_of_many_threads_make_a_batch() -> None:
     storages = {answer.untyped_storage().data_ptr() for answer in answers}
     assert len(storages) == 6
     assert all(answer.is_inference() for answer in answers)
+
+
+def test_a_plan_that_loses_its_engine_once_the_batch_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, fast = fast_mlp()
+    xs = [torch.randn(1, 8) for _ in range(4)]
+    answer = alike.Call.answer
+
+    def late(self: alike.Call) -> Any:
+        self.plan.served = None
+        return answer(self)
+
+    with Batcher(fast, max_batch=4, max_delay=LONG) as batcher:
+        monkeypatch.setattr(alike.Call, "answer", late)
+        answers = in_threads(lambda n: batcher(xs[n]), 4)
+        assert batcher.stats()["batched"] == 4
+    with torch.inference_mode():
+        same(answers, [module(x) for x in xs])
 
 
 def test_batch_after_batch() -> None:

@@ -23,8 +23,7 @@ from torch import nn
 
 from ovshim.errors import OptionError
 from ovshim.example import as_call
-from ovshim.pace import Pace
-from ovshim.plan import Plan
+from ovshim.plan import Plan, Served
 from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, Ready, dispatcher_of, ready
 from ovshim.special_mode import in_special_mode
 
@@ -91,10 +90,10 @@ class _Line:
             if self.pool is not None:
                 self.pool.shutdown(cancel_futures=True)
 
-    def is_worth_a_thread(self, plan: Plan, given: Sequence[torch.Tensor]) -> bool:
+    def is_worth_a_thread(self, plan: Plan, served: Served, given: Sequence[torch.Tensor]) -> bool:
         if self.in_flight is not None:
             return True
-        if plan.served is None or plan.served.engine.advised == 1:
+        if served.engine.advised == 1:
             return False
         # A quick one does not wait for those that are long.
         return not (plan.pace(given).quick and all(f.pace.quick for f, _ in self.waiting))
@@ -107,7 +106,7 @@ class _Line:
 
     def here(self, found: Ready | None, call: Call) -> Any:
         """The module's answer, in this thread. `found`: what serves the call, if asked just now."""
-        answered = None if found is None else _at_once(*found, found[0].pace(found[1]))
+        answered = None if found is None else _at_once(*found)
         if answered is not None:
             return answered[0]
         args, kwargs = call
@@ -149,18 +148,15 @@ def _computed(flight: Flight) -> list[torch.Tensor]:
     return computed
 
 
-def _at_once(plan: Plan, given: Sequence[torch.Tensor], pace: Pace) -> tuple[Any] | None:
+def _at_once(plan: Plan, served: Served, given: Sequence[torch.Tensor]) -> tuple[Any] | None:
     """The module's answer, by OpenVINO, in this thread; None where eager has to give it."""
-    served = plan.served
-    if served is None:  # since a moment ago
-        return None
     started = time.perf_counter()
     try:
         answer = served.answer(given)
     except FAILURES as error:
         log.debug("to be answered by eager: %s", error)
         return None
-    pace.took(time.perf_counter() - started, here=True)
+    plan.pace(given).took(time.perf_counter() - started, here=True)
     plan.calls.add()
     return (answer,)
 
@@ -203,14 +199,14 @@ def submitted(
     lanes = _lanes_of(owner)
     found = ready(module, dispatcher_of(module), args, kwargs)
     if found is not None:
-        plan, given = found
+        plan, _, given = found
         pace = plan.pace(given)
         if pace.quick and not lanes.long:
-            answered = _at_once(plan, given, pace)
+            answered = _at_once(*found)
             if answered is not None:
                 future.set_result(answered[0])
                 return future
-        flight = Flight(plan, given, (args, kwargs))
+        flight = Flight(*found, (args, kwargs))
         if not pace.quick:
             lanes.long.add(flight)
         lanes.pool(flight.threads).submit(_fly, flight, module, lanes, future)

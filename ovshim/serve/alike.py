@@ -42,7 +42,8 @@ class Call:
         rows: the size of dimension 0 of all of them.
         key: calls with equal keys are alike.
         done: set when its batch has come to an end, whichever.
-        part: the batch's plan, and what that has computed for this call; None until then.
+        part: the batch's plan, what served it, and what that has computed for this call; None until
+            then.
     """
 
     def __init__(self, dispatcher: Dispatcher, flight: Flight, call: Any, rows: int) -> None:
@@ -54,7 +55,7 @@ class Call:
         sizes = tuple(tensor.shape[1:] for tensor in flight.given)
         self.key = (flight.served, flight.modes.inference, flight.modes.grad, sizes)
         self.done = threading.Event()
-        self.part: tuple[Plan, list[torch.Tensor]] | None = None
+        self.part: tuple[Plan, Served, list[torch.Tensor]] | None = None
         self._dispatcher = dispatcher
         self._call = call
 
@@ -70,13 +71,13 @@ class Call:
         found = self._dispatcher.ready(*call, settled=False)
         if found is None:
             raise NoPlanError
-        plan, given = found
+        plan, served, given = found
         lane = plan.lane(plan.bucket(given))
         if not (lane.proved or lane.eager):
             self._meet(call)
-        if plan.served is None or not lane.proved or lane.eager:
+        if plan.served is not served or not lane.proved or lane.eager:
             raise NoPlanError
-        return plan, plan.served, given
+        return plan, served, given
 
     def _meet(self, call: Any) -> None:
         """Make a call of sizes that were never met: eager answers it too, and is compared."""
@@ -100,10 +101,9 @@ class Call:
     def answer(self) -> Any:
         """The module's answer, of this call's part of a batch."""
         assert self.part is not None
-        plan, computed = self.part
-        assert plan.served is not None
+        plan, served, computed = self.part
         plan.calls.add()
-        return plan.served.builder(computed, self.given)
+        return served.builder(computed, self.given)
 
 
 def call_of(
@@ -159,14 +159,14 @@ class Rows:
         if found is None:
             self.apart = False
             return False
-        plan, parts = found
+        plan, served, parts = found
         for call, part in zip(calls, parts, strict=True):
-            call.part = plan, part
+            call.part = plan, served, part
         return True
 
     def _parts(
         self, like: Call, calls: Sequence[Tensors], compared: bool
-    ) -> tuple[Plan, list[list[torch.Tensor]]] | None:
+    ) -> tuple[Plan, Served, list[list[torch.Tensor]]] | None:
         """What a batch of these tensors computes, by call; None where it cannot be told apart."""
         together = once_each(like.given, lambda i, _: joined([given[i] for given in calls]))
         plan, served, batch = like.with_rows(together)
@@ -176,7 +176,7 @@ class Rows:
         pairs = zip(calls, parts, strict=True)
         if compared and not all(self._same(like, served, given, part) for given, part in pairs):
             return None
-        return plan, parts
+        return plan, served, parts
 
     def _same(self, like: Call, served: Served, given: Tensors, part: list[torch.Tensor]) -> bool:
         try:

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Ready = tuple[Plan, tuple[torch.Tensor, ...]]
+Ready = tuple[Plan, Served, tuple[torch.Tensor, ...]]
 
 # What may come out of a computation that eager should answer instead.
 FAILURES = (OutOfRangeError, RuntimeError, ValueError)
@@ -112,26 +112,24 @@ class Flight:
     """A call that OpenVINO serves.
 
     Args:
+        served: what serves it in OpenVINO.
         given: its tensors.
         copied: whether it is computed of copies of them, for whoever made the call goes on and may
             write to them.
-
-    Attributes:
-        served: what serves it in OpenVINO.
     """
 
     def __init__(
         self,
         plan: Plan,
+        served: Served,
         given: Sequence[torch.Tensor],
         call: Call,
         copied: bool = True,
     ) -> None:
-        assert plan.served is not None
         self.plan = plan
         self.given = given
         self.modes = Modes()
-        self.served: Served = plan.served
+        self.served = served
         self._kept = Kept(call) if copied else None
         self._taken = given if self._kept is None else self._kept.copies(given)
 
