@@ -599,6 +599,58 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run_python(script) == "0\n"
 
 
+def test_who_goes_on_after_the_main_thread_has_ended_is_answered() -> None:
+    """Threads that were there compute on, and no new work is taken."""
+    script = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+import torch, ovshim
+from torch import nn
+from ovshim.infer import Engine
+from ovshim.pace import Pace
+from modules import make
+module = make(nn.Embedding, 10, 8)
+good = torch.arange(6).view(2, 3)
+fast = ovshim.accelerate(module, good, prefer="openvino", hint="throughput")
+run, begun = Engine.run, threading.Event()
+def ended():
+    while True:
+        try:
+            ThreadPoolExecutor(1).submit(int).result()
+        except RuntimeError:
+            return
+def late(self, tensors, **how):
+    if threading.current_thread().name.startswith("ovshim-submit") and not begun.is_set():
+        begun.set()
+        ended()
+    return run(self, tensors, **how)
+def work():
+    with torch.inference_mode():
+        expected = module(good)
+        try:
+            fast.ovshim.submit(good + 100).result()
+        except IndexError:
+            print("eager's error")
+        before = fast.ovshim.stats()
+        answers = [fast(good), *fast.ovshim.map([good] * 2), *fast.ovshim.map([good] * 2, 2)]
+        answers.append(fast.ovshim.submit(good).result())
+        print(all(torch.equal(answer, expected) for answer in answers))
+        print(fast.ovshim.stats()["openvino"] - before["openvino"])
+        try:
+            fast.ovshim.submit(good + 100).result()
+        except IndexError:
+            print("eager's error")
+with torch.inference_mode():
+    for _ in range(3):
+        fast(good)
+Pace.quick = property(lambda self: False)
+Engine.run = late
+threading.Thread(target=work).start()
+begun.wait()
+"""
+    assert run_python(script) == "eager's error\nTrue\n6\neager's error\n"
+
+
 # Batcher
 
 

@@ -74,9 +74,9 @@ class _Line:
                     yield from self.landed(0)
                     raise call
                 found = None if self.in_flight == 1 else ready(self.module, self.dispatcher, *call)
-                if found is not None and self.is_worth_a_thread(*found):
-                    flight = Flight(*found, call)
-                    self.waiting.append((flight, self.threads(flight).submit(_computed, flight)))
+                threaded = found is not None and self.is_worth_a_thread(*found)
+                flight = Flight(*found, call) if found is not None and threaded else None
+                if flight is not None and self.begun(flight):
                     yield from self.landed(_AHEAD * (self.in_flight or flight.threads))
                 elif self.waiting:
                     # Eager's turn comes when all before it have had theirs; and nothing is read
@@ -97,6 +97,16 @@ class _Line:
             return False
         # A quick one does not wait for those that are long.
         return not (plan.pace(given).quick and all(f.pace.quick for f, _ in self.waiting))
+
+    def begun(self, flight: Flight) -> bool:
+        """Whether a thread computes it: none does after the main thread's end."""
+        try:
+            future = self.threads(flight).submit(_computed, flight)
+        except RuntimeError as error:
+            log.debug("no thread: %s", error)
+            return False
+        self.waiting.append((flight, future))
+        return True
 
     def threads(self, flight: Flight) -> ThreadPoolExecutor:
         if self.pool is None:
@@ -172,7 +182,8 @@ class _Lanes:
         self._pool: ThreadPoolExecutor | None = None
         # Under way, and not known to be quick: nothing is to be answered at once behind them.
         self.long: set[Flight] = set()
-        self.eager = ThreadPoolExecutor(1, thread_name_prefix="ovshim-eager")
+        self._eager = ThreadPoolExecutor(1, thread_name_prefix="ovshim-eager")
+        self._turn = threading.RLock()  # where eager answers in other threads than that
 
     def pool(self, count: int) -> ThreadPoolExecutor:
         """Threads that compute; so many, if there are none yet."""
@@ -180,6 +191,34 @@ class _Lanes:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(count, thread_name_prefix="ovshim-submit")
             return self._pool
+
+    def in_eager(self, work: Callable[[], None]) -> None:
+        """Have it done when eager has its turn."""
+
+        def alone() -> None:
+            with self._turn:
+                work()
+
+        _handed(self._eager, alone)
+
+
+def _handed(pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+    """Have a thread of the pool do it; this one, where none can be had: after the main thread's
+    end, or where there are too many."""
+    todo = [work]
+
+    def once() -> None:  # what the pool has refused for want of a thread is in its queue
+        try:
+            taken = todo.pop()
+        except IndexError:
+            return
+        taken()
+
+    try:
+        pool.submit(once)
+    except RuntimeError as error:
+        log.debug("no thread: %s", error)
+        once()
 
 
 _lanes: weakref.WeakKeyDictionary[Any, _Lanes] = weakref.WeakKeyDictionary()
@@ -209,11 +248,12 @@ def submitted(
         flight = Flight(*found, (args, kwargs))
         if not pace.quick:
             lanes.long.add(flight)
-        lanes.pool(flight.threads).submit(_fly, flight, module, lanes, future)
+        _handed(lanes.pool(flight.threads), lambda: _fly(flight, module, lanes, future))
     elif in_special_mode():
         _settle(future, lambda: module(*args, **kwargs))
     else:
-        lanes.eager.submit(_answer, module, Kept((args, kwargs)), Modes(), future)
+        kept, modes = Kept((args, kwargs)), Modes()
+        lanes.in_eager(lambda: _answer(module, kept, modes, future))
     return future
 
 
@@ -242,7 +282,7 @@ def _fly(flight: Flight, module: nn.Module, lanes: _Lanes, future: Future[Any]) 
         _settle(future, lambda: flight.answer(computed))
     else:
         modes = flight.modes
-        lanes.eager.submit(_settle, future, lambda: modes.call(flight.call, module))
+        lanes.in_eager(lambda: _settle(future, lambda: modes.call(flight.call, module)))
 
 
 def _answer(module: nn.Module, kept: Kept, modes: Modes, future: Future[Any]) -> None:
