@@ -871,3 +871,33 @@ def test_old_weights_are_let_go() -> None:
 
     gc.collect()
     assert old() is None
+
+
+class Incomparable:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        raise LookupError("these cannot be compared")
+
+
+class Tagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.tags = [Incomparable(1.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) * self.tags[0].value
+        return y
+
+
+def test_what_cannot_be_compared_was_replaced() -> None:
+    module, x = make(Tagged), torch.randn(3, 8)
+    fast: Any = ovshim.accelerate(module, x, prefer="openvino")
+    check(fast, module, x)
+    fast.tags[0] = Incomparable(2.0)
+    module.tags = fast.tags
+    with quietly():
+        check(fast, module, x, path=None)
+        settle(fast, module, x)
