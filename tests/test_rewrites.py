@@ -120,6 +120,16 @@ def floored(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return (x / y).ceil().long(), (x / 0.7).floor(), (x / 7).int()
 
 
+def bagged(ids: Tensor, offsets: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    table, flat = torch.arange(24.0).view(12, 2) + 1, ids.view(-1)
+    return (
+        F.embedding_bag(ids, table, mode="mean", padding_idx=2),
+        F.embedding_bag(ids, table, mode="sum", padding_idx=-10),
+        F.embedding_bag(ids, table, mode="sum", per_sample_weights=weights, padding_idx=2),
+        F.embedding_bag(flat, table, offsets, mode="mean", padding_idx=2),
+    )
+
+
 def odd(places: Tensor) -> Tensor:
     """Values that are no numbers, made inside: a call with such inputs would go to eager."""
     return torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1.5, -2.0])[places]
@@ -283,6 +293,11 @@ CASES |= {
         lambda x: torch.linalg.multi_dot([x, x.T, x]), torch.randn(3, 4)
     ),
     "products/kron": case(torch.kron, (torch.randn(2, 3), torch.randn(4, 2))),
+    "bags/embedding_bag": case(
+        bagged,
+        (torch.tensor([[3, 4, 5], [6, 7, 3]]), torch.tensor([0, 2, 2]), torch.randn(2, 3)),
+        (torch.tensor([[3, 2, 2], [2, 2, 2]]), torch.tensor([0, 2, 2]), torch.randn(2, 3)),
+    ),
     "losses/mse_loss": case(
         lambda x, y: (F.mse_loss(x, y), F.mse_loss(x, y, reduction="none")),
         (FLOATS, FLOATS.flip(0)),

@@ -7,6 +7,7 @@
     operators   arguments that are ignored, ties, edges
     missing     operators that OpenVINO has no counterpart for
     products    sums of products among them
+    bags        padding in bags of embeddings
     losses      losses
     layout      ways to arrange elements
 
@@ -23,6 +24,7 @@ from torch.fx import GraphModule, Node
 
 from ovshim.capture.rewrites import (
     attention,
+    bags,
     division,
     integers,
     layout,
@@ -38,7 +40,7 @@ __all__ = ["SIZES", "TABLE", "Rewrite", "apply"]
 
 # For numbers that depend on sizes, and for everything else.
 SIZES = sizes.TABLE
-_ROOMS = (attention, division, integers, operators, missing, products, losses, layout)
+_ROOMS = (attention, division, integers, operators, missing, products, bags, losses, layout)
 TABLE = tuple(entry for room in _ROOMS for entry in room.TABLE)
 
 _Index = Mapping[Target, Sequence[Rewrite]]
