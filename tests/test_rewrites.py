@@ -298,6 +298,12 @@ CASES |= {
         (torch.tensor([[3, 4, 5], [6, 7, 3]]), torch.tensor([0, 2, 2]), torch.randn(2, 3)),
         (torch.tensor([[3, 2, 2], [2, 2, 2]]), torch.tensor([0, 2, 2]), torch.randn(2, 3)),
     ),
+    "nearest/interpolate": case(
+        lambda x: (F.interpolate(x, size=(82, 7)), F.interpolate(x, scale_factor=(1.3, 1.25))),
+        torch.randn(1, 1, 70, 9),
+        torch.randn(1, 1, 76, 9),
+        torch.randn(1, 1, 3, 9),
+    ),
     "losses/mse_loss": case(
         lambda x, y: (F.mse_loss(x, y), F.mse_loss(x, y, reduction="none")),
         (FLOATS, FLOATS.flip(0)),

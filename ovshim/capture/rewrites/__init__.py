@@ -8,6 +8,7 @@
     missing     operators that OpenVINO has no counterpart for
     products    sums of products among them
     bags        padding in bags of embeddings
+    nearest     interpolation where sizes may change
     losses      losses
     layout      ways to arrange elements
 
@@ -30,6 +31,7 @@ from ovshim.capture.rewrites import (
     layout,
     losses,
     missing,
+    nearest,
     operators,
     products,
     sizes,
@@ -40,7 +42,18 @@ __all__ = ["SIZES", "TABLE", "Rewrite", "apply"]
 
 # For numbers that depend on sizes, and for everything else.
 SIZES = sizes.TABLE
-_ROOMS = (attention, division, integers, operators, missing, products, bags, losses, layout)
+_ROOMS = (
+    attention,
+    division,
+    integers,
+    operators,
+    missing,
+    products,
+    bags,
+    losses,
+    layout,
+    nearest,
+)
 TABLE = tuple(entry for room in _ROOMS for entry in room.TABLE)
 
 _Index = Mapping[Target, Sequence[Rewrite]]
