@@ -42,6 +42,9 @@ log = logging.getLogger("ovshim")
 
 Sizes = tuple[tuple[int, ...], ...]
 
+# Integers beyond what float32 tells apart, and far from 32 bits.
+_MIDDLE = (-(2**25), 2**25)
+
 
 class ProofFailedError(Exception):
     """The candidate's answers are not eager's."""
@@ -191,7 +194,8 @@ def _integer_limits(
     """Which integer tensors must keep to the range that the example and the samples show.
 
     Each is asked all over the range that a plan lets in. If eager refuses that, it is an index, and
-    the graph checks it itself (but a traced graph does not: then the example's range it is)."""
+    the graph checks it itself (but a traced graph does not: then the example's range it is).
+    What the graph refuses itself (a sum that leaves 32 bits) needs no limit; it is asked less."""
     limits = {}
     for t, tensor in enumerate(tensors):
         wide = tensor.dtype in (torch.int32, torch.int64) and tensor.numel() > 0
@@ -199,17 +203,22 @@ def _integer_limits(
             continue
         seen = [tensor, *(sample[t] for sample in samples if sample[t].numel() > 0)]
         least, most = int(min(x.min() for x in seen)), int(max(x.max() for x in seen))
+        wrong = False
         for low, high in _ranges(least, most):
+            if (low, high) == _MIDDLE and wrong:
+                continue
             drawn = torch.randint(low, high, tensor.shape, generator=generator)
             drawn.view(-1)[:1], drawn.view(-1)[-1:] = low, high
             values = [drawn.to(value.dtype) if value is tensor else value for value in tensors]
             answer = _answer_or_none(eager, values)
             if answer is None and served.checked:
                 break
-            if answer is not None and _agrees(eager, served, answer, values):
-                if (low, high) != WIDEST:
+            agrees = answer is not None and _agrees(eager, served, answer, values)
+            if agrees:
+                if wrong:
                     limits[t] = (low, high)
                 break
+            wrong = wrong or agrees is not None
         else:
             limits[t] = (least, most)
     return limits
@@ -218,6 +227,7 @@ def _integer_limits(
 def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
     """Ranges to try, from the widest to a little more than what the example shows."""
     yield WIDEST
+    yield _MIDDLE
     span = max(abs(least), abs(most), 1)
     yield max(-4 * span, WIDEST[0]), min(4 * span, WIDEST[1])
     yield least - span // 4 - 1, most + span // 4 + 1
@@ -225,10 +235,13 @@ def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
 
 def _agrees(
     eager: Eager, served: Candidate, answer: Answer, values: Sequence[torch.Tensor]
-) -> bool:
+) -> bool | None:
+    """None where the candidate says itself that it cannot answer."""
     try:
         eager.judge(answer, served.answer(values))
-    except (Mismatch, OutOfRangeError) as error:
+    except OutOfRangeError:
+        return None
+    except Mismatch as error:
         log.debug("wrong for wide integers: %s", error)
         return False
     return True

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ovshim.capture import overflows
+
 __all__ = ["INTEGERS", "VERDICT", "check_domains"]
 
 # Marks a node whose boolean says whether OpenVINO may answer this call.
@@ -36,6 +38,9 @@ def check_domains(module: fx.GraphModule) -> None:
         divisor = _integer_divisor(node)
         if divisor is not None:
             _ask(graph, node, _has_no_zero, divisor)
+        fits = overflows.question(node)
+        if fits is not None:
+            _ask(graph, node, *fits)
         source = _cast_to_integers(node)
         choice = None if source is None else _choice(node)
         if source is not None and choice is not None:

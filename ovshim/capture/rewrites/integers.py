@@ -10,10 +10,10 @@ import torch
 from torch.fx import Node
 
 from ovshim.capture import CaptureError
+from ovshim.capture.magnitudes import Magnitude, magnitude
 from ovshim.capture.rewrites.entry import (
     INTEGERS,
     NARROW,
-    WIDE,
     Function,
     Rewrite,
     argument,
@@ -125,40 +125,16 @@ def at_least(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _comparison(function: Function) -> Any:
-    """Both sides may be beyond 2**24: then float32 cannot tell neighbours apart. A number on one
+    """Both sides may be 2**24 and more: then float32 cannot tell neighbours apart. A number on one
     side that is smaller than that is told apart from everything."""
 
     def choose(node: Node) -> Function | None:
         if len(node.args) != 2 or node.kwargs:
             return None
-        return function if all(_may_be_large(x) for x in node.args) else None
+        large = all(magnitude(x) > Magnitude.SMALL for x in node.args)
+        return function if large else None
 
     return choose
-
-
-# Operators that give no value that they were not given.
-_CARRY = frozenset(
-    {
-        *(operator.getitem, "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as"),
-        *("transpose", "permute", "flatten", "contiguous", "clone", "to", "long", "int", "t"),
-        *(torch.unsqueeze, torch.squeeze, torch.reshape, torch.flatten, torch.cat, torch.stack),
-        *(torch.where, torch.gather, "gather", "roll", "flip", torch.roll, torch.flip),
-        *(operator.add, operator.sub, operator.neg, "masked_fill", "clamp", torch.clamp),
-    }
-)
-
-
-def _may_be_large(x: Any) -> bool:
-    """Whether an integer beyond 2**24 may come here, from an input or by multiplication."""
-    if not isinstance(x, Node):
-        return isinstance(x, int) and abs(x) > 2**24
-    if dtype_of(x) not in WIDE:
-        return False
-    if x.op == "placeholder":
-        return True
-    if x.target in (operator.mul, torch.mul, "mul", operator.pow, torch.pow, "pow"):
-        return True
-    return x.target in _CARRY and any(map(_may_be_large, x.all_input_nodes))
 
 
 # --- operators that give other types than OpenVINO's --------------------------------------------

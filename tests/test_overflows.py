@@ -1,0 +1,69 @@
+"""Integers that leave 32 bits inside of a graph, or what float32 tells apart, go to eager."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from checks import check
+from torch import Tensor, nn
+
+import ovshim
+
+ONES = torch.ones(3, 4, dtype=torch.int64)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.function(*args)
+
+
+OVERFLOWS = {
+    "product": (lambda x, y: x * y, 100000),
+    "sum": (lambda x, y: x + y, 2**31 - 1),
+    "difference": (lambda x, y: x - -y, 2**30),
+    "scaled sum": (lambda x, y: torch.add(x, y, alpha=5), 2**29),
+    "matrix product": (lambda x, y: x @ y.T, 2**15),
+    "whole product": (lambda x, y: (x + y).prod(1), 2**8),
+    "total": (lambda x, y: (x + y).sum(), 2**29),
+    "running total": (lambda x, y: (x + y).cumsum(1), 2**29),
+    "power": (lambda x, y: (x * y) ** 2, 2**9),
+    "shift": (lambda x, y: (x + y) << 4, 2**28),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_what_leaves_32_bits_goes_to_eager(name: str) -> None:
+    function, large = OVERFLOWS[name]
+    module = Function(function).eval()
+    fast = ovshim.accelerate(module, (ONES, ONES.clone()), prefer="openvino", cache_dir=False)
+    check(fast, module, ONES * 3, ONES * 2)
+    with torch.no_grad():
+        assert torch.equal(fast(ONES * large, ONES * large), module(ONES * large, ONES * large))
+    assert fast.ovshim.stats()["eager"] == 1
+
+
+def test_positions_and_products_that_fit_stay_in_openvino() -> None:
+    module = Function(lambda x, y: (x * y, x.cumsum(1) - 1, torch.arange(4) * x)).eval()
+    fast = ovshim.accelerate(module, (ONES, ONES.clone()), prefer="openvino", cache_dir=False)
+    for value in (2, 40000, -40000):
+        check(fast, module, ONES * value, ONES * 40000)
+
+
+def test_neighbours_of_16777216_are_told_apart() -> None:
+    module = Function(lambda x: (x > 2**24, x == 2**24, x.roll(1, 0) != 2**24)).eval()
+    fast = ovshim.accelerate(module, ONES, prefer="openvino", cache_dir=False)
+    for value in (2**24 - 1, 2**24, 2**24 + 1):
+        check(fast, module, ONES * value)
+
+
+def test_a_maximum_that_float32_does_not_hold_goes_to_eager() -> None:
+    module = Function(lambda x: (x.amax(1) != 2**24, x.max(1)[0] != 2**24)).eval()
+    fast = ovshim.accelerate(module, ONES, prefer="openvino", cache_dir=False)
+    check(fast, module, ONES * 2**23)
+    with torch.no_grad():
+        assert all(found.all() for found in fast(ONES * (2**24 + 1)))
+    assert fast.ovshim.stats()["eager"] == 1
