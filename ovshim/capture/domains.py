@@ -1,7 +1,8 @@
 """Values at which OpenVINO computes otherwise than eager, asked about inside the graph.
 
 Eager raises where integers are divided by zero, and keeps 64 bits of an integer made of a float;
-OpenVINO answers with some number, and saturates at 32. Which values come there only the graph
+OpenVINO answers with some number, and saturates at 32 (`overflows` asks about other results of
+integers, `nans` about what is no number). Which values come there only the graph
 knows: like an index out of its table (`ranges`), they make the call go to eager.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ovshim.capture import overflows
+from ovshim.capture import nans, overflows
 
 __all__ = ["INTEGERS", "VERDICT", "check_domains"]
 
@@ -38,9 +39,12 @@ def check_domains(module: fx.GraphModule) -> None:
         divisor = _integer_divisor(node)
         if divisor is not None:
             _ask(graph, node, _has_no_zero, divisor)
-        fits = overflows.question(node)
-        if fits is not None:
-            _ask(graph, node, *fits)
+        for fits in (overflows.question(node), nans.domain(node)):
+            if fits is not None:
+                _ask(graph, node, *fits)
+        finite = nans.lost_infinity(node)
+        if finite is not None:
+            _ask(graph, node.next, *finite)
         source = _cast_to_integers(node)
         choice = None if source is None else _choice(node)
         if source is not None and choice is not None:

@@ -1,0 +1,171 @@
+"""NaNs and infinities that arise inside of a graph from finite inputs, and that OpenVINO loses: its
+ReLU makes 0 of a NaN, and its maximum the lowest number there is of -inf.
+
+Asked is where they arise, which is seldom, and only if something behind it loses them. What a
+softmax makes of a row that is masked as a whole is not asked about: every attention would pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ovshim.capture.magnitudes import name_of
+
+__all__ = ["domain", "lost_infinity"]
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_LOSE = _names(
+    "relu relu_ relu6 clamp clamp_ clamp_min clamp_max clip hardtanh hardswish hardsigmoid maximum"
+    " minimum max min amax amin aminmax argmax argmin sort argsort topk sign sgn softmax threshold"
+    " bool lt le gt ge eq ne max_pool1d max_pool2d max_pool3d adaptive_max_pool1d"
+    " adaptive_max_pool2d adaptive_max_pool3d normalize"
+)
+# They choose what goes on: as often as not, what is a number.
+_CHOOSE = frozenset({"where", "masked_fill", "masked_fill_", "nan_to_num", "isnan", "isfinite"})
+_DIVIDE = frozenset({"div", "div_", "divide", "truediv", "itruediv", "true_divide"})
+_NOT_BELOW_ZERO = _names("abs square exp sigmoid softmax relu var norm vector_norm softplus relu6")
+_KEEP_SIGN = _names(
+    "mean sum sqrt rsqrt view reshape unsqueeze squeeze expand to float getitem flatten avg_pool1d"
+    " avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d pow mul add contiguous"
+)
+_CARRY = _names(
+    "view reshape unsqueeze squeeze expand transpose permute flatten contiguous clone to float"
+    " getitem add sub mul truediv div neg cat stack iadd isub imul"
+)
+
+
+def _at_least(low: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def fits(x: torch.Tensor) -> torch.Tensor:
+        return (x >= low).all()
+
+    return fits
+
+
+def _within_one(x: torch.Tensor) -> torch.Tensor:
+    return (x.abs() <= 1).all()
+
+
+def _has_no_zero(x: torch.Tensor) -> torch.Tensor:
+    return (x != 0).all()
+
+
+_ROOTS = ("sqrt", "rsqrt", "sqrt_", "rsqrt_", "log", "log_", "log2", "log10", "pow")
+_DOMAINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **dict.fromkeys(_ROOTS, _at_least(0)),
+    "log1p": _at_least(-1),
+    "acosh": _at_least(1),
+    **dict.fromkeys(("acos", "asin", "atanh", "arccos", "arcsin", "arctanh"), _within_one),
+}
+
+
+def domain(node: fx.Node) -> tuple[Any, ...] | None:
+    """A function that tells inside the graph whether `node` gives numbers, and what to give it."""
+    name = name_of(node)
+    if not _is_of_floats(node):
+        return None
+    if name in _DIVIDE:
+        divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+        asked = isinstance(divisor, fx.Node) and _is_of_floats(divisor) and not _is_above(divisor)
+        return (_has_no_zero, divisor) if asked and _is_lost(node) else None
+    if name not in _DOMAINS or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if name == "pow" and (len(node.args) < 2 or _is_whole(node.args[1])):
+        return None
+    x = node.args[0]
+    safe = name != "acosh" and _DOMAINS[name] is not _within_one and _is_not_below(x)
+    return None if safe or not _is_lost(node) else (_DOMAINS[name], x)
+
+
+def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
+    """The same of a maximum or minimum over what may be infinite; to be asked of its result."""
+    lowest = name_of(node) in ("amax", "max") or "max_pool" in name_of(node)
+    if not (lowest or name_of(node) in ("amin", "min")) or not node.args:
+        return None
+    if not any(map(_is_infinite, _carried(node.args[0], 8))):
+        return None
+    return _is_finite, node
+
+
+def _is_finite(made: Any) -> torch.Tensor:
+    values = made if isinstance(made, torch.Tensor) else made[0]
+    return (values.abs() < torch.finfo(values.dtype).max).all()
+
+
+def _is_of_floats(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, (int, float)) and float(number).is_integer()
+
+
+def _is_lost(node: fx.Node) -> bool:
+    """Whether a NaN that `node` gives may come to an operator that makes a number of it."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if name_of(user) in _LOSE:
+                return True
+            if user not in seen and name_of(user) not in _CHOOSE:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _is_not_below(x: Any, depth: int = 8) -> bool:
+    """Whether all values are known to be 0 or more."""
+    if not isinstance(x, fx.Node):
+        return isinstance(x, (int, float)) and x >= 0
+    if depth == 0 or not x.args:
+        return False
+    name, first = name_of(x), x.args[0]
+    if name in _NOT_BELOW_ZERO or (name == "pow" and len(x.args) > 1 and x.args[1] == 2):
+        return True
+    if name in ("clamp", "clamp_min", "clamp_"):
+        low = x.args[1] if len(x.args) > 1 else x.kwargs.get("min")
+        return isinstance(low, (int, float)) and low >= 0
+    if name == "mul" and first is x.args[1]:
+        return True
+    others = x.args[1:2] if name in ("mul", "add") else ()
+    return name in _KEEP_SIGN and all(_is_not_below(y, depth - 1) for y in (first, *others))
+
+
+def _is_above(x: fx.Node) -> bool:
+    """Whether all values are known to be above 0: limited from below, or not below 0 and more."""
+    name = name_of(x)
+    if name in ("clamp", "clamp_min", "clamp_"):
+        low = x.args[1] if len(x.args) > 1 else x.kwargs.get("min")
+        return isinstance(low, (int, float)) and low > 0
+    if name == "add":
+        number = any(isinstance(y, (int, float)) and y > 0 for y in x.args)
+        return number and _is_not_below(x)
+    carries = name in ("sqrt", "expand", "unsqueeze", "view", "reshape", "expand_as")
+    return name == "exp" or (carries and isinstance(x.args[0], fx.Node) and _is_above(x.args[0]))
+
+
+def _carried(x: Any, depth: int) -> Iterator[fx.Node]:
+    """What gives its values to `x`."""
+    if isinstance(x, fx.Node):
+        yield x
+        if depth and name_of(x) in _CARRY:
+            for given in x.all_input_nodes:
+                yield from _carried(given, depth - 1)
+
+
+def _is_infinite(node: fx.Node) -> bool:
+    """Whether a node puts an infinite constant among other values."""
+    if name_of(node) not in ("masked_fill", "masked_fill_", "where", "full", "full_like", "pad"):
+        return False
+    held = [*node.args, *node.kwargs.values()]
+    held += [x for each in held if isinstance(each, fx.Node) for x in each.args]
+    return any(isinstance(x, float) and math.isinf(x) for x in held)
