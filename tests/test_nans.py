@@ -65,6 +65,15 @@ def test_a_maximum_over_what_is_masked_as_a_whole_is_eagers() -> None:
     assert fast.ovshim.stats()["eager"] == 1
 
 
+def test_a_maximum_of_logarithms_of_0_is_eagers() -> None:
+    module = Function(lambda x: x.log().amax(1)).eval()
+    fast = ovshim.accelerate(module, X, prefer="openvino", cache_dir=False)
+    check(fast, module, X.flip(0))
+    with torch.no_grad():
+        assert torch.equal(fast(X * 0), module(X * 0))
+    assert fast.ovshim.stats()["eager"] == 1
+
+
 def test_what_is_chosen_among_or_cannot_arise_is_not_asked_about() -> None:
     def usual(x: Tensor) -> tuple[Tensor, ...]:
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)

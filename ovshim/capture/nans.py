@@ -27,7 +27,7 @@ _LOSE = _names(
     "relu relu_ relu6 clamp clamp_ clamp_min clamp_max clip hardtanh hardswish hardsigmoid maximum"
     " minimum max min amax amin aminmax argmax argmin sort argsort topk sign sgn softmax threshold"
     " bool lt le gt ge eq ne max_pool1d max_pool2d max_pool3d adaptive_max_pool1d"
-    " adaptive_max_pool2d adaptive_max_pool3d normalize"
+    " adaptive_max_pool2d adaptive_max_pool3d normalize logsumexp"
 )
 # They choose what goes on: as often as not, what is a number.
 _CHOOSE = frozenset({"where", "masked_fill", "masked_fill_", "nan_to_num", "isnan", "isfinite"})
@@ -163,7 +163,9 @@ def _carried(x: Any, depth: int) -> Iterator[fx.Node]:
 
 
 def _is_infinite(node: fx.Node) -> bool:
-    """Whether a node puts an infinite constant among other values."""
+    """Whether a node puts an infinite constant among other values, or may be a logarithm of 0."""
+    if name_of(node) in ("log", "log_", "log2", "log10", "log1p"):
+        return True
     if name_of(node) not in ("masked_fill", "masked_fill_", "where", "full", "full_like", "pad"):
         return False
     held = [*node.args, *node.kwargs.values()]
