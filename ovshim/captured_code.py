@@ -52,16 +52,30 @@ def variables(codes: Iterable[types.CodeType]) -> list[str] | None:
     for code in codes:
         if "environ" not in code.co_names and "getenv" not in code.co_names:
             continue
-        steps = list(dis.get_instructions(code))
+        steps = [s for s in dis.get_instructions(code) if s.opname != "EXTENDED_ARG"]
         for n, step in enumerate(steps):
-            if step.argval not in ("environ", "getenv"):
-                continue
-            rest = (s for s in steps[n + 1 :] if s.argval != "get" and s.opname != "PUSH_NULL")
-            name = next(rest, None)
-            if name is None or name.opname != "LOAD_CONST" or not isinstance(name.argval, str):
-                return None
-            found[name.argval] = None
+            if step.argval in ("environ", "getenv"):
+                name = _named(steps, n)
+                if name is None or name.opname != "LOAD_CONST" or not isinstance(name.argval, str):
+                    return None
+                found[name.argval] = None
     return list(found)
+
+
+def _named(steps: list[dis.Instruction], n: int) -> dis.Instruction | None:
+    """What loads the name of the variable that is asked for where step `n` loads `os.environ` or
+    `os.getenv`; None where it is a part of what does."""
+    if steps[n + 1].opname == "CONTAINS_OP":
+        return steps[n - 1 if steps[n].opname == "LOAD_GLOBAL" else n - 2]
+    n += 1
+    while steps[n].argval == "get" or steps[n].opname == "PUSH_NULL":
+        n += 1
+    depth = 1
+    for step in steps[n + 1 :]:
+        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+        if depth <= 1:  # what comes above it is another argument, or is joined with it
+            return steps[n] if depth < 1 else None
+    return None
 
 
 def is_torchs(cls: type) -> bool:
