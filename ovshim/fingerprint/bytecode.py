@@ -57,7 +57,7 @@ class Facts:
     strings: tuple[str, ...]
 
 
-def _once_for_each(read: Callable[[types.CodeType], T]) -> Callable[[types.CodeType], T]:
+def once_for_each(read: Callable[[types.CodeType], T]) -> Callable[[types.CodeType], T]:
     """`read`, which remembers its results for as long as the code objects live.
 
     By identity: equality of code objects compares line numbers and walks all constants.
@@ -77,7 +77,7 @@ def _once_for_each(read: Callable[[types.CodeType], T]) -> Callable[[types.CodeT
     return reading
 
 
-@_once_for_each
+@once_for_each
 def facts(code: types.CodeType) -> Facts:
     """What `code` says. `ValueError` for a constant that no compiler makes."""
     said = digest(code)
@@ -121,7 +121,7 @@ def _scan(code: types.CodeType) -> tuple[set[str], set[str]]:
     return globals_, imports
 
 
-@_once_for_each
+@once_for_each
 def iterated(code: types.CodeType) -> frozenset[str]:
     """Those of the names in `code`, and in code nested in it, whose value may be iterated over."""
     nested = [iterated(const) for const in code.co_consts if isinstance(const, types.CodeType)]
@@ -170,7 +170,7 @@ def _strings(const: object) -> list[str]:
     return []
 
 
-@_once_for_each
+@once_for_each
 def digest(code: types.CodeType) -> bytes:
     """16 bytes for all that `code` says. `ValueError` for a constant that no compiler makes."""
     parts = [
@@ -244,6 +244,11 @@ def pinned_module(module: types.ModuleType) -> bool:
         spec = getattr(module, "__spec__", None)
         return spec is not None and spec.origin in ("built-in", "frozen")
     return pinned_file(filename)
+
+
+def users_module(module: types.ModuleType) -> bool:
+    """Whether no version number stands for a module, nor for the package that it belongs to."""
+    return not pinned_module(module) and not is_library_file(getattr(module, "__file__", "") or "")
 
 
 def candidates(name: str, package: str | None) -> list[str]:

@@ -14,13 +14,23 @@ from torch import nn
 from ovshim.fingerprint.bytecode import (
     Facts,
     candidates,
-    digest,
     facts,
     is_library_file,
     pinned_file,
     pinned_module,
+    users_module,
 )
-from ovshim.fingerprint.values import functions, label, plain, text
+from ovshim.fingerprint.composed import (
+    ANY,
+    ATTRIBUTES,
+    METHODS,
+    asks_for_any,
+    getattr_asks,
+    names_variables,
+    unbounded,
+)
+from ovshim.fingerprint.errors import Unkeyable
+from ovshim.fingerprint.values import cells, digests, functions, label, plain, text
 from ovshim.fingerprint.writer import Writer
 
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__", "__set_name__")
@@ -35,11 +45,17 @@ _COMPARISONS = frozenset({"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__g
                           "__setattr__", "__delattr__"})  # fmt: skip
 # Functions of torch that no layer computes by, and that libraries replace (Lightning compile).
 _NOT_COMPUTING = frozenset({"compile", "load", "save"})
+# What Python keeps in a class for itself.
+_OF_CLASSES = frozenset({"_abc_impl", "__dict__", "__weakref__", "__doc__", "__module__",
+                         "__slots__", "__annotations__", "__firstlineno__", "__static_attributes__",
+                         "__dataclass_fields__", "__dataclass_params__", "__orig_bases__",
+                         "__parameters__", "__abstractmethods__"})  # fmt: skip
 _NOT_GLOBALS = frozenset({"__name__", "__file__", "__spec__", "__loader__", "__package__",
                           "__path__", "__doc__", "__builtins__", "__debug__"})  # fmt: skip
 # Calls within libraries that are followed. Attention is two below a layer's forward, the repetition
 # of keys three; what is deeper is keyed by its bytecode and the version of its package.
 _DEEPEST = 3
+_OF_ENVIRONMENT = frozenset({"environ", "getenv"})
 _HEAP_TYPE = 1 << 9  # not an immutable type of the interpreter
 _MISSING = object()
 
@@ -51,6 +67,10 @@ class Reach(Writer):
     whose name is in `names` are followed into what they use. A transformers model inherits
     hundreds (saving, uploading, generating) whose helpers have no part in `forward`.
 
+    Where a user's function looks something up by a name that it composes, the name `METHODS` is
+    known, and all methods of users' classes are followed; where it may ask modules, `ANY` is, and
+    so are all members of users' modules.
+
     made: classes of modules at hand. What their constructors did shows in the modules.
     """
 
@@ -60,12 +80,14 @@ class Reach(Writer):
         self.constructed: set[type] = set()
         self.pinned: dict[type, bool] = {}
         self.followed: list[types.CodeType] = []
+        self.offered: set[int] = set()  # users' modules
 
     # Classes
 
     def cls(self, cls: type, *, referenced: bool) -> None:
         """Writes which class this is. referenced: by code, which may then make instances."""
         self.learn((cls.__qualname__,))
+        self.look_up(cls)
         if self.is_pinned(cls):
             self.out += [b"class", text(label(cls))]
             if cls.__flags__ & _HEAP_TYPE and self.first(cls):
@@ -108,11 +130,14 @@ class Reach(Writer):
             self.cls(base, referenced=False)
         for name, member in sorted(vars(cls).items()):
             code = functions(member)
-            if name == "_abc_impl" or (name.startswith("__") and name.endswith("__") and not code):
+            if name in _OF_CLASSES:
                 continue
             self.mark(".", name, where)
+            if name.startswith("__") and name.endswith("__") and not (code or callable(member)):
+                self.when(name, self.member, (cls, name, member))  # nothing that Python asks for
+                continue
             if code:
-                self.out += [text(name), *(d for f in code for d in _digests(f))]
+                self.out += [text(name), *(d for f in code for d in digests(f))]
             elif plain(member):
                 self.attribute = name
                 self.out.append(text(name))
@@ -133,6 +158,8 @@ class Reach(Writer):
             self.member((cls, name, member))
         else:
             self.when(name, self.member, (cls, name, member))
+            if not self.library and not name.startswith("__"):
+                self.when(METHODS, self.member, (cls, name, member))
 
     def member(self, what: tuple[type, str, Any]) -> None:
         cls, name, member = what
@@ -180,6 +207,7 @@ class Reach(Writer):
         if not pinned_file(function.__code__.co_filename):
             self.refer(function, self.follow)
             return
+        self.look_up(function)
         self.out += [b"function", text(label(function))]
         if function.__closure__ and self.first(function):
             # A wrapper made by a library (torch.no_grad, contextmanager) around other code.
@@ -187,7 +215,7 @@ class Reach(Writer):
 
     def wrapped(self, function: types.FunctionType) -> None:
         self.out.append(text(label(function)))
-        for cell in _cells(function):
+        for cell in cells(function):
             if plain(cell) or isinstance(
                 cell, types.FunctionType | types.MethodType | type | nn.Module | functools.partial
             ):
@@ -206,7 +234,7 @@ class Reach(Writer):
         named = sorted((function.__kwdefaults__ or {}).items())
         self.mark(" defaults")
         self.parts(b"defaults", function.__defaults__, *named)
-        for name, cell in zip(function.__code__.co_freevars, _cells(function), strict=True):
+        for name, cell in zip(function.__code__.co_freevars, cells(function), strict=True):
             self.attribute = name
             self.mark(" closure ", name)
             if name == "__class__" and isinstance(cell, type):  # what super() goes by
@@ -218,6 +246,19 @@ class Reach(Writer):
         self.learn(found.names)
         self.followed.append(function.__code__)
         self.globals(function, found)
+
+    def look_up(self, value: object) -> None:
+        """Of what looks things up by names that it is given, where users' code has it."""
+        if self.library:
+            return  # its version stands for what it does with names
+        if asks_for_any(value):
+            self.learn((ANY, METHODS))
+        elif (name := unbounded(value)) is not None:
+            raise Unkeyable(self.where, f"code that calls or reads {name}")
+
+    def callable_or_object(self, value: Any) -> None:
+        self.look_up(value)
+        super().callable_or_object(value)
 
     def from_library(self, function: types.FunctionType) -> bool:
         filename = function.__code__.co_filename
@@ -244,7 +285,9 @@ class Reach(Writer):
                 self.out.append(b"missing")
             elif isinstance(value, types.ModuleType):
                 self.namespace(value, found.names, set())
-            else:
+            elif name == "getattr" and value is getattr and not self.library:
+                self.learn(getattr_asks(function.__code__))
+            elif name not in _OF_ENVIRONMENT:
                 self.value(value)
         if not self.library:  # there it would depend on what the process happens to have imported
             for name in found.imports:
@@ -252,11 +295,21 @@ class Reach(Writer):
                     if full in sys.modules:  # what never was imported has not run either
                         self.mark(" import ", name)
                         self.namespace(sys.modules[full], found.names, set())
-        if "environ" in found.names or "getenv" in found.names:
+            self.any_name(found)
+        if not _OF_ENVIRONMENT.isdisjoint(found.names):
+            if not self.library and not names_variables(function.__code__):
+                raise Unkeyable(self.where, "code that composes names of environment variables")
             for name in found.strings:
                 if name in os.environ:
                     self.mark(" environment ", name)
                     self.out += [b"environ", text(name), text(os.environ[name])]
+
+    def any_name(self, found: Facts) -> None:
+        """Notes attributes by which more than what is named can be reached."""
+        if not ATTRIBUTES.isdisjoint(found.names):
+            self.learn((ANY, METHODS))
+        if "__subclasses__" in found.names:
+            raise Unkeyable(self.where, "code that calls __subclasses__")
 
     def namespace(self, module: types.ModuleType, names: tuple[str, ...], seen: set[int]) -> None:
         """Writes what code with these names may take out of a module."""
@@ -265,11 +318,15 @@ class Reach(Writer):
         seen.add(id(module))
         foreign = not pinned_module(module)
         self.out.append(b"namespace" if foreign else text(module.__name__))
-        if foreign and type(module) is not types.ModuleType:
+        if users_module(module):
+            self.answers_of(module)
+        elif foreign and type(module) is not types.ModuleType:
             return  # filled when asked: what is in it depends on who asked before
         members = vars(module)
         for name in names:
             member = members.get(name, _MISSING)
+            if not foreign and name not in _OF_ENVIRONMENT:
+                self.look_up(member)
             if isinstance(member, types.ModuleType):
                 self.namespace(member, names, seen)
             elif foreign and member is not _MISSING:
@@ -280,9 +337,41 @@ class Reach(Writer):
             elif type(member) is types.FunctionType:
                 self.patch(module, name, member)
 
+    def answers_of(self, module: types.ModuleType) -> None:
+        """Offers all of it to composed names, and writes what it answers by for names that it does
+        not have."""
+        if id(module) in self.offered:
+            return
+        self.offered.add(id(module))
+        self.when(ANY, self.whole, module)
+        if type(module) is not types.ModuleType:
+            self.cls(type(module), referenced=False)
+        if "__getattr__" in vars(module):
+            self.value(vars(module)["__getattr__"])
+
+    def whole(self, module: types.ModuleType) -> None:
+        """Writes all that is in a user's module. Of other modules in it those that belong to it:
+        others are found by who imports them."""
+        self.library = False
+        self.out.append(b"whole")
+        inner = module.__name__ + "."
+        for name in sorted(vars(module)):
+            member = vars(module)[name]
+            if name.startswith("__"):
+                continue
+            if not isinstance(member, types.ModuleType):
+                self.attribute = name
+                self.mark(f" global {module.__name__}.", name)
+                self.out.append(text(name))
+                self.value(member)
+            elif member.__name__.startswith(inner):
+                self.namespace(member, (), set())
+
     def python_module(self, module: types.ModuleType) -> None:
         """A module kept as a value: whatever any code asks for may be asked of it."""
         self.out.append(b"module")
+        if users_module(module):
+            self.answers_of(module)
         for name in sorted(vars(module)):
             if not name.startswith("__"):
                 self.when(name, self.module_member, (module, name))
@@ -296,22 +385,3 @@ class Reach(Writer):
             return  # sub-modules of sub-modules are found by who imports them
         if not pinned_module(module):
             self.value(vars(module).get(name))
-
-
-def _cells(function: types.FunctionType) -> list[Any]:
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            cells.append(cell.cell_contents)
-        except ValueError:
-            cells.append(None)  # not yet filled
-    return cells
-
-
-def _digests(function: Any) -> list[bytes]:
-    """Of a function and those that it wraps."""
-    found = []
-    while isinstance(function, types.FunctionType):
-        found.append(digest(function.__code__))
-        function = function.__dict__.get("__wrapped__")
-    return found

@@ -132,6 +132,26 @@ def functions(value: object) -> list[types.FunctionType]:
     return []
 
 
+def cells(function: types.FunctionType) -> list[Any]:
+    """What a function closes over; None for what is not yet there."""
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:
+            found.append(None)
+    return found
+
+
+def digests(function: Any) -> list[bytes]:
+    """Of a function and those that it wraps."""
+    found = []
+    while isinstance(function, types.FunctionType):
+        found.append(digest(function.__code__))
+        function = function.__dict__.get("__wrapped__")
+    return found
+
+
 # By the base's own methods: a subclass may answer otherwise, or do work when asked.
 _CONTENT: dict[type, Callable[[Any], Any]] = {
     collections.OrderedDict: lambda v: dict(collections.OrderedDict.items(v)),

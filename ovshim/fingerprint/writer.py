@@ -38,6 +38,9 @@ _MOST = 200_000  # objects; a BERT has one thousand
 _PLACES = frozenset({"name_or_path", "_name_or_path", "_commit_hash", "transformers_version",
                      "_original_object_hash"})  # fmt: skip
 
+# What Enum keeps in a member, but for the value. `_inverted_` comes with its first use.
+_OF_ENUMS = frozenset({"_name_", "__objclass__", "_sort_order_", "_hashable_values_", "_inverted_"})
+
 Job = Callable[[Any], None]
 
 
@@ -154,12 +157,17 @@ class Writer(ABC):
         elif isinstance(value, type):
             self.cls(value, referenced=True)
         elif isinstance(value, enum.Enum):
-            self.cls(kind, referenced=False)
-            self.out += [b"enum", text(value.name), atom(value.value) or b"?"]
+            self.refer(value, self.enum)
         elif isinstance(value, types.ModuleType):
             self.refer(value, self.python_module)
         else:
             self.callable_or_object(value)
+
+    def enum(self, member: enum.Enum) -> None:
+        self.library = self.library and self.is_library(type(member))
+        self.cls(type(member), referenced=False)
+        self.out += [b"enum", text(member.name)]
+        self.attributes(vars(member), _OF_ENUMS)
 
     def callable_or_object(self, value: Any) -> None:
         if isinstance(value, types.MethodType):
