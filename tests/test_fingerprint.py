@@ -582,6 +582,49 @@ def test_layout_is_no_part_of_a_weight() -> None:
     assert key(first) == key(second)
 
 
+class Reading(nn.Module):
+    """Reads something of a weight that is no value of it."""
+
+    def __init__(self, read: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(16.0).view(4, 4))
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(self.read(self.weight))
+
+
+def _strided(weight: torch.Tensor) -> None:
+    weight.data = weight.data.t().contiguous().t()
+
+
+READ = {
+    "whether it requires grad": (lambda w: w.requires_grad, lambda w: w.requires_grad_(False)),
+    "whether it has a gradient": (lambda w: w.grad is None, lambda w: setattr(w, "grad", w * 2)),
+    "an attribute": (lambda w: getattr(w, "hi", 1.0), lambda w: setattr(w, "hi", 2.0)),
+    "its layout": (lambda w: w.is_contiguous(), _strided),
+    "its memory": (lambda w: w.as_strided((4,), (1,))[1], _strided),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_code_reads_of_a_weight_besides_its_values_is_part_of_the_key(name: str) -> None:
+    read, write = READ[name]
+    for reading in (read, lambda w: w.sum()):
+        first, second = Reading(reading), Reading(reading)
+        with torch.no_grad():
+            write(second.weight)
+        assert (key(first) == key(second)) == (reading is not read)
+
+
+def test_the_values_of_gradients_count_where_code_reads_them() -> None:
+    first, second = (Reading(lambda w: w.grad.sum()) for _ in range(2))
+    first.weight.grad, second.weight.grad = torch.ones(4, 4), torch.zeros(4, 4)
+    assert key(first) != key(second)
+    second.weight.grad = torch.ones(4, 4)
+    assert key(first) == key(second)
+
+
 def test_tied_and_equal_weights_differ() -> None:
     def pair(tied: bool) -> nn.Module:
         first, second = nn.Linear(2, 2), nn.Linear(2, 2)

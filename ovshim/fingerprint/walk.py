@@ -79,6 +79,7 @@ class _Walk(Reach):
             made={base for m in modules for base in type(m).__mro__},
         )
         self.root = root
+        self.own = [tensor for _, tensor in named]
         self.method = method
         self.tree = {id(m) for m in modules}
 
@@ -99,13 +100,24 @@ class _Walk(Reach):
         self.cls(torch.Tensor, referenced=False)
         self.mark()
         self.value(self.root)
+        for tensor in self.own:
+            self.attached(tensor)
         self.run()
+        self.read()
         iterated = self.iterated({attribute for attribute, _ in self.orders})
         for attribute, order in self.orders:
             if attribute in iterated:
                 self.mark("the order of ", attribute, "")
                 self.out += [text(attribute), *(rank(key) or b"?" for key in order)]
         return weights.digests(self.tensors)
+
+    def read(self) -> None:
+        """Writes what the code, all of which has been seen, reads of tensors besides values."""
+        for tensor in (*self.own, *self.tensors):
+            for one in weights.read(tensor, self.names):
+                self.mark("what is read of ", self.known.get(id(tensor), "a tensor"), "")
+                self.value(one)
+        self.run()
 
     def trail(self) -> Trail:
         self.marks = []

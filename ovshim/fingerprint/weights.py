@@ -13,6 +13,10 @@ from ovshim.fingerprint.errors import Unkeyable
 _PIECE = 8 << 20  # bytes hashed by one thread at a time; part of the format
 _ALONE = 32 << 20  # bytes below which starting threads costs more than it saves
 
+_OF_GRAPH = frozenset({"requires_grad", "is_leaf", "grad_fn"})
+_OF_MEMORY = frozenset({"as_strided", "storage", "untyped_storage", "data_ptr"})
+_OF_LAYOUT = _OF_MEMORY | {"stride", "is_contiguous", "storage_offset"}
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -28,8 +32,24 @@ def check(tensor: torch.Tensor, where: str) -> None:
 
 
 def describe(tensor: torch.Tensor) -> str:
-    """Data type and shape. Not strides: a copy may lay out the same values in another way."""
+    """Data type and shape. Not strides, which `read` has: a copy may lay out the same values in
+    another way."""
     return f"{tensor.dtype}{list(tensor.shape)}"
+
+
+def read(tensor: torch.Tensor, names: set[str]) -> list[object]:
+    """What code with these names may read of a tensor besides type, shape and values. Other code
+    answers the same whatever that is."""
+    found: list[object] = []
+    if not _OF_GRAPH.isdisjoint(names):
+        found += (tensor.requires_grad, tensor.is_leaf)
+    if not _OF_LAYOUT.isdisjoint(names):
+        found += (tensor.stride(), tensor.storage_offset())
+    if not _OF_MEMORY.isdisjoint(names):  # what lies beside a view as well
+        found.append(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
+    if "grad" in names and tensor.is_leaf:
+        found.append(tensor.grad)
+    return found
 
 
 def digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:

@@ -18,6 +18,7 @@ import torch
 
 from ovshim.fingerprint import weights
 from ovshim.fingerprint.bytecode import LONGEST_NAME
+from ovshim.fingerprint.composed import ANY
 from ovshim.fingerprint.errors import Unkeyable
 from ovshim.fingerprint.values import (
     atom,
@@ -259,6 +260,20 @@ class Writer(ABC):
         weights.check(value, self.where)
         self.out += [b"tensor%d;" % len(self.tensors), text(weights.describe(value))]
         self.tensors.append(value)
+        self.attached(value)
+
+    def attached(self, tensor: torch.Tensor) -> None:
+        """Offers a tensor's Python attributes to who names them: libraries leave marks there."""
+        for name in sorted(vars(tensor)):
+            for wanted in (name, ANY):
+                self.when(wanted, self.attachment, (tensor, name))
+
+    def attachment(self, what: tuple[torch.Tensor, str]) -> None:
+        tensor, name = what
+        self.attribute = name
+        self.mark(" of a tensor: ", name)
+        self.out += [b"of", text(self.known.get(id(tensor), "")), text(name)]
+        self.value(vars(tensor).get(name))
 
     def object(self, value: Any) -> None:
         kind = type(value)
