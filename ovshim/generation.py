@@ -29,6 +29,7 @@ from ovshim.dict_versions import add_unless_written
 from ovshim.guards import ValueGuard
 from ovshim.reached import OF_MODULES, Reached
 from ovshim.reasons import Reason, reason
+from ovshim.scripted import Held, is_plain
 from ovshim.untouched import add_unless_touched
 from ovshim.watch import GuardFailedError, Watch, replaceable
 
@@ -67,7 +68,8 @@ class Generation:
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
         ValueError: a tensor of the module counts no versions (it was made in inference mode) or
-            does not lie in one place (it is sparse), so that nobody could tell when it changes.
+            does not lie in one place (it is sparse), or so does a scripted module, so that nobody
+            could tell when it changes.
         UnwatchableError: too much could be read.
     """
 
@@ -85,9 +87,9 @@ class Generation:
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._dict_copies = [_copy(d) for d in self._dicts]
-        self._children = [m._modules for m in self._modules if m._modules and _is_plain(m)]
+        self._children = [m._modules for m in self._modules if m._modules and is_plain(m)]
         self._child_copies = [dict(d) for d in self._children]
-        held = [d for m in self._modules if _is_plain(m) for d in (m._parameters, m._buffers)]
+        held = [d for m in self._modules if is_plain(m) for d in (m._parameters, m._buffers)]
         self._holders = [d for d in held if d]
         self._empty = tuple(d for d in held if not d)
         hooks = list(_inner_hooks(module, self._modules))
@@ -95,6 +97,7 @@ class Generation:
         self._recorders = [(held, dict(held)) for held in hooks if held and not _are_called(held)]
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
+        self._scripted = Held(self._modules)
         self._watch = Watch(guards, roots or {}, replaceable(self._modules))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
@@ -150,7 +153,7 @@ class Generation:
     def _of_dicts(self, conditions: Conditions) -> None:
         """What is written in the dictionaries of the tree."""
         conditions.add("{0} == {1}", self._dicts, self._dict_copies)
-        plain = list(filter(_is_plain, self._modules))
+        plain = list(filter(is_plain, self._modules))
         ids = list(map(id, chain.from_iterable(map(_holding, plain))))
         conditions.add(
             "list({0}({1}, {2}({0}({3}, {4})))) == {5}",
@@ -208,6 +211,8 @@ class Generation:
                 conditions.add("{0}({1}) == {2}", _defaults, function, now)
 
     def _of_what_is_rare(self, conditions: Conditions) -> None:
+        if self._scripted:
+            conditions.add("{0}()", self._scripted.same)
         for ordered, keys in self._orders:
             conditions.add("list({0}) == {1}", ordered, keys)
         for attributes, before in self._classes:
@@ -262,7 +267,7 @@ class Generation:
         held: Iterable[Any] = chain.from_iterable(map(_values, self._holders))
         own = chain(self._module.parameters(), self._module.buffers())  # of scripted modules too
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
-        beyond = *self._watch.tensors, *self._reached.tensors
+        beyond = *self._scripted.tensors, *self._watch.tensors, *self._reached.tensors
         found = {id(t): t for t in chain(held, own, plain, beyond) if t is not None}
         self._tensors: list[torch.Tensor] = list(found.values())
         for tensor in self._tensors:
@@ -298,7 +303,7 @@ class Generation:
         return False
 
 
-def _layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """By `data` another view of the same memory may be put in place."""
     return tensor.shape, tensor.stride()
 
@@ -316,6 +321,8 @@ def obstacle(module: nn.Module) -> Reason | None:
             continue
         if _are_called(inner._forward_hooks) or inner._forward_pre_hooks:
             return reason("inner-hooks", name)
+        if not is_plain(inner) and getattr(inner, "training", False):
+            return reason("training")  # a trace would leave it in eval mode
         if inner._forward_hooks and _is_recorded():
             return reason("inner-hooks", f"{name}, which a model around this one records")
     return None
@@ -329,11 +336,6 @@ def _copy(held: dict[str, Any]) -> dict[str, Any]:
     if seal is not None:
         made["__getstate__"] = getattr(type(seal), "_ovshim_stand_in", seal)
     return made
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Not a scripted module: those show their tensors and children through wrappers, not dicts."""
-    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _inner_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> Iterable[Any]:

@@ -39,6 +39,7 @@ FLOORS: dict[str, set[str]] = {
         "building",
         "conditions",
         "deferred",
+        "scripted",
         "captured_code",
         "attributes",
         "reached",
