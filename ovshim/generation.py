@@ -305,7 +305,7 @@ class Generation:
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """By `data` another view of the same memory may be put in place."""
-    return tensor.shape, tensor.stride()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def obstacle(module: nn.Module) -> Reason | None:

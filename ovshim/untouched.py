@@ -44,7 +44,7 @@ _AT_ONCE = 500
 # Sizes and strides of more dimensions lie elsewhere.
 _MOST_DIMENSIONS = 5
 # Words of a TensorImpl that are looked through; it has some more.
-_OF_IMPL = 20
+_OF_IMPL = 22
 _MANAGED_DICT = 1 << 4  # Py_TPFLAGS_MANAGED_DICT
 
 
@@ -58,8 +58,9 @@ class _Places(NamedTuple):
     Attributes:
         type, attributes: of an object: its type and its dictionary.
         writes: a dictionary's count.
-        impl: a tensor's TensorImpl; in that, `storage`, `counter`, `offset`, `sizes` (behind their
-            number) and `strides`.
+        impl: a tensor's TensorImpl; in that, `storage`, `counter`, `offset`, `dtype`, `keys` (with
+            what the values are to be taken for: conjugate, negative), `sizes` (behind their number)
+            and `strides`.
         data: a storage's memory.
         version: the version, in a counter.
     """
@@ -71,6 +72,8 @@ class _Places(NamedTuple):
     storage: int
     counter: int
     offset: int
+    dtype: int
+    keys: int
     sizes: int
     strides: int
     data: int
@@ -142,6 +145,8 @@ class Watched:
                 raise UnknownPlaceError(f"a tensor of {dims} dimensions")
             found += (impl + places.storage, impl + places.counter, impl + places.offset)
             known += (tensor.untyped_storage()._cdata, None, tensor.storage_offset())
+            found += (impl + places.dtype, impl + places.keys)
+            known += (None, None)
             found += range(impl + places.sizes - _WORD, impl + places.sizes + _WORD * dims, _WORD)
             known += (dims, *sizes)
             found += range(impl + places.strides, impl + places.strides + _WORD * dims, _WORD)
@@ -274,6 +279,8 @@ _WRITES: Sequence[Callable[[Any], Any]] = (
     lambda m: setattr(m.weight, "data", m.weight.data[:2]),
     lambda m: setattr(m.weight, "data", m.weight.data.view(4, 4, 1)),
     lambda m: setattr(m.weight, "data", m.weight.data.view(16)[3:][:12].view(3, 4)),
+    lambda m: setattr(m.weight.requires_grad_(False), "data", m.weight.data.view(torch.int32)),
+    lambda m: setattr(m.weight, "data", torch._neg_view(m.weight.data)),
     lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach())),
     lambda m: setattr(m, "flag", 1),
     lambda m: setattr(m, "training", False),
@@ -334,6 +341,7 @@ def _found() -> _Places:
         if at not in (in_storage, sizes) and own[at] > max(one.shape + one.stride() + (37,)) << 12
     )
     versions = _words(own[counter], 0, 3)
+    dtype, keys = _of_kind()
     return _Places(
         type=_first(at for at, word in _words(id(module), 0, 2).items() if word == id(_Probe)),
         attributes=_first(
@@ -344,6 +352,8 @@ def _found() -> _Places:
         storage=in_storage,
         counter=counter,
         offset=_first(at for at, word in own.items() if word == 37),
+        dtype=dtype,
+        keys=keys,
         sizes=sizes,
         strides=_first(at for at, word in strides.items() if word == 53),
         data=_first(
@@ -351,6 +361,22 @@ def _found() -> _Places:
         ),
         version=_first(at for at, word in versions.items() if word & 0xFFFFFFFF == one._version),
     )
+
+
+def _of_kind() -> tuple[int, int]:
+    """Words of a TensorImpl in which tensors differ that are alike in all but their type, or in
+    what their values are to be taken for."""
+    one, alike = (torch.zeros(4, dtype=torch.float32, device="cpu") for _ in range(2))
+    others = one.detach().view(torch.int32), torch._neg_view(one.detach())
+    # Detached: a view has a word more of its own, for gradients.
+    own, same, *changed = (
+        _words(tensor._cdata, 0, _OF_IMPL)
+        for tensor in (one, alike, *[other.detach() for other in others])
+    )
+    dtype, keys = (
+        _first(at for at, word in own.items() if word == same[at] != words[at]) for words in changed
+    )
+    return dtype, keys
 
 
 def _words(address: int, start: int, count: int) -> dict[int, int]:

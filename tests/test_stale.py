@@ -17,8 +17,9 @@ from modules import Attention, DigitsCnn, Mlp, Scaled, make, small_bert
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import miss
+from ovshim import miss, untouched
 from ovshim.cache.store import Store
+from ovshim.generation import Generation
 
 OFFSET = 1.0
 TABLE = {"shift": 1.0}
@@ -901,3 +902,44 @@ def test_what_cannot_be_compared_was_replaced() -> None:
     with quietly():
         check(fast, module, x, path=None)
         settle(fast, module, x)
+
+
+class Bytes(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.linears = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        self.register_buffer("held", torch.tensor([1, 200, 3, 250], dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linears(x) * self.held
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["memory", "objects"])
+@pytest.mark.parametrize("layers", [1, 9])
+def test_the_same_memory_as_another_type_is_noticed(
+    layers: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not told:
+        monkeypatch.setattr(untouched, "_places", lambda: None)
+    fast, module = pair(lambda: Bytes(layers).eval(), torch.randn(3, 4))
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        fast(x)
+        assert counts(fast)["openvino"] == 1
+        module.held.data = module.held.data.view(torch.int8)
+        moved(fast, module, x)
+
+
+@pytest.mark.parametrize("view", [torch._neg_view, lambda t: t.view(torch.int32)])
+@pytest.mark.parametrize("count", [1, 20])
+def test_another_view_of_the_same_memory_ends_a_generation(
+    view: Callable[[Tensor], Tensor], count: int
+) -> None:
+    module = nn.ParameterList(
+        nn.Parameter(torch.ones(4), requires_grad=False) for _ in range(count)
+    )
+    held = Generation(module)
+    assert held.holds()
+    assert held.holds()
+    module[0].data = view(module[0].data)
+    assert not held.holds()
