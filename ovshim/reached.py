@@ -97,6 +97,9 @@ class Reached:
         for held, then in self._bytes:
             # No view of it is kept: what is viewed cannot grow.
             conditions.add("bytes({0}) == {1}", held, then)
+            if isinstance(held, np.ndarray):
+                conditions.add("{0}.shape == {1}", held, held.shape)
+                conditions.add("{0}.dtype == {1}", held, held.dtype)
 
     def _ids(self, values: Iterable[Any]) -> list[int]:
         kept = list(values)
