@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
 
 from ovshim.capture import CaptureError
 from ovshim.capture.sources import Sources
+from ovshim.classes import is_users
 from ovshim.reasons import reason
 
 __all__ = ["SizesRefusedError", "placeholders", "refusal", "refuse_contents", "refuse_effects"]
@@ -99,10 +101,20 @@ def refuse_effects(effects: list[str]) -> None:
 
 def refuse_contents(graph: torch.fx.GraphModule, sources: Sources) -> None:
     """Raise CaptureError for a graph that holds what must not be converted."""
+    _refuse_opaque(graph)
     _refuse_escapes(graph)
     _refuse_writes(graph, sources)
     _refuse_sizes_by_values(graph)
     _refuse_padded_transforms(graph)
+
+
+def _refuse_opaque(graph: torch.fx.GraphModule) -> None:
+    """Users' functions that Dynamo was told not to look into: nothing says what those read."""
+    for inner in graph.modules():
+        for node in inner.graph.nodes if isinstance(inner, torch.fx.GraphModule) else ():
+            if isinstance(node.target, types.FunctionType) and is_users(node.target):
+                text = f"{node.target.__qualname__} is allowed in graphs as it is"
+                raise CaptureError(reason("capture-failed", text), harmless=True)
 
 
 def _refuse_sizes_by_values(graph: torch.fx.GraphModule) -> None:
