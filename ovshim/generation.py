@@ -31,7 +31,7 @@ from ovshim.reached import OF_MODULES, Reached
 from ovshim.reasons import Reason, reason
 from ovshim.scripted import Held, is_plain
 from ovshim.untouched import add_unless_touched
-from ovshim.watch import GuardFailedError, Watch, replaceable
+from ovshim.watch import GuardFailedError, Watch, modules_met, replaceable
 
 __all__ = ["Generation", "GuardFailedError", "obstacle"]
 
@@ -49,6 +49,13 @@ _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwde
 # So many tensors or modules are asked one by one, which takes no list of what they answer.
 _FEW = 8
 
+# What a graph has their answers of.
+_STATES = frozenset(
+    {
+        torch.are_deterministic_algorithms_enabled,
+        torch.is_deterministic_algorithms_warn_only_enabled,
+    }
+)
 _RECORDING = "transformers.utils.output_capturing"
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
 # that is gone raises; users' `__eq__` may raise anything. Either way something was replaced, for
@@ -83,7 +90,9 @@ class Generation:
         follow: bool = False,
     ) -> None:
         self._module = module
-        self._modules = list(module.modules())
+        # Those of the tree, and others that the graph runs: out of lists, globals, other objects.
+        beyond = modules_met(guards, roots or {})
+        self._modules = list(dict.fromkeys(chain(module.modules(), beyond)))
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._dict_copies = [_copy(d) for d in self._dicts]
@@ -108,7 +117,8 @@ class Generation:
         classes = (*self._watch.classes, *self._reached.classes)
         self._classes = snapshot(classes_of(self._modules, classes))
         reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
-        self._variables = variables(f.__code__ for f in self._functions)
+        whole = self._watch.reads_environment
+        self._variables = None if whole else variables(f.__code__ for f in self._functions)
         self._watch_tensors()
         self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
         self.holds = self._check()
@@ -217,6 +227,8 @@ class Generation:
             conditions.add("list({0}) == {1}", ordered, keys)
         for attributes, before in self._classes:
             conditions.add("{0} == {1}", attributes, before)
+        for function in set(self._watch.functions) & _STATES:
+            conditions.add("{0}() == {1}", function, function())
         if self._flags is not None:
             conditions.add("list(map({0}, {1})) == {2}", _wants_grad, self._tensors, self._flags)
         for held, before in self._recorders:
@@ -224,7 +236,10 @@ class Generation:
         if self._recorders:
             conditions.add("not {0}()", _is_recorded)
         if self._variables is None:
-            conditions.add("{0} == {1}.environ", dict(os.environ), os)
+            # As it keeps them: a comparison with itself would decode all of them each time.
+            kept = vars(os.environ)["_data"]
+            conditions.add("{0} == {1}", kept, dict(kept))
+            conditions.add("{0}.environ is {1}", os, os.environ)
         for name in self._variables or ():
             read = "{0}.environ.get({1}) == {2}"
             conditions.add(read, os, name, os.environ.get(name))

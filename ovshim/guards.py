@@ -6,21 +6,26 @@ guard* is a path from the module, from its forward's globals or from an imported
 something that the graph read, and what was found there; `generation` watches it.
 
 Both are written to the cache as JSON and come back as data: a size guard is parsed and may hold
-nothing but arithmetic, a path is walked by `getattr` and subscription alone.
+nothing but arithmetic, a path is walked by `getattr`, subscription and weak references alone.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
+import operator
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 __all__ = [
     "BadGuardError",
+    "Path",
     "Step",
+    "Test",
     "ValueGuard",
     "checked_size_guard",
     "from_json",
@@ -31,7 +36,23 @@ __all__ = [
     "walk",
 ]
 
-Step = tuple[Literal["attr", "item"], str | int]
+Step = tuple[Literal["attr", "own", "item", "key", "nth", "weak"], str | int]
+"""One step of a path: an attribute; one that the object itself has; an item of a key that is text
+or a whole number; of another constant, as its text; at a place of a dict, its key being an object;
+what a weak reference refers to."""
+Path = tuple[str, tuple[Step, ...]]
+"""A root, and the steps from there."""
+Test = Literal["value", "length", "keys", "same", "found"]
+
+
+_TEXTS = {
+    "attr": ".{}",
+    "own": ".__dict__[{!r}]",
+    "item": "[{!r}]",
+    "key": "[{}]",
+    "nth": ".values()[{}]",
+    "weak": "()",
+}
 
 
 class BadGuardError(Exception):
@@ -46,18 +67,38 @@ class ValueGuard:
         root: "module", "globals" (of the method's function), or "import:<module name>".
         path: the steps from there.
         test: "value" (equal, and of the same type, as its text says), "length", "keys" (of a
-            mapping, in order), or "same" (the very object that was there when the plan was made).
-        expected: text for "value" and "keys", a number for "length", nothing for "same".
+            mapping, in order), "same" (the very object that was there when the plan was made), or
+            "found" (whether the last step leads to anything).
+        expected: text for "value" and "keys", a number for "length", nothing for "same", 1 or 0 for
+            "found".
     """
 
     root: str
     path: tuple[Step, ...]
-    test: Literal["value", "length", "keys", "same"]
+    test: Test
     expected: str | int | None = None
 
+    @classmethod
+    def now(
+        cls, root: str, path: tuple[Step, ...], test: Test, roots: Mapping[str, Any]
+    ) -> ValueGuard:
+        """The guard that expects what is found there now.
+
+        Raises:
+            BadGuardError: nothing is, and it is not asked for whether anything is.
+        """
+        if test == "found":
+            there = cls(root, path, test, 1)
+            return there if there.holds(roots) else cls(root, path, test, 0)
+        return cls(root, path, test, measure(walk(root, path, roots), test))
+
     def __str__(self) -> str:
-        steps = "".join(f".{k}" if how == "attr" else f"[{k!r}]" for how, k in self.path)
-        expected = "unchanged" if self.test == "same" else f"{self.test} {self.expected}"
+        steps = "".join(_TEXTS[how].format(key) for how, key in self.path)
+        expected = f"{self.test} {self.expected}"
+        if self.test in ("same", "found"):
+            expected = (
+                "unchanged" if self.expected is None else "there" if self.expected else "none"
+            )
         return f"{self.root}{steps}: {expected}"
 
     def holds(self, roots: Mapping[str, Any]) -> bool:
@@ -65,7 +106,9 @@ class ValueGuard:
         try:
             found = walk(self.root, self.path, roots)
         except BadGuardError:
-            return False
+            return self.test == "found" and not self.expected
+        if self.test == "found":
+            return bool(self.expected)
         return self.test == "same" or measure(found, self.test) == self.expected
 
 
@@ -122,10 +165,28 @@ def walk(root: str, path: Sequence[Step], roots: Mapping[str, Any]) -> Any:
     try:
         found = _root(root, roots)
         for how, key in path:
-            found = getattr(found, str(key)) if how == "attr" else found[key]
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
+            found = _TAKERS[how](found, key)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
         raise BadGuardError(f"nothing at {root} {path}: {error}") from error
     return found
+
+
+def _referent(reference: Any, _: Any) -> Any:
+    found = reference() if isinstance(reference, weakref.ReferenceType) else None
+    if found is None:
+        raise KeyError("no weak reference to a living object")
+    return found
+
+
+_TAKERS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "attr": getattr,
+    "own": lambda held, name: held.__dict__[name],
+    "item": operator.getitem,
+    "key": lambda held, text: held[ast.literal_eval(text)],
+    # As Dynamo counts: without a derived class's own order.
+    "nth": lambda held, place: next(itertools.islice(dict.values(held), place, None)),
+    "weak": _referent,
+}
 
 
 def _root(root: str, roots: Mapping[str, Any]) -> Any:
@@ -230,8 +291,8 @@ def _one_from_json(item: Mapping[str, Any]) -> ValueGuard:
     path = tuple((how, key) for how, key in item["path"])
     fine = (
         isinstance(item["root"], str)
-        and item["test"] in ("value", "length", "keys", "same")
-        and all(how in ("attr", "item") and isinstance(key, (str, int)) for how, key in path)
+        and item["test"] in get_args(Test)
+        and all(how in _TAKERS and isinstance(key, (str, int)) for how, key in path)
         and isinstance(item["expected"], (str, int, type(None)))
     )
     if not fine:

@@ -1,4 +1,4 @@
-"""Where a captured graph got things from: Dynamo's sources as paths of ours."""
+"""Where a captured graph got things from: what Dynamo guards, as guards of ours."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from ovshim.guards import BadGuardError, Step, ValueGuard, measure, roots_of, walk
+from ovshim.capture.paths import steps_of, storable
+from ovshim.classes import is_users
+from ovshim.guards import BadGuardError, Path, Step, Test, ValueGuard, roots_of, walk
 from ovshim.reasons import reason
 
 if TYPE_CHECKING:
@@ -22,18 +27,31 @@ __all__ = ["Sources"]
 
 log = logging.getLogger("ovshim")
 
-_VALUES = frozenset({"EQUALS_MATCH", "CONSTANT_MATCH"})
-_IDENTITIES = frozenset(
-    {"ID_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "MODULE_MATCH"}
-)
-# A key was looked for, and found or not: then none may come or go.
-_KEYS = frozenset(
-    {"DICT_KEYS_MATCH", "DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"}
-)
-_CODE = ("__code__", "__defaults__", "__kwdefaults__")
+# What is asked of a type alone is asked of the object: so it is of all that a path leads through.
+_TESTS: Mapping[str, Test] = {
+    **dict.fromkeys(("EQUALS_MATCH", "CONSTANT_MATCH", "CONSTANT_SUBCLASS_MATCH"), "value"),
+    **dict.fromkeys(("BOOL_MATCH", "NONE_MATCH", "TYPE_MATCH", "NOT_NONE_MATCH"), "value"),
+    **dict.fromkeys(("ID_MATCH", "FUNCTION_MATCH", "CLOSURE_MATCH", "BUILTIN_MATCH"), "same"),
+    **dict.fromkeys(("CLASS_MATCH", "MODULE_MATCH", "NN_MODULE", "TENSOR_MATCH"), "same"),
+    **dict.fromkeys(("WEAKREF_ALIVE", "DUPLICATE_INPUT"), "same"),
+    "SEQUENCE_LENGTH": "length",
+    # A key was looked for, and found or not: then none may come or go.
+    **dict.fromkeys(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK", "DICT_CONTAINS"), "keys"),
+    **dict.fromkeys(("DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"), "keys"),
+    **dict.fromkeys(("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"), "found"),
+}
+# The generation has all hooks; tensors of other classes are none of OpenVINO's.
+_ELSEWHERE = frozenset({"EMPTY_NN_MODULE_HOOKS_DICT"})
+_DEFAULTS = frozenset({"__defaults__", "__kwdefaults__"})
+_OF_CLASSES = frozenset({"__class__", "__mro__", "__dict__"})
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.WrapperDescriptorType,
+         types.MethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
+         staticmethod, classmethod, property, type)  # fmt: skip
 # Globals that Dynamo itself puts there: Python's builtins, and objects named after their ids.
-_MADE_UP = re.compile(r"__builtins_dict__.*|_.*\d{6,}_c\d+")
+_BUILTINS = re.compile(r"__builtins_dict__.*")
+_MADE_UP = re.compile(r"_.*\d{6,}_c\d+")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device)
+_KEYED = (dict, set, frozenset, types.MappingProxyType)
 
 
 class Sources:
@@ -117,75 +135,117 @@ class Sources:
         return tuple(guards)
 
     def read_guards(self, guards: Iterable[Any]) -> tuple[ValueGuard, ...]:
-        """Dynamo's guards on values, lengths, keys and identities that nothing else watches."""
+        """Dynamo's guards on values, lengths, keys and identities that nothing else watches.
+
+        Raises:
+            CaptureError: there is one that could not be asked again.
+        """
         found: dict[ValueGuard, None] = {}
         for guard in guards:
-            test = _test_of(guard.create_fn_name())
-            path = self._path(guard.originating_source) if test else None
-            if test is None or path is None or not self._worth_watching(path, test):
-                continue
-            try:
-                value = walk(path[0], path[1], self.roots)
-            except BadGuardError as error:
-                log.debug("guard %s is left to the generation: %s", guard.name, error)
-                continue
-            if test == "value" and not isinstance(value, _PLAIN):
-                test = "same"
-            if test == "keys" and not isinstance(value, (dict, set, frozenset)):
-                continue
-            found[ValueGuard(path[0], path[1], test, measure(value, test))] = None
+            for source, test in _asked(guard):
+                if self._is_given(source):
+                    continue
+                path = self._path(source) if test else None
+                if test is None or path is None:
+                    raise _unknown(guard)
+                try:
+                    found.update(dict.fromkeys(self._guards(path, test, guard)))
+                except BadGuardError as error:
+                    raise _unknown(guard) from error
         return tuple(found)
 
-    def _worth_watching(self, path: tuple[str, tuple[Step, ...]], test: str) -> bool:
-        """Not attributes of modules of the tree: `generation` has them. Nor what is Dynamo's."""
+    def _guards(self, path: Path, test: Test, guard: Any) -> Iterator[ValueGuard]:
         root, steps = path
-        if not steps:
-            return False
+        passed = [walk(root, steps[:i], self.roots) for i in range(len(steps) + 1)]
+        self._refuse(passed[-1], guard)
+        if test == "found":
+            own = guard.create_fn_name() == "NOT_PRESENT_IN_GENERIC_DICT"
+            steps = (*steps, ("own" if own else "attr", guard.create_fn.keywords["attr"]))
+        elif test == "value" and not isinstance(passed[-1], _PLAIN):
+            test = "same"
+            if isinstance(passed[-1], set | frozenset):  # to Dynamo a constant
+                yield from self._guards(path, "keys", guard)
+        elif test == "keys" and not isinstance(passed[-1], _KEYED):
+            return
+        if not self._is_covered(root, steps, test, passed):
+            yield ValueGuard.now(root, steps, test, self.roots)
+        if root == "import:builtins" and steps:  # nor does a global of this name come before it
+            yield ValueGuard.now("globals", (("item", steps[0][1]),), "found", self.roots)
+
+    def _refuse(self, found: Any, guard: Any) -> None:
+        """What Dynamo reads without a guard that would tell when it changes."""
+        if isinstance(found, np.ndarray):
+            raise _unknown(guard)  # its shape is written to in place
+        if isinstance(found, types.FunctionType):
+            # Its names are guarded in the module that it says it is of.
+            names, name = found.__globals__, found.__globals__.get("__name__")
+            spaces = getattr(sys.modules.get(str(name)), "__dict__", None), self.roots["globals"]
+            elsewhere = name is not None and not any(names is space for space in spaces)
+            if (is_users(found) and elsewhere) or hasattr(found, "_dynamo_marked_constant"):
+                raise _unknown(guard)
+
+    def _is_covered(
+        self, root: str, steps: tuple[Step, ...], test: Test, passed: Sequence[Any]
+    ) -> bool:
+        """Attributes of modules, which `generation` has; code, of which it has the functions and
+        classes; what is Dynamo's."""
+        if not steps or root.startswith("import:torch._dynamo"):
+            return True
         names = [str(key) for how, key in steps if how == "attr"]
-        if any(name in _CODE for name in names):
-            return False  # the generation compares the code of functions itself
-        if any(name.startswith("__") for name in names) and test != "value":
-            return False  # methods in classes: the generation has those as well
-        try:
-            passed = [walk(root, steps[:i], self.roots) for i in range(len(steps))]
-        except BadGuardError:
-            return False
-        if _is_torchs_layer(passed[-1]) or root.startswith("import:torch._dynamo"):
-            return False
-        if isinstance(passed[-1], nn.Module) and test in ("value", "same"):
-            return str(steps[-1][1]) not in passed[-1].__dict__
-        return not any(key in ("_modules", "_parameters", "_buffers") for _, key in steps[-2:])
+        holder, found = passed[len(steps) - 1], passed[-1]
+        if "__code__" in names or steps[-1][1] in _DEFAULTS:
+            return True
+        if len(steps) > 1 and steps[-2][1] in _DEFAULTS and isinstance(found, _PLAIN):
+            return True
+        if "__closure__" in names and not _are_users(passed):
+            return True  # a library's wrapper
+        if any(name in _OF_CLASSES for name in names) and test != "value":
+            return test != "same" or isinstance(found, _CODE)
+        modules = [x for x in passed[: len(steps)] if isinstance(x, nn.Module)]
+        if modules and _is_torchs_layer(modules[-1]) and not isinstance(holder, torch.Tensor):
+            return True
+        if isinstance(holder, nn.Module):
+            return test == "found" or _is_own(holder, steps[-1], test)
+        return any(key in ("_modules", "_parameters", "_buffers") for _, key in steps[-2:])
 
     # --- paths --------------------------------------------------------------------------------
 
     def _object(self, source: Any) -> Any:
         """What a source stands for in this call; None where that cannot be told."""
+        steps = steps_of(source)
+        if steps is None:
+            return None
+        scope, name, path = steps
         try:
-            steps = _steps(source)
-            if steps is None:
-                return None
-            scope, name, path = steps
-            if scope == "local":
-                base = self.locals[name]
-            elif name in self.imports:
+            if scope == "global" and name in self.imports:
                 return walk(f"import:{self.imports[name]}", path, self.roots)
-            else:
-                base = self.roots["globals"][name]
+            base = (self.locals if scope == "local" else self.roots["globals"])[name]
             return walk("base", path, {"base": base})
         except (BadGuardError, KeyError):
             return None
 
-    def _path(self, source: Any) -> tuple[str, tuple[Step, ...]] | None:
+    def _path(self, source: Any) -> Path | None:
         """The path of ours for a source; None for an input and for sorts that have none."""
-        steps = _steps(source)
-        if steps is None:
+        steps = steps_of(source)
+        path = None if steps is None else self._rooted(*steps)
+        if path is None:
             return None
-        scope, name, path = steps
+        try:
+            stored = storable(walk(path[0], (), self.roots), path[1])
+        except BadGuardError:  # it leads nowhere, which is found out again
+            return path
+        return None if stored is None else (path[0], stored)
+
+    def _rooted(self, scope: str, name: str, path: tuple[Step, ...]) -> Path | None:
         if scope == "global":
-            if _MADE_UP.fullmatch(name):
-                return None
+            if _BUILTINS.fullmatch(name):
+                return "import:builtins", (*(("attr", key) for _, key in path[:1]), *path[1:])
             if name in self.imports:
                 return f"import:{self.imports[name]}", path
+            if _MADE_UP.fullmatch(name):
+                held = self.roots["globals"].get(name)
+                is_module = isinstance(held, types.ModuleType)
+                return (f"import:{held.__name__}", path) if is_module else None
             return "globals", (("item", name), *path)
         base, owner = self.locals.get(name), self.request.call.__self__  # type: ignore[attr-defined]
         if base is owner:
@@ -195,53 +255,48 @@ class Sources:
             return "module", path[1:]
         return ("closure", (("item", name), *path)) if name in self.closure_names else None
 
+    def _is_given(self, source: Any) -> bool:
+        """Whether it is an input, of which the signature tells, or a state of torch's that every
+        call is asked for (`special_mode`), and no object at all."""
+        from torch._dynamo import source as sources
+
+        while hasattr(source, "base"):
+            above, source = source, source.base
+            if isinstance(source, sources.LocalSource) and self._path(source) is None:
+                return self._path(above) is None
+        if isinstance(source, sources.LocalSource):
+            return self._path(source) is None
+        return isinstance(source, (sources.GlobalStateSource, sources.ShapeEnvSource))
+
+
+def _asked(guard: Any) -> Iterator[tuple[Any, Test | None]]:
+    """The sources that a guard of Dynamo's looks at, and the test of ours for it."""
+    from torch._dynamo import source as sources
+
+    kind, source = guard.create_fn_name(), guard.originating_source
+    if isinstance(source, (sources.ConstDictKeySource, sources.NonSerializableSetGetItemSource)):
+        yield source.base, "keys"
+    elif kind not in _ELSEWHERE:
+        yield source, _TESTS.get(kind)
+    if kind == "DUPLICATE_INPUT":
+        yield guard.create_fn.keywords["source_b"], "same"
+
+
+def _unknown(guard: Any) -> Exception:
+    from ovshim.capture import CaptureError
+
+    detail = f"the graph rests on {guard.create_fn_name()} of {guard.name}, which nobody watches"
+    return CaptureError(reason("capture-failed", detail), harmless=True)
+
+
+def _is_own(module: nn.Module, step: Step, test: Test) -> bool:
+    held = (module.__dict__, module._modules, module._parameters, module._buffers)
+    return test in ("value", "same") and any(step[1] in names for names in held)
+
+
+def _are_users(passed: Sequence[Any]) -> bool:
+    return all(is_users(x) for x in passed if isinstance(x, types.FunctionType))
+
 
 def _is_torchs_layer(held: Any) -> bool:
     return isinstance(held, nn.Module) and type(held).__module__.startswith("torch.nn.")
-
-
-def _test_of(kind: str) -> Literal["value", "length", "keys", "same"] | None:
-    if kind in _VALUES:
-        return "value"
-    if kind == "SEQUENCE_LENGTH":
-        return "length"
-    if kind in _KEYS:
-        return "keys"
-    return "same" if kind in _IDENTITIES else None
-
-
-def _steps(source: Any) -> tuple[str, str, tuple[Step, ...]] | None:
-    """("local" | "global", name, steps) of a chain of sources; None for sorts without a path."""
-    from torch._dynamo import source as sources
-
-    path: list[Step] = []
-    while not isinstance(source, (sources.LocalSource, sources.GlobalSource)):
-        if isinstance(source, sources.NNModuleSource):
-            source = source.base
-            continue
-        step = _step(source, sources)
-        if step is None:
-            return None
-        path.append(step)
-        source = source.base
-    if isinstance(source, sources.LocalSource):
-        return "local", source.local_name, tuple(reversed(path))
-    return "global", source.global_name, tuple(reversed(path))
-
-
-def _step(source: Any, sources: Any) -> Step | None:
-    if isinstance(source, (sources.AttrSource, sources.GenericAttrSource)):
-        return ("attr", source.member)
-    for kind, name in (
-        (sources.TypeSource, "__class__"),
-        (sources.TypeDictSource, "__dict__"),
-        (sources.TypeMROSource, "__mro__"),
-        (sources.ClosureSource, "__closure__"),
-    ):
-        if isinstance(source, kind):
-            return ("attr", name)
-    items = (sources.DictGetItemSource, sources.GetItemSource, sources.DictSubclassGetItemSource)
-    if isinstance(source, items):
-        key = source.index
-        return ("item", key) if type(key) in (str, int) else None
-    return None
