@@ -80,6 +80,7 @@ class Watch:
         self._kept: list[Any] = []  # so that the id of none is given to another
         self._keys: dict[int, tuple[dict[Any, Any], list[Any]]] = {}
         self._lacking: dict[int, tuple[dict[Any, Any], set[Any]]] = {}
+        self._having: dict[int, tuple[dict[Any, Any], set[Any]]] = {}
         self._asked: dict[Any, tuple[Any, Step, bool]] = {}
         self._referred: list[weakref.ReferenceType[Any]] = []
         self._of_users: dict[int, Any] = {}
@@ -96,7 +97,7 @@ class Watch:
         held = [held for held, _ in self._groups.values()]
         held += [held for held, _ in self._keys.values()]
         plain = [held for held in held if type(held) is dict]
-        others = self._instances, self._lacking
+        others = self._instances, self._lacking, self._having
         return [*plain, *(held for of in others for held, _ in of.values())]
 
     def conditions(
@@ -138,6 +139,7 @@ class Watch:
             ("len({0}) == {1}", self._instances),
             ("list(dict.keys({0})) == {1}", self._keys),
             ("{0}.keys().isdisjoint({1})", self._lacking),
+            ("{0}.keys() >= {1}", self._having),
         )
         for text, of in of_each:
             for key, (held, expected) in of.items():
@@ -183,8 +185,10 @@ class Watch:
             self._asked[id(base), step] = base, step, there
         elif step[0] != "attr" or (not there and _is_simple(base)):
             self._lacking.setdefault(id(held), (held, set()))[1].add(step[1])
+        elif there and step[1] in held:
+            self._having.setdefault(id(held), (held, set()))[1].add(step[1])
         else:
-            self._keys[id(held)] = held, list(held)
+            self._asked[id(base), step] = base, step, there
 
     def _add_classes(self, guard: ValueGuard, roots: Mapping[str, Any]) -> None:
         """Classes on the path, and the objects whose class it goes through: an attribute of their

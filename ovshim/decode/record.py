@@ -69,7 +69,7 @@ class StepRecord:
                 guard = dataclasses.replace(guard, path=guard.path[2:])
                 if not any(_leads_into(guard, path) for path in replaced):
                     kept.append(guard)
-            elif guard.root.startswith("import:") and guard.test not in ("length", "keys"):
+            elif guard.root.startswith("import:") and not _counts(guard):
                 kept.append(guard)
         return tuple(kept)
 
@@ -137,3 +137,8 @@ def _reason(stored: Mapping[str, Any]) -> Reason:
     if stored["code"] not in TABLE:
         raise ValueError(f"{stored['code']!r} is no reason")
     return Reason(stored["code"], str(stored["message"]), str(stored["remedy"]))
+
+
+def _counts(guard: ValueGuard) -> bool:
+    """Whether it speaks of how many entries there are, or of their places."""
+    return guard.test in ("length", "keys") or any(how == "nth" for how, _ in guard.path)
