@@ -196,7 +196,8 @@ class Watch:
         at = walk(guard.root, (), roots)
         for step in guard.path:
             held = getattr(at, "__dict__", None)
-            if step == ("attr", "__class__") and type(held) is dict:
+            in_class = step == ("attr", "__class__") and guard.test == "value"
+            if in_class and type(held) is dict:
                 self._instances[id(held)] = held, len(held)
             at = _take(at, step)
             if (
