@@ -206,7 +206,8 @@ class Watch:
                 and ("weak", 0) not in guard.path
             ):
                 self._of_users[id(at)] = at
-            self.reads_environment |= at is os.environ
+            own = not guard.root.startswith("import:")  # a library reads variables of its own
+            self.reads_environment |= own and at is os.environ
             self.classes += (at, type(at)) if isinstance(at, type) else (type(at),)
 
     def _group(self, held: Mapping[Any, Any]) -> dict[Any, Any]:
