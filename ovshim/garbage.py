@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ __all__ = ["apart", "whole"]
 _lock = threading.RLock()
 # Whether everything that there was is put aside.
 _aside = False
+# Python 3.12 puts some of its own objects aside before any program runs.
+_PYTHONS = gc.get_freeze_count() if sys.version_info[:2] == (3, 12) else 0
 
 
 @contextlib.contextmanager
@@ -29,7 +32,7 @@ def apart() -> Iterator[None]:
     """
     global _aside
     with _lock:
-        ours = gc.get_freeze_count() == 0
+        ours = gc.get_freeze_count() <= _PYTHONS
         if ours:
             gc.freeze()
             _aside = True
