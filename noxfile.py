@@ -34,6 +34,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *PARALLEL, *session.posargs)
 
 
+@nox.session(python=["3.12", "3.13"], default=False)
+def newer(session: nox.Session) -> None:
+    """The same on newer Pythons."""
+    install(session, "test")
+    session.run("pytest", *PARALLEL, *session.posargs)
+
+
 @nox.session
 def full(session: nox.Session) -> None:
     """Every test but the conformance corpus, those that take long among them."""
