@@ -82,3 +82,15 @@ def test_what_is_chosen_among_or_cannot_arise_is_not_asked_about() -> None:
     module = Function(usual).eval()
     fast = ovshim.accelerate(module, X - 0.4, prefer="openvino", cache_dir=False)
     check(fast, module, 0.4 - X)
+
+
+def test_a_minimum_of_what_was_cast_is_of_integers() -> None:
+    """As a T5 has its positions."""
+
+    def places(x: Tensor) -> Tensor:
+        far = (x.log() * 2).to(torch.long)
+        return torch.min(far, torch.full_like(far, 3)) + x
+
+    module = Function(places).eval()
+    fast = ovshim.accelerate(module, X * 9, prefer="openvino", cache_dir=False)
+    check(fast, module, X.flip(0) * 9)

@@ -90,6 +90,8 @@ def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
     lowest = name_of(node) in ("amax", "max") or "max_pool" in name_of(node)
     if not (lowest or name_of(node) in ("amin", "min")) or not node.args:
         return None
+    if not _is_of_floats(node):  # of relative positions, which were cast
+        return None
     if not any(map(_is_infinite, _carried(node.args[0], 8))):
         return None
     return _is_finite, node
@@ -102,6 +104,7 @@ def _is_finite(made: Any) -> torch.Tensor:
 
 def _is_of_floats(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
+    value = value[0] if isinstance(value, tuple) and value else value  # with the indices
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
