@@ -15,6 +15,7 @@ from ovshim.checks import no_module
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
 from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
+from ovshim.scripted import is_frozen
 from ovshim.shapes import check_names
 
 # The rest is imported by who needs it: a compilation may be under way by then.
@@ -177,6 +178,10 @@ def explain(
 def _check_module(module: Any, options: Options) -> None:
     if not isinstance(module, nn.Module):
         raise no_module(module)
+    if is_frozen(module):
+        allowed = "a module that torch.jit.freeze has not made"
+        remedy = "Accelerate the module that was scripted, or one that holds it."
+        raise OptionError("module", type(module).__qualname__, allowed, remedy)
     for name in options.methods:
         if not callable(getattr(module, name, None)):
             raise OptionError(

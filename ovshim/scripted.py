@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Held", "is_plain"]
+__all__ = ["Held", "is_frozen", "is_plain"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.device, torch.dtype)
 
@@ -16,6 +16,11 @@ _PLAIN = (type(None), bool, int, float, complex, str, torch.device, torch.dtype)
 def is_plain(module: nn.Module) -> bool:
     """Not a scripted module: those show their tensors and children through wrappers, not dicts."""
     return not isinstance(module, torch.jit.ScriptModule)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether `torch.jit.freeze` has made it: it has no tensors, children and mode any more."""
+    return not is_plain(module) and "_concrete_type" not in module.__dict__
 
 
 class Held:

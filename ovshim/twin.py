@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ovshim.bound import BoundMethod, Original, claim, installed
 from ovshim.errors import OptionError
+from ovshim.scripted import is_frozen
 
 _SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 _OWN_DICTS = frozenset(
@@ -92,6 +93,8 @@ class _Tree:
         made = self.twins.get(id(module))
         if made is None:
             if isinstance(module, RecursiveScriptModule):
+                if is_frozen(module):
+                    return self.twins.setdefault(id(module), module)
                 return self.scripted(module, _copied(module._c))
             made = self.adopt(module, _empty(module))
         return made

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import counts
+from checks import check, counts, quietly
 from torch import Tensor, nn
 
 import ovshim
@@ -79,3 +79,26 @@ def test_calls_that_change_nothing_are_served() -> None:
         for n in range(1, 5):
             torch.testing.assert_close(fast(x), module(x))
             assert counts(fast)["openvino"] == n
+
+
+class HoldsFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.frozen = torch.jit.freeze(torch.jit.script(nn.Linear(4, 4).eval()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.frozen(self.linear(x))
+        return y
+
+
+def test_frozen_ones_are_served_within_others_and_refused_alone() -> None:
+    module = HoldsFrozen().eval()
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(3, 4), prefer="openvino")
+        check(fast, module, torch.randn(5, 4), path=None)
+    assert counts(fast)["eager"] == 0
+    with pytest.raises(ovshim.OptionError, match="freeze"):
+        ovshim.accelerate(module.frozen)
