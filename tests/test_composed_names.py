@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from ovshim.captured_code import variables
@@ -160,6 +161,21 @@ def test_an_edited_default_of_a_method_changes_the_key(load: Load) -> None:
     for name in ("a method", "a method of another object"):
         expression = FOLLOWED[name]
         assert key(load(expression, model=edited(MODEL))) != key(load(expression))
+
+
+@pytest.mark.parametrize("name", ["a method", "a method of another object"])
+def test_what_a_library_puts_into_a_class_is_no_method_of_the_users(
+    load: Load, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers gives nn.Module a method as soon as it has made a model."""
+    monkeypatch.delattr(nn.Module, "smart_apply", raising=False)
+    before = key(load(FOLLOWED[name]))
+    config = hf.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    hf.BertModel(config)
+    assert hasattr(nn.Module, "smart_apply")
+    assert key(load(FOLLOWED[name])) == before
 
 
 @pytest.mark.parametrize("more", [OF_ITS_OWN_CLASS, ANSWERING])

@@ -158,7 +158,10 @@ class Reach(Writer):
             self.member((cls, name, member))
         else:
             self.when(name, self.member, (cls, name, member))
-            if not self.library and not name.startswith("__"):
+            # Not what a library has put into a class: transformers gives nn.Module a method as soon
+            # as it has made a model, and the key would depend on that.
+            of_library = any(map(self.from_library, functions(member)))
+            if not (self.library or of_library or name.startswith("__")):
                 self.when(METHODS, self.member, (cls, name, member))
 
     def member(self, what: tuple[type, str, Any]) -> None:
