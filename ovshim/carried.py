@@ -7,6 +7,7 @@ module that writes to its attributes at every call is not divided; one that does
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,7 @@ class Carried:
             for inners in zip(*pairs, strict=True)
         )
         self._known: list[dict[str, Any]] = [held.copy() for held in self._theirs]
+        self._lock = threading.Lock()
         conditions = Conditions()
         add_unless_written(conditions, self._theirs, self._is_as_it_was)
         self.unchanged = conditions.compiled()
@@ -54,15 +56,15 @@ class Carried:
 
     def carry(self) -> None:
         """Let the module's attributes be what a call has made of the tree's."""
-        for own, theirs, known in zip(self._owns, self._theirs, self._known, strict=True):
-            now = theirs.copy()
-            for key, value in now.items():
-                if known.get(key, _MISSING) is not value:
-                    own[key] = self._originals.get(id(value), value)
-            for key in known.keys() - now.keys():
-                own.pop(key, None)
-            known.clear()
-            known.update(now)
+        with self._lock:
+            for i, (own, theirs) in enumerate(zip(self._owns, self._theirs, strict=True)):
+                known, now = self._known[i], theirs.copy()
+                for key, value in now.items():
+                    if known.get(key, _MISSING) is not value:
+                        own[key] = self._originals.get(id(value), value)
+                for key in known.keys() - now.keys():
+                    own.pop(key, None)
+                self._known[i] = now
 
 
 def _holds(held: dict[str, Any], known: dict[str, Any]) -> bool:

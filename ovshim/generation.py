@@ -49,7 +49,7 @@ _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwde
 # So many tensors or modules are asked one by one, which takes no list of what they answer.
 _FEW = 8
 
-# What a graph has their answers of.
+# A graph holds what they answered, as constants.
 _STATES = frozenset(
     {
         torch.are_deterministic_algorithms_enabled,
@@ -237,7 +237,7 @@ class Generation:
             conditions.add("not {0}()", _is_recorded)
         if self._variables is None:
             # As it keeps them: a comparison with itself would decode all of them each time.
-            kept = vars(os.environ)["_data"]
+            kept = getattr(os.environ, "_data", os.environ)
             conditions.add("{0} == {1}", kept, dict(kept))
             conditions.add("{0}.environ is {1}", os, os.environ)
         for name in self._variables or ():

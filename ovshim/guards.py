@@ -166,7 +166,14 @@ def walk(root: str, path: Sequence[Step], roots: Mapping[str, Any]) -> Any:
         found = _root(root, roots)
         for how, key in path:
             found = _TAKERS[how](found, key)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        StopIteration,
+    ) as error:
         raise BadGuardError(f"nothing at {root} {path}: {error}") from error
     return found
 

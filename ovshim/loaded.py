@@ -30,7 +30,7 @@ from ovshim.signature import describe, sizes_of
 __all__ = ["load"]
 
 # The others are about conversion, or about eager.
-_TAKEN = frozenset({"device", "hint", "streams", "threads", "properties"})
+_TAKEN = frozenset({"device", "hint", "streams", "threads", "properties", "progress"})
 # Nothing is converted, and there is no eager to go to.
 _SETTLED: dict[str, Any] = {"cache_dir": False, "strict": True}
 
@@ -58,9 +58,9 @@ def load(
         OptionError: an option that has no meaning here, or cannot be right.
     """
     for name, only in _SETTLED.items():
-        if fields.get(name, only) != only:
-            remedy = "Leave it out: it is so in any case."
-            raise OptionError(name, fields.get(name), repr(only), remedy)
+        given: Any = fields.get(name)
+        if given is not None and given != only:
+            raise OptionError(name, given, repr(only), "Leave it out: it is so in any case.")
     chosen = resolve(options, {**fields, **_SETTLED})
     default = Options(**_SETTLED)
     for name in set(Options.__dataclass_fields__) - _TAKEN - _SETTLED.keys():

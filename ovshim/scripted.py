@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit._script import RecursiveScriptModule
 
 __all__ = ["Held", "is_frozen", "is_plain"]
 
@@ -20,7 +21,8 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether `torch.jit.freeze` has made it: it has no tensors, children and mode any more."""
-    return not is_plain(module) and "_concrete_type" not in module.__dict__
+    # A trace is of another class, and holds one of these.
+    return isinstance(module, RecursiveScriptModule) and "_concrete_type" not in module.__dict__
 
 
 class Held:

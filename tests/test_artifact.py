@@ -279,7 +279,7 @@ def test_switched_off_it_still_answers(saved: Path, monkeypatch: pytest.MonkeyPa
     ("name", "value"),
     [("precision", "bf16"), ("inplace", True), ("methods", ("x",)), ("dynamic_batch", False),
      ("prefer", "eager"), ("calibration", [1]), ("nothing", 1), ("device", "NPU.7"),
-     ("strict", False), ("cache_dir", "somewhere"), ("progress", True)],
+     ("strict", False), ("cache_dir", "somewhere")],
 )  # fmt: skip
 def test_options_that_mean_nothing_here(saved: Path, name: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:

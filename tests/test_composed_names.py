@@ -178,6 +178,28 @@ def test_what_a_library_puts_into_a_class_is_no_method_of_the_users(
     assert key(load(FOLLOWED[name])) == before
 
 
+def test_members_that_are_composed_by_and_by_are_no_part_of_an_enumeration(load: Load) -> None:
+    flags = MODEL.replace(
+        "class Way(enum.Enum):",
+        """class Flag(enum.Flag):
+    ONE = 1
+    TWO = 2
+
+class Held2(Held):
+    flag = Flag.ONE
+
+class Way(enum.Enum):""",
+        1,
+    ).replace("Held()", "Held2()")
+    assert "Held2()" in flags
+    expression = FOLLOWED["a method of another object"]
+    before = load(expression, model=flags)
+    found = key(before)
+    one, two = type(sys.modules["composed_model"].Flag.ONE)
+    assert one | two
+    assert key(before) == found
+
+
 @pytest.mark.parametrize("more", [OF_ITS_OWN_CLASS, ANSWERING])
 def test_a_module_that_answers_by_itself_is_read(load: Load, more: str) -> None:
     name = "act" if more == OF_ITS_OWN_CLASS else "unheard_of"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import check
+from checks import check, plans
 from torch import Tensor, nn
 
 import ovshim
@@ -67,3 +67,14 @@ def test_a_maximum_that_float32_does_not_hold_goes_to_eager() -> None:
     with torch.no_grad():
         assert all(found.all() for found in fast(ONES * (2**24 + 1)))
     assert fast.ovshim.stats()["eager"] == 1
+
+
+def test_a_question_about_a_size_leaves_it_open() -> None:
+    module = Function(lambda ids: ids * ids.shape[1]).eval()
+    fast = ovshim.accelerate(module, torch.arange(16).reshape(2, 8), prefer="openvino")
+    check(fast, module, torch.arange(33).reshape(3, 11), path=None)
+    check(fast, module, torch.arange(26).reshape(2, 13))  # what has changed once is open
+    assert len(plans(fast)) == 1
+    with torch.no_grad():
+        large = torch.full((3, 11), 2**30)
+        assert torch.equal(fast(large), module(large))

@@ -15,11 +15,10 @@ import torch
 from torch import fx
 
 from ovshim.capture import nans, overflows
+from ovshim.capture.magnitudes import magnitude
+from ovshim.capture.rewrites.entry import VERDICT
 
-__all__ = ["INTEGERS", "VERDICT", "check_domains"]
-
-# Marks a node whose boolean says whether OpenVINO may answer this call.
-VERDICT = "ovshim_verdict"
+__all__ = ["INTEGERS", "check_domains"]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LARGEST = 2147483647.0
@@ -36,6 +35,7 @@ def check_domains(module: fx.GraphModule) -> None:
     """Put such questions beside the operators of `module` that need them, in place."""
     graph = module.graph
     for node in list(graph.nodes):
+        magnitude(node)  # in this order, so that none has to ask for a long chain before it
         divisor = _integer_divisor(node)
         if divisor is not None:
             _ask(graph, node, _has_no_zero, divisor)

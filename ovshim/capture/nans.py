@@ -31,7 +31,7 @@ _LOSE = _names(
 )
 # They choose what goes on: as often as not, what is a number.
 _CHOOSE = frozenset({"where", "masked_fill", "masked_fill_", "nan_to_num", "isnan", "isfinite"})
-_DIVIDE = frozenset({"div", "div_", "divide", "truediv", "itruediv", "true_divide"})
+_DIVIDE = _names("div div_ divide truediv itruediv true_divide mod remainder remainder_ fmod fmod_")
 _NOT_BELOW_ZERO = _names("abs square exp sigmoid softmax relu var norm vector_norm softplus relu6")
 _KEEP_SIGN = _names(
     "mean sum sqrt rsqrt view reshape unsqueeze squeeze expand to float getitem flatten avg_pool1d"

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ovshim.capture.domains import INTEGERS, VERDICT
+from ovshim.capture.domains import INTEGERS
+from ovshim.capture.rewrites.entry import VERDICT
 
 __all__ = ["Checked", "check_ranges"]
 

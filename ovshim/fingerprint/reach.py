@@ -49,7 +49,11 @@ _NOT_COMPUTING = frozenset({"compile", "load", "save"})
 _OF_CLASSES = frozenset({"_abc_impl", "__dict__", "__weakref__", "__doc__", "__module__",
                          "__slots__", "__annotations__", "__firstlineno__", "__static_attributes__",
                          "__dataclass_fields__", "__dataclass_params__", "__orig_bases__",
-                         "__parameters__", "__abstractmethods__"})  # fmt: skip
+                         "__parameters__", "__abstractmethods__",
+                         # Of enumerations; members that are composed come to be in it by and by.
+                         "_value2member_map_", "_member_map_", "_member_names_",
+                         "_unhashable_values_", "_unhashable_values_map_",
+                         "_hashable_values_"})  # fmt: skip
 _NOT_GLOBALS = frozenset({"__name__", "__file__", "__spec__", "__loader__", "__package__",
                           "__path__", "__doc__", "__builtins__", "__debug__"})  # fmt: skip
 # Calls within libraries that are followed. Attention is two below a layer's forward, the repetition

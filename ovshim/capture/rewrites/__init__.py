@@ -36,7 +36,7 @@ from ovshim.capture.rewrites import (
     products,
     sizes,
 )
-from ovshim.capture.rewrites.entry import Rewrite, Target
+from ovshim.capture.rewrites.entry import VERDICT, Rewrite, Target
 
 __all__ = ["SIZES", "TABLE", "Rewrite", "apply"]
 
@@ -89,7 +89,7 @@ def _rewrite(node: Node, of_sizes: _Index, of_tensors: _Index) -> None:
     elif sizes.is_size(node):
         if not sizes.stays_right(node) and not _replaced(node, of_sizes):
             sizes.fix(node)
-    else:
+    elif VERDICT not in node.meta:  # a question is ours, and takes what it is about
         for given in node.all_input_nodes:
             if not sizes.takes(node, given):
                 sizes.fix(given)

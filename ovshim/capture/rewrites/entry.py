@@ -12,6 +12,7 @@ from torch.fx import Node
 __all__ = [
     "INTEGERS",
     "NARROW",
+    "VERDICT",
     "WIDE",
     "Function",
     "Rewrite",
@@ -24,6 +25,9 @@ __all__ = [
     "value_of",
     "wrapping",
 ]
+
+VERDICT = "ovshim_verdict"
+"""Marks a node whose boolean says whether OpenVINO may answer this call."""
 
 Function = Callable[..., Any]
 Target = Function | str
