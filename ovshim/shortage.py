@@ -29,5 +29,5 @@ def compile_failure(error: Exception) -> Reason:
     text = str(error).strip()
     detail = f"{type(error).__name__}: {(text.splitlines() or [''])[-1][:200]}"
     if re.search("|".join(_TEXTS), text, re.IGNORECASE):
-        return reason(SHORTAGE, detail)
+        return reason("out-of-resources", detail)
     return reason("compile-failed", detail)
