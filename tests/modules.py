@@ -6,7 +6,7 @@ They stand here rather than in the tests so that child processes can import them
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,17 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.norm(self.first(x))))
+
+
+class Function(nn.Module):
+    """Answers what a function answers."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(*args)
 
 
 class Scaled(nn.Module):

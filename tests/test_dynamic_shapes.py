@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checks import check, counts, paths, plans, quietly, run_python, settle
-from modules import Attention, Mlp, Pooled, Recurrent, make, small_bert
+from modules import Attention, Function, Mlp, Pooled, Recurrent, make, small_bert
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -29,15 +29,6 @@ class TwoLengths(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x.sum(-1) * y.amax((1, 2)) + x.shape[1] * 10 + y.shape[2]
-
-
-class Function(nn.Module):
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
 
 
 class BranchesOnSize(nn.Module):

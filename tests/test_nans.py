@@ -7,22 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import check
-from torch import Tensor, nn
+from modules import Function
+from torch import Tensor
 
 import ovshim
 
 torch.manual_seed(0)
 WEIGHT = torch.randn(4, 4)
 X = torch.rand(3, 4) + 0.1
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(*args)
 
 
 LOST: dict[str, Callable[[Tensor], Any]] = {

@@ -1,24 +1,13 @@
 """Integers that leave 32 bits inside of a graph, or what float32 tells apart, go to eager."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from checks import check, plans
-from torch import Tensor, nn
+from modules import Function
 
 import ovshim
 
 ONES = torch.ones(3, 4, dtype=torch.int64)
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
 
 
 OVERFLOWS = {

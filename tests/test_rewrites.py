@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from checks import check, plans, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modules import Function
 from torch import Tensor, nn
 from torch._dynamo import convert_frame, decorators
 
@@ -27,15 +28,6 @@ from ovshim.guards import sizes_hold
 from ovshim.signature import flatten, flatten_call, kind_of
 
 torch.manual_seed(0)
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(*args)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ import torch
 from torch import fx
 
 from ovshim.capture import nans, overflows
-from ovshim.capture.magnitudes import magnitude
-from ovshim.capture.rewrites.entry import VERDICT
+from ovshim.capture.magnitudes import CASTS, magnitude
+from ovshim.capture.rewrites.entry import INTEGERS, VERDICT
 
-__all__ = ["INTEGERS", "check_domains"]
+__all__ = ["check_domains"]
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LARGEST = 2147483647.0
 
 _DIVISIONS = {operator.floordiv, operator.mod, torch.floor_divide, torch.remainder, torch.fmod}
@@ -28,7 +27,6 @@ _DIVISION_METHODS = {"floor_divide", "remainder", "fmod", "floor_divide_", "rema
 _ROUNDED = {torch.div, torch.divide, torch.true_divide, "div", "divide", "div_"}
 _ELEMENT_BY_ELEMENT = {operator.add, torch.add, torch.min, torch.minimum, torch.max, torch.maximum}
 _OF_SIZES_ALONE = {torch.full_like, torch.zeros_like, torch.ones_like}
-_CASTS = {"long", "int", "to", "type", "type_as"}
 
 
 def check_domains(module: fx.GraphModule) -> None:
@@ -115,7 +113,7 @@ def _integer_divisor(node: fx.Node) -> fx.Node | None:
 
 
 def _cast_to_integers(node: fx.Node) -> fx.Node | None:
-    if node.op != "call_method" or node.target not in _CASTS:
+    if node.op != "call_method" or node.target not in CASTS:
         return None
     source, result = node.args[0], _fake(node)
     given = _fake(source)

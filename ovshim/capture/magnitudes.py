@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["Magnitude", "magnitude", "name_of"]
+__all__ = ["CASTS", "Magnitude", "is_of_floats", "magnitude", "name_of"]
 
 _MARK = "ovshim_magnitude"
 _WIDE = (torch.int64, torch.int32)
@@ -16,7 +16,7 @@ _WIDE = (torch.int64, torch.int32)
 # Operators that give places or counts, whatever the values.
 _PLACES = frozenset({"argmax", "argmin", "argsort", "bucketize", "searchsorted", "count_nonzero"})
 _MULTIPLY = frozenset({"mul", "imul", "mul_", "pow", "ipow", "square", "product", "lshift"})
-_CASTS = frozenset({"to", "long", "int", "type", "type_as"})
+CASTS = frozenset({"to", "long", "int", "type", "type_as"})
 
 
 class Magnitude(IntEnum):
@@ -47,14 +47,16 @@ def _of(node: Node) -> Magnitude:
         return Magnitude.GIVEN
     if name in _PLACES:
         return Magnitude.SMALL
-    if name in _CASTS and _is_of_floats(node.args[0]):
+    if name in CASTS and is_of_floats(node.args[0]):
         return Magnitude.GIVEN
     least = Magnitude.MULTIPLIED if name in _MULTIPLY else Magnitude.SMALL
     return max([least, *map(magnitude, node.all_input_nodes), *map(magnitude, node.args)])
 
 
-def _is_of_floats(node: Any) -> bool:
+def is_of_floats(node: Any) -> bool:
+    """Whether a node gives floats; with their places, where it gives those as well."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
+    value = value[0] if isinstance(value, tuple) and value else value
     return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 

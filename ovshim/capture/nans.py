@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ovshim.capture.magnitudes import name_of
+from ovshim.capture.magnitudes import is_of_floats, name_of
 
 __all__ = ["domain", "lost_infinity"]
 
@@ -70,11 +70,11 @@ _DOMAINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def domain(node: fx.Node) -> tuple[Any, ...] | None:
     """A function that tells inside the graph whether `node` gives numbers, and what to give it."""
     name = name_of(node)
-    if not _is_of_floats(node):
+    if not is_of_floats(node):
         return None
     if name in _DIVIDE:
         divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
-        asked = isinstance(divisor, fx.Node) and _is_of_floats(divisor) and not _is_above(divisor)
+        asked = isinstance(divisor, fx.Node) and is_of_floats(divisor) and not _is_above(divisor)
         return (_has_no_zero, divisor) if asked and _is_lost(node) else None
     if name not in _DOMAINS or not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -90,7 +90,7 @@ def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
     lowest = name_of(node) in ("amax", "max") or "max_pool" in name_of(node)
     if not (lowest or name_of(node) in ("amin", "min")) or not node.args:
         return None
-    if not _is_of_floats(node):  # of relative positions, which were cast
+    if not is_of_floats(node):  # of relative positions, which were cast
         return None
     if not any(map(_is_infinite, _carried(node.args[0], 8))):
         return None
@@ -100,12 +100,6 @@ def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
 def _is_finite(made: Any) -> torch.Tensor:
     values = made if isinstance(made, torch.Tensor) else made[0]
     return (values.abs() < torch.finfo(values.dtype).max).all()
-
-
-def _is_of_floats(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
-    value = value[0] if isinstance(value, tuple) and value else value  # with the indices
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _is_whole(number: Any) -> bool:

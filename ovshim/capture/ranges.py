@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ovshim.capture.domains import INTEGERS
-from ovshim.capture.rewrites.entry import VERDICT
+from ovshim.capture.rewrites.entry import INTEGERS, VERDICT
 
 __all__ = ["Checked", "check_ranges"]
 
