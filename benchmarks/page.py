@@ -82,10 +82,10 @@ cache, hashes the weights, compiles and proves), and the first call. Some of ovs
 done while OpenVINO compiles, and counts as getting ready; so does its import of OpenVINO. The last
 column but one compares with `compile_model(path)` and the first call alone, as if whoever calls
 OpenVINO had imported it before. The first call is of the example: OpenVINO has computed its answer
-for the proof, and it is handed over. Another input costs a call. Without an example all of that is
-done by the first call, behind eager's, which is its answer. With `background=True` the first call
-is eager's, which has the processors to itself, and the rest is done beside the calls after it. Of
-both the last column says when OpenVINO has answered one of these, made without a break. Medians;
+for the proof, and it is handed over. Another input costs a call. Without an example the first call
+has eager's answer while OpenVINO begins to compile, and the second goes on with the plan. With
+`background=True` the first call is eager's too, and all the rest is done beside the calls after it.
+Of both the last column says when OpenVINO has answered one of these, made without a break. Medians;
 processes of all ways in turns.
 """
 

@@ -222,7 +222,7 @@ class Maker:
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
         from ovshim.dispatch import Dispatcher
 
-        return Dispatcher(module, self.method, original, self.options, _divided)
+        return Dispatcher(module, self.method, original, self.options, _divided, may_wait=True)
 
 
 def _divided(job: Job, plan: Plan) -> Plan:

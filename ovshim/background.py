@@ -19,8 +19,7 @@ import torch
 from ovshim.builder import Work, pause
 from ovshim.building import building_here
 from ovshim.families import Family
-from ovshim.generation import Generation
-from ovshim.job import Job
+from ovshim.job import Job, state_of
 from ovshim.plan import Plan
 from ovshim.planner import Given, Planner
 from ovshim.reasons import Reason, reason
@@ -105,7 +104,7 @@ class LatePlanner(Planner):
         while not building_here():
             builds = self._builds
             if not builds:
-                return True
+                return super().wait(timeout)
             for build in builds:
                 build.let_go()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -139,7 +138,7 @@ class LatePlanner(Planner):
     def make(self, family: Family, job: Job) -> Plan | None:
         """Make a plan, in this thread. None where the module cannot be copied."""
         for _ in range(2):  # a module that has changed meanwhile may be done with it
-            began = _state(self.module)  # before the copy, which is then of this state or of none
+            began = state_of(self.module)  # before the copy, which is then of this state or of none
             copied = apart(self.original)
             if copied is None:
                 self._late = False
@@ -234,10 +233,3 @@ def apart(original: Any) -> Any:
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-
-
-def _state(module: torch.nn.Module) -> Generation | None:
-    try:
-        return Generation(module)
-    except ValueError:  # weights that count no versions: the build will say so
-        return None

@@ -59,6 +59,7 @@ class Dispatcher:
         quiet: warn of nothing.
         make_planner: makes what makes the plans; None: as the options say.
         backward: notices backward passes, where others do as well.
+        may_wait: see `planner.Planner`.
 
     Attributes:
         tally: counts and tells what became of the calls.
@@ -79,17 +80,19 @@ class Dispatcher:
         quiet: bool = False,
         make_planner: Callable[..., Planner] | None = None,
         backward: Backward | None = None,
+        may_wait: bool = False,
     ) -> None:
         self.module = module
         self.original = original
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self.tally = Tally(module, lambda: self.plans, options.strict, quiet)
+        self.tally = Tally(module, lambda: self._made, options.strict, quiet)
         make = make_planner or (LatePlanner if options.background else Planner)
         self._planner = make(
             module, method, original, options, self._publish, self.tally.retire, divide, backward
         )
+        self._planner.may_wait = may_wait and options.memory != "lean"
         self._looks_out = True
         self._at_rest: Rest | None = None
         self._off = not enabled_in_environment()
@@ -193,7 +196,7 @@ class Dispatcher:
                 return None
             forget_answer(served.engine)
             return plan, served, tensors
-        return None
+        return self.ready(args, kwargs, settled) if self._finish() else None
 
     def _in_lane(self, asked: Asked, bucket: Bucket) -> Any:
         """A call of sizes that were hardly met before."""
@@ -296,12 +299,21 @@ class Dispatcher:
         kind = known_kind(leaves, structure, grad)
         if isinstance(kind, Reason):
             return self.in_eager(kind, args, kwargs)
+        if self._finish(wait=False):
+            return self.call(args, kwargs)
         if self._is_to_look_out(leaves):
             return self._looking_out(args, kwargs)
         output, why = self._planner.answer(Given(args, kwargs, kind, leaves, grad))
         self.tally.tell_precision()
         self.tally.note(stale if stale is not None and why.code == "building" else why)
         return output
+
+    def _finish(self, wait: bool = True) -> bool:
+        """Make the plans that calls have left to later ones; whether there were any."""
+        made = self._planner.finish(wait)
+        if made:
+            self.tally.tell_precision()
+        return made
 
     def _is_to_look_out(self, leaves: Sequence[Any]) -> bool:
         if not self._looks_out or self._planner.backward.seen or not _grad_enabled():
@@ -340,6 +352,7 @@ class Dispatcher:
         """
         if self._off or self.options.prefer == "eager":
             return
+        self._finish()
         leaves, structure = flatten_call(args, kwargs)
         why = obstacle(self.module) or unfit(leaves)
         if why is None and self._room is not None and self._room.takes(args, kwargs):
@@ -399,7 +412,12 @@ class Dispatcher:
 
     @property
     def plans(self) -> list[Plan]:
-        """Every plan that stands."""
+        """Every plan that stands, and those that were left to a later call."""
+        self._finish()
+        return self._made
+
+    @property
+    def _made(self) -> list[Plan]:
         decodings = [] if self._room is None else self._room.plans
         return [*self._planner.plans, *decodings]
 

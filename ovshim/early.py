@@ -15,8 +15,10 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import platform
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from torch import nn
 
 from ovshim import blobs, executed, runtime
 from ovshim.attributes import tensors_of
+from ovshim.building import own_modes
 from ovshim.cache.entry import Entry
 from ovshim.cache.store import Store
 from ovshim.options import Options
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from ovshim.infer import Engine
     from ovshim.job import Job
 
-__all__ = ["Ahead", "Early", "begin", "begin_for", "begin_with", "remember"]
+__all__ = ["Ahead", "Early", "begin", "begin_after", "begin_for", "begin_with", "remember"]
 
 log = logging.getLogger("ovshim")
 
@@ -51,6 +54,10 @@ _LARGE_FILE = "model.bin"
 # would wait for the interpreter at each piece (BERT-base, 436 MB: 20 ms less; ResNet-50, 102 MB:
 # 20 ms more).
 _BEHIND_BYTES = 256 << 20
+
+
+# A fork waits so long for compilations: their locks would stay locked in the child.
+_FORK_SECONDS = 30.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,6 +115,7 @@ class Early:
         self._taken = False
         self._sound = None if unread else True
         self.compiling = True
+        _known.add(self)
         # No daemon: one that is inside OpenVINO when the interpreter goes ends the process.
         self._thread = threading.Thread(target=self._run, name="ovshim-compile", daemon=False)
         try:
@@ -133,10 +141,11 @@ class Early:
         """Whether it has ended."""
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Wait until it has ended."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended, so many seconds at the most; whether it has."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(timeout)
+        return self.is_over()
 
     def is_sound(self) -> bool:
         """Whether the entry is what it was, every byte of it; else it must not serve. Waits."""
@@ -163,6 +172,16 @@ class Early:
         if not self._taken or len(self._given) != len(leaves):
             return None
         return answer if hold_the_same(_tensors(self._given), _tensors(leaves)) else None
+
+    def wait_to_fork(self) -> None:
+        """Wait until its thread holds no locks, if that is another one."""
+        if threading.current_thread() is not self._thread:
+            self.wait(_FORK_SECONDS)
+
+    def keep_in_child(self) -> None:
+        """What is inherited of OpenVINO must not be destroyed (see `infer`)."""
+        if self._compiled is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._compiled))
 
     def _run(self) -> None:
         try:
@@ -209,11 +228,23 @@ def begin_for(
         return None
 
 
-def begin(wanted: Wanted, there: bool = False) -> Ahead:
+def begin_after(job: Job) -> Ahead | None:
+    """Begin for a call that eager has answered. None where that goes wrong: see above."""
+    try:
+        with own_modes(job.grad):
+            there = any(plan.served is not None for plan in job.siblings)
+            return begin(job, there, behind=True)
+    except Exception:
+        log.debug("nothing was begun early", exc_info=True)
+        return None
+
+
+def begin(wanted: Wanted, there: bool = False, behind: bool = False) -> Ahead:
     """Begin with the entry that a hint names, if there is one and it pays.
 
     Args:
         there: whether the graph that is wanted is most likely compiled already.
+        behind: whether nobody waits for it, so that all that can be done in its thread is.
     """
     if not _pays(wanted):
         return Ahead()
@@ -233,7 +264,7 @@ def begin(wanted: Wanted, there: bool = False) -> Ahead:
     if store.died_building(entry.family):
         ahead.died = entry.family
     elif fits and record.verdict is None:
-        behind = blobs.is_large(path, _BEHIND_BYTES)
+        behind = behind or blobs.is_large(path, _BEHIND_BYTES)
         early = Early(wanted, entry, record, unread=behind)
         if not behind and not _is_still(store, entry):
             early.stop()
@@ -334,3 +365,20 @@ def _first_bytes(tensor: torch.Tensor) -> bytes:
         return b""
     offset = int(tensor.storage_offset()) * tensor.element_size()
     return ctypes.string_at(start + offset, max(0, min(_SAMPLE_BYTES, size - offset)))
+
+
+_known: weakref.WeakSet[Early] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    for begun in list(_known):
+        begun.wait_to_fork()
+
+
+def _after_fork_in_child() -> None:
+    for begun in list(_known):
+        begun.keep_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

@@ -8,11 +8,14 @@ that has lost its plan, or comes when plans go without having served, has to com
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ovshim.plan import Plan
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Kind
+
+if TYPE_CHECKING:
+    from ovshim.job import Job
 
 __all__ = ["WORTH_BUILDING", "Families", "Family"]
 
@@ -31,6 +34,7 @@ class Family:
         stale, wait, why: how often its plans went stale too soon, for how many calls no plan is
             made for that, and the reason given meanwhile.
         build: what another thread is making.
+        job: a plan that a later call goes on with (see `planner.Planner.finish`).
         met: sizes of calls that had no plan.
         came, ousted: calls that had no plan since the last one went, and how often it had to make
             room.
@@ -42,6 +46,7 @@ class Family:
         self.wait = 0
         self.why = reason("stale", "it keeps changing")
         self.build: Any = None
+        self.job: Job | None = None
         self.met: set[tuple[tuple[int, ...], ...]] = set()
         self.came = 0
         self.ousted = 0
@@ -153,6 +158,6 @@ class Families:
 
     def _forget(self) -> None:
         """Let the oldest kind go of which nothing is known but that it came."""
-        waiting = [k for k, f in self._known.items() if not f.plans and f.build is None]
+        waiting = [k for k, f in self._known.items() if not (f.plans or f.build or f.job)]
         if len(waiting) >= _MOST_WAITING:
             del self._known[waiting[0]]

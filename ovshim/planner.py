@@ -8,6 +8,7 @@ changed drops its plans, and one that changes again and again waits longer and l
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import nn
 
 from ovshim.building import Backward, Building
 from ovshim.cache import Store
+from ovshim.early import begin_after
 from ovshim.families import Families, Family
-from ovshim.job import Job
+from ovshim.job import Job, state_of
 from ovshim.options import Options
 from ovshim.plan import Plan
 from ovshim.preflight import Look, look
@@ -33,6 +35,8 @@ __all__ = ["Given", "Planner", "known_kind", "unfit"]
 _PLANS_PER_KIND = 8
 # So many kinds of calls that have no plan, and sizes of each, are taken note of.
 _MOST_MET = 32
+# So many bytes of a call's inputs and outputs are held until the next call.
+_MOST_HELD = 64 << 20
 # With these there is nothing to keep: it changed under the build, or somebody else builds it.
 _PASSING = frozenset({"stale", "building"})
 # With this it is the example that no graph can be proved with.
@@ -62,6 +66,8 @@ class Planner:
         backward: notices backward passes, where others do as well.
 
     Attributes:
+        may_wait: whether a call gets its answer while OpenVINO compiles what the cache has, and the
+            next one goes on with the plan.
         backward: whether a backward pass has reached an answer of this method's.
         others: plans of the same module elsewhere, whose graphs may do for the other grad mode.
     """
@@ -87,6 +93,7 @@ class Planner:
         self._on_change = on_change
         self._on_gone = on_gone
         self._divide = divide
+        self.may_wait = False
         self.backward = backward or Backward()
         self.others: Sequence[Plan] = ()
 
@@ -111,6 +118,9 @@ class Planner:
             job = self._job(family, given, lenient=True)
             with Building():
                 output, job.look = self._watched(given)
+                if self._is_begun(job):
+                    family.job = job
+                    return output, reason("building")
                 plan = self._make(family, job)
             why = None if plan.path == "openvino" else plan.reason
             return output, why or reason("building")
@@ -130,6 +140,35 @@ class Planner:
             family = self._families.of(given.kind, given.grad)
             return self._make(family, self._job(family, given))
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether calls have left plans to later ones."""
+        return any(family.job is not None for family in self._families)
+
+    def finish(self, wait: bool = True) -> bool:
+        """Make the plans that calls have left to later ones; whether there were any.
+
+        Args:
+            wait: also for another thread that is about it.
+        """
+        if not self.unfinished or not self._lock.acquire(blocking=wait):
+            return False
+        made = False
+        try:
+            for family in self._families:
+                job, family.job = family.job, None
+                if job is None:
+                    continue
+                if job.weights_moved():  # the module has changed: what was seen is of another one
+                    family.put_off()
+                    continue
+                job.began, job.started, made = None, time.perf_counter(), True
+                with torch.set_grad_enabled(job.grad), Building():
+                    self._make(family, job)
+            return made
+        finally:
+            self._lock.release()
+
     def meet(self, kind: Kind, sizes: tuple[tuple[int, ...], ...]) -> None:
         """Take note of a call that no plan was made of: sizes that differ are left open later."""
         key = kind, torch.is_grad_enabled()
@@ -147,6 +186,12 @@ class Planner:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in other threads; whether that was so in time."""
+        ends = None if timeout is None else time.monotonic() + timeout
+        for job in [family.job for family in self._families if family.job is not None]:
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            if not job.ahead.early.wait(left):
+                return False
+        self.finish()
         return True
 
     def drop(self, plan: Plan) -> None:
@@ -227,6 +272,19 @@ class Planner:
         for sizes in list(family.met):
             job.open_sizes(sizes, frozenset())
         return job
+
+    def _is_begun(self, job: Job) -> bool:
+        """Begin with what the cache most likely has, for a call that eager has answered; whether
+        there is such a thing, and the rest can wait."""
+        assert job.look is not None
+        held = [leaf for leaf in (*job.leaves, *job.look.leaves) if isinstance(leaf, torch.Tensor)]
+        if not self.may_wait or job.look.reason or sum(t.nbytes for t in held) > _MOST_HELD:
+            return False
+        job.ahead = begin_after(job)
+        if job.ahead is None or job.ahead.early is None:
+            return False
+        job.began = state_of(self.module)
+        return job.began is not None
 
     def _make(self, family: Family, job: Job) -> Plan:
         with Building():

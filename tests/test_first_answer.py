@@ -1,0 +1,385 @@
+"""Of what the cache has, the first call has eager's answer while OpenVINO compiles, and the next
+one goes on with the plan."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import same
+from modules import Scaled
+from torch import Tensor, nn
+
+import ovshim
+from ovshim import blobs, planner, runtime
+
+
+def net(last: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        module[2].weight[-1, -1] = last
+    return module
+
+
+def pixels(rows: int = 3) -> Tensor:
+    return torch.linspace(-1, 1, 64 * rows).reshape(rows, 64)
+
+
+def accelerated(module: nn.Module, directory: Path, **options: Any) -> Any:
+    # Threads: nobody finds out then how so small a graph is best run, which compiles it too.
+    options = {"prefer": "openvino", "threads": 2, **options}
+    return ovshim.accelerate(module, cache_dir=directory, **options)
+
+
+class Gate:
+    """Stands before each import of a compiled graph."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        importing = runtime.import_model
+
+        def waiting(*given: Any) -> Any:
+            self.reached.set()
+            assert self.open.wait(60)
+            return importing(*given)
+
+        monkeypatch.setattr(runtime, "import_model", waiting)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that has the net, compiled, for three rows and others."""
+    monkeypatch.setattr(blobs, "_LEAST_BYTES", 0)
+    fast = accelerated(net(), tmp_path)
+    with torch.inference_mode():
+        fast(pixels())
+        fast(pixels(5))
+    assert fast.ovshim.stats() == {"openvino": 1, "mixed": 0, "eager": 1}
+    return tmp_path
+
+
+@pytest.fixture
+def gate(cached: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+    for thread in threading.enumerate():
+        if thread.name == "ovshim-compile":
+            thread.join(60)
+
+
+def counts(fast: Any) -> tuple[int, int]:
+    stats = fast.ovshim.stats()
+    return stats["openvino"], stats["eager"]
+
+
+def the_plan(fast: Any) -> dict[str, Any]:
+    (plan,) = ovshim.explain(fast).to_dict()["plans"]
+    return plan  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_first_call_does_not_wait(cached: Path, gate: Gate, mode: Callable[[], Any]) -> None:
+    x = pixels()
+    if mode is torch.enable_grad:  # what is recorded is another graph, and has another hint
+        gate.open.set()
+        accelerated(net(), cached)(x)
+        gate.open.clear()
+    fast = accelerated(net(), cached)
+    with mode():
+        first = fast(x)
+        assert not gate.open.is_set()
+        gate.open.set()
+        second = fast(x)
+        for answer in (first, second):
+            same(answer, net()(x))
+            assert answer.requires_grad is (mode is torch.enable_grad)
+    assert counts(fast) == (1, 1)
+    assert ovshim.explain(fast).eager == {"building": 1}
+    plan = the_plan(fast)
+    assert (plan["path"], plan["cache"]) == ("openvino", "hit")
+
+
+def test_its_tensors_are_the_callers(cached: Path, gate: Gate) -> None:
+    fast, x = accelerated(net(), cached), pixels()
+    with torch.no_grad():
+        fast(x).fill_(7)
+        x.mul_(-3)
+        gate.open.set()
+        same(fast(x), net()(x))
+    assert counts(fast) == (1, 1)
+    assert the_plan(fast)["cache"] == "hit"
+
+
+@pytest.mark.parametrize("how", ["explain", "stats", "wait", "warm", "submit", "map", "report"])
+def test_who_asks_goes_on_with_it(cached: Path, gate: Gate, how: str) -> None:
+    fast, x = accelerated(net(), cached), pixels()
+    with torch.no_grad():
+        fast(x)
+        gate.open.set()
+        if how == "explain":
+            assert the_plan(fast)["path"] == "openvino"
+        elif how == "wait":
+            assert fast.ovshim.wait()
+        elif how == "warm":
+            fast.ovshim.warm(x)
+        elif how == "submit":
+            same(fast.ovshim.submit(x).result(), net()(x))
+        elif how == "map":
+            (answer,) = fast.ovshim.map([x])
+            same(answer, net()(x))
+        else:
+            getattr(fast.ovshim, how)()
+        before = counts(fast)
+        assert before == (1 if how in ("submit", "map") else 0, 1)
+        same(fast(x), net()(x))
+    assert counts(fast) == (before[0] + 1, 1)
+
+
+def test_to_wait_takes_no_longer_than_was_said(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        assert not fast.ovshim.wait(0.05)
+        assert not gate.open.is_set()
+        gate.open.set()
+        assert fast.ovshim.wait(60)
+        fast(pixels())
+    assert counts(fast) == (1, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_next_call_may_be_of_other_sizes(cached: Path, gate: Gate, rows: int) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        gate.open.set()
+        same(fast(pixels(rows)), net()(pixels(rows)))
+    assert counts(fast) == (1, 1)
+
+
+def test_the_next_call_may_be_of_another_kind(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        gate.open.set()
+        same(fast(pixels()[0]), net()(pixels()[0]))
+        same(fast(pixels()), net()(pixels()))
+    assert ovshim.explain(fast).to_dict()["calls"]["openvino"] == 1
+
+
+def test_weights_that_change_meanwhile(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached, inplace=True)
+    other = net()
+    with torch.no_grad():
+        fast(pixels())
+        for module in (fast, other):
+            module[2].bias.add_(1)
+        gate.open.set()
+        for _ in range(3):
+            same(fast(pixels()), other(pixels()))
+    again = accelerated(net(), cached)
+    with torch.no_grad():  # the entry is what it was
+        again(pixels())
+        same(again(pixels()), net()(pixels()))
+    assert the_plan(again)["cache"] == "hit"
+
+
+def test_attributes_that_change_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobs, "_LEAST_BYTES", 0)
+    x = torch.randn(3, 8)
+
+    def scaled() -> Any:
+        torch.manual_seed(0)
+        return accelerated(Scaled().eval(), tmp_path, inplace=True)
+
+    first = scaled()
+    with torch.no_grad():
+        first(x), first(x)
+        fast = scaled()
+        before = fast(x)
+        fast.k = fast.k * 2
+        for _ in range(3):
+            same(fast(x), 2 * before)
+        again = scaled()
+        again(x)
+        same(again(x), before)
+    assert the_plan(again)["cache"] == "hit"
+
+
+def test_a_module_in_training_is_none_of_its_business(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        fast.train()
+        same(fast(pixels()), net()(pixels()))
+        fast.eval()
+        gate.open.set()
+        same(fast(pixels()), net()(pixels()))
+    assert counts(fast)[0] == 1
+
+
+def test_what_computes_something_else_never_serves(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = accelerated(net(3.0), tmp_path / "other")
+    with torch.no_grad():
+        other(pixels())
+    wrong = runtime.core().compile_model(
+        str(next((tmp_path / "other").glob("v1/*/*/model.xml"))),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32"},
+    )
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(runtime, "import_model", lambda *given: wrong)
+        fast = accelerated(net(), cached)
+        for _ in range(3):
+            same(fast(pixels()), net()(pixels()))
+    assert counts(fast) == (2, 1)
+    assert the_plan(fast)["cache"] == "miss"
+
+
+def test_what_cannot_be_imported_is_compiled(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: Any) -> Any:
+        raise RuntimeError("another version's")
+
+    monkeypatch.setattr(runtime, "import_model", refuses)
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        for _ in range(2):
+            same(fast(pixels()), net()(pixels()))
+    assert counts(fast) == (1, 1)
+
+
+def test_many_threads(cached: Path, gate: Gate) -> None:
+    fast, answers = accelerated(net(), cached), []
+    together = threading.Barrier(8)
+
+    def call() -> None:
+        with torch.no_grad():
+            together.wait()
+            answers.extend(fast(pixels()) for _ in range(4))
+
+    with torch.no_grad():
+        fast(pixels())
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    gate.open.set()
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        same(answer, net()(pixels()))
+    openvino, eager = counts(fast)
+    assert openvino > 0
+    assert openvino + eager == 33
+    assert len(ovshim.explain(fast).plans) == 1
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle", "refresh"])
+def test_copies_begin_for_themselves(cached: Path, gate: Gate, how: str) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        if how == "refresh":
+            fast.ovshim.refresh()
+        else:
+            fast = copy.deepcopy(fast) if how == "copy" else pickle.loads(pickle.dumps(fast))
+        same(fast(pixels()), net()(pixels()))
+        gate.open.set()
+        same(fast(pixels()), net()(pixels()))
+    assert counts(fast) == (1, 2 if how == "refresh" else 1)
+
+
+def test_much_is_not_held(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_MOST_HELD", 100)
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        assert [plan.path for plan in fast.forward.dispatcher._made] == ["openvino"]
+        fast(pixels())
+    assert counts(fast) == (1, 1)
+
+
+def test_what_the_cache_has_not_is_made_by_the_first_call(cached: Path, tmp_path: Path) -> None:
+    fast = accelerated(net(3.0), tmp_path / "other")
+    with torch.no_grad():
+        fast(pixels())
+        assert [plan.path for plan in fast.forward.dispatcher._made] == ["openvino"]
+
+
+def test_nobody_waits_in_strict_mode_either(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached, strict=True)
+    with torch.no_grad():
+        fast(pixels())
+        gate.open.set()
+        same(fast(pixels()), net()(pixels()))
+    assert counts(fast) == (1, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_waits_for_the_compilation(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+    assert gate.reached.wait(60)
+    threading.Timer(0.2, gate.open.set).start()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # torch's own threads are not there
+            assert gate.open.is_set()
+            with torch.no_grad():
+                for _ in range(2):
+                    same(fast(pixels()), net()(pixels()))
+            os._exit(0 if counts(fast)[0] > 0 else 2)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended[0] == 0:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    with torch.no_grad():
+        same(fast(pixels()), net()(pixels()))
+    assert counts(fast) == (1, 1)
+
+
+_ONCE = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from ovshim import blobs
+from test_first_answer import accelerated, net, pixels
+blobs._LEAST_BYTES = 0
+fast = accelerated(net(), Path({cache!r}))
+with torch.no_grad():
+    print(fast(pixels()).sum().item())
+"""
+
+
+def test_a_program_of_one_call_ends_well(cached: Path) -> None:
+    code = _ONCE.format(tests=str(Path(__file__).parent), cache=str(cached))
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        expected = net()(pixels()).sum().item()
+        assert float(done.stdout) == pytest.approx(expected, rel=1e-4)
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels()), fast(pixels())
+    assert the_plan(fast)["cache"] == "hit"  # no process has died of it
