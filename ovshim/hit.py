@@ -14,6 +14,7 @@ from ovshim import blobs, early, intraop, proof, runtime
 from ovshim.answered import keep_answer
 from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry
+from ovshim.eager import Eager
 from ovshim.early import Early
 from ovshim.errors import OptionError
 from ovshim.floats import may_be_refused
@@ -24,7 +25,7 @@ from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_compiled, keep_data, known_data
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import DiedOfSizesError, ProofFailedError
+from ovshim.proof import DiedOfSizesError, NotTakenError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import Record
 from ovshim.shortage import SHORTAGE, compile_failure
@@ -160,7 +161,7 @@ def _proved(
         eager = eager_of(job)
         computed = None if begun is None else begun.answer(small)
         answer = served.answer if computed is None else _answer_of(served, computed)
-        error = proof.prove_small(eager, answer, tensors, seen)
+        error = _error_of(job, eager, served, answer, tensors, seen)
         if other_mode:
             error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
         if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
@@ -169,6 +170,27 @@ def _proved(
         raise BuildStopped(MOVED)
     known = None if computed is None else ([small[i] for i in job.kind.distinct], computed)
     return served, dataclasses.replace(record, error=max(error, record.error)), entry, known
+
+
+def _error_of(
+    job: Job,
+    eager: Eager,
+    served: Served,
+    answer: Callable[[Sequence[torch.Tensor]], Any],
+    small: Sequence[torch.Tensor],
+    seen: Look,
+) -> float:
+    """The error on a small input, or on the example, where a mask that was cut hides all there is.
+
+    Raises:
+        ProofFailedError: see `proof.prove_small`.
+    """
+    try:
+        return proof.prove_small(eager, answer, small, seen)
+    except NotTakenError:
+        if sizes_of(small) == sizes_of(job.tensors):
+            raise
+        return proof.prove_values(eager, served, job.tensors, job.check_time, draws=1)
 
 
 def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception) -> None:
@@ -182,6 +204,8 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     if isinstance(trouble, EngineDead) and (why := compile_failure(trouble)).code == SHORTAGE:
         raise BuildStopped(why) from trouble
     log.info("the entry %s does not serve: %s", entry.path, trouble)
+    if isinstance(trouble, NotTakenError):
+        raise BuildStopped(reason("out-of-range", str(trouble))) from trouble
     if isinstance(trouble, ProofFailedError) and holds_nan(job.leaves):
         raise BuildStopped(reason("special-values")) from trouble  # others have better examples
     if other_mode:

@@ -23,7 +23,7 @@ from ovshim.kept import head_of, keep_compiled
 from ovshim.lowering import lowered, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
-from ovshim.proof import DiedOfSizesError, ProofFailedError
+from ovshim.proof import DiedOfSizesError, NotTakenError, ProofFailedError
 from ovshim.reasons import reason
 from ovshim.record import LADDER, Record, Rung
 from ovshim.shortage import SHORTAGE, compile_failure
@@ -193,6 +193,8 @@ def _served_and_proved(
         except DiedOfSizesError as died:
             log.info("%s: %s", type(job.module).__qualname__, died)
             record = record.pin(died.places, sizes_of(job.leaves))
+        except NotTakenError as refused:
+            raise BuildStopped(reason("out-of-range", str(refused))) from refused
         except ProofFailedError as failed:
             if not may_be_refused(job, job.hint):
                 raise BuildStopped(reason("proof-failed", str(failed))) from failed

@@ -55,7 +55,8 @@ class Recording(Protocol):
 
 
 class OutOfRangeError(Exception):
-    """An index of a call lies outside of its table: eager knows what to raise."""
+    """A value of a call has no place in the graph, as an index outside of its table has not: eager
+    knows what to answer, or to raise."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ovshim.preflight import Look
 
 __all__ = [
+    "NotTakenError",
     "Proof",
     "ProofFailedError",
     "amount",
@@ -48,6 +49,10 @@ _MIDDLE = (-(2**25), 2**25)
 
 class ProofFailedError(Exception):
     """The candidate's answers are not eager's."""
+
+
+class NotTakenError(ProofFailedError):
+    """The example holds values that the candidate leaves to eager: it says nothing of others."""
 
 
 class DiedOfSizesError(Exception):
@@ -111,7 +116,8 @@ def prove(
             int8 is right within the range that calibration has shown it.
 
     Raises:
-        ProofFailedError: the candidate is wrong on the example's sizes.
+        ProofFailedError: the candidate is wrong on the example's sizes, or does not take the
+            example (NotTakenError).
         DiedOfSizesError: it cannot be asked any more.
     """
     generator = torch.Generator().manual_seed(0)
@@ -147,22 +153,54 @@ def prove_values(
     """The largest error on the example and on other values of its sizes, `draws` times in all.
 
     Raises:
-        ProofFailedError: the candidate is wrong there.
+        ProofFailedError: the candidate is wrong there, or does not take the example
+            (NotTakenError).
     """
     generator = generator or torch.Generator().manual_seed(0)
-    worst = 0.0
-    for draw in range(draws):
+    check_time()
+    try:
+        worst = eager.judge(eager.answer(tensors), served.answer(tensors))
+    except OutOfRangeError as refused:
+        raise NotTakenError("it does not take the example") from refused
+    except Mismatch as mismatch:
+        raise ProofFailedError(f"on the example: {mismatch}") from mismatch
+    for _ in range(1, draws):
         check_time()
         try:
-            if draw == 0:
-                answer, values = eager.answer(tensors), list(tensors)
-            else:
-                answer, values = redrawn(eager, tensors, generator)
-            worst = max(worst, eager.judge(answer, served.answer(values)))
+            drawn = redrawn(eager, tensors, generator)
+            worst = max(worst, _error_on(eager, served, tensors, *drawn))
         except (Mismatch, OutOfRangeError) as mismatch:
-            what = "the example" if draw == 0 else "other values"
-            raise ProofFailedError(f"on {what}: {mismatch}") from mismatch
+            raise ProofFailedError(f"on other values: {mismatch}") from mismatch
     return worst
+
+
+def _error_on(
+    eager: Eager,
+    served: Candidate,
+    tensors: Sequence[torch.Tensor],
+    answer: Answer,
+    values: Sequence[torch.Tensor],
+) -> float:
+    """The error on values drawn in the place of the tensors' own, which eager has answered. Where
+    the candidate leaves those to eager, what may be a mask keeps its own: drawn anew it may hide
+    all there is.
+
+    Raises:
+        Mismatch: it is too large.
+        OutOfRangeError: the candidate takes neither.
+    """
+    try:
+        return eager.judge(answer, served.answer(values))
+    except OutOfRangeError:
+        tamer = [a if _may_be_mask(a) else b for a, b in zip(tensors, values, strict=True)]
+        other = _answer_or_none(eager, tamer)
+        if other is None:
+            raise
+        return eager.judge(other, served.answer(tamer))
+
+
+def _may_be_mask(tensor: torch.Tensor) -> bool:
+    return not tensor.dtype.is_floating_point or not bool(tensor.isfinite().all())
 
 
 def _prove_samples(
@@ -260,12 +298,14 @@ def prove_small(
         seen: what eager answered to `tensors`.
 
     Raises:
-        ProofFailedError: the candidate is wrong there.
+        ProofFailedError: the candidate is wrong there, or does not take it (NotTakenError).
     """
     eagers = Answer(seen.leaves, seen.structure, eager.exact(tensors))
     try:
         return eager.judge(eagers, answer(tensors))
-    except (Mismatch, OutOfRangeError) as mismatch:
+    except OutOfRangeError as refused:
+        raise NotTakenError("it does not take a small input") from refused
+    except Mismatch as mismatch:
         raise ProofFailedError(f"on a small input: {mismatch}") from mismatch
 
 
@@ -315,15 +355,17 @@ def _prove_group(
         if not sizes_hold(size_guards, sizes_of(other)):
             continue
         try:
-            answer, other = redrawn(eager, other, generator)
+            drawn = redrawn(eager, other, generator)
         except Exception as error:  # whatever a user's module raises at sizes it does not take
             log.debug("eager refuses size %d at %s: %s", size, group, error)
             return None, ()
         try:
-            return eager.judge(answer, served.answer(other)), sizes_of(other)
+            return _error_on(eager, served, other, *drawn), sizes_of(other)
+        except OutOfRangeError:  # cut to that size a mask may hide all there is
+            continue
         except EngineDead as dead:
             raise DiedOfSizesError(group, f"size {size} at {list(group)}: {dead}") from dead
-        except (Mismatch, OutOfRangeError, RuntimeError) as error:
+        except (Mismatch, RuntimeError) as error:
             log.debug("size %d at %s is not served: %s", size, group, error)
             return None, ()
     return None, ()

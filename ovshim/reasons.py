@@ -114,8 +114,9 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Nothing needs doing: eager answers such calls; keep them rare to stay fast.",
         ),
         "out-of-range": Sentence(
-            "An index lies outside of its table.",
-            "Nothing needs doing: eager raises its usual error for it.",
+            "A value inside has no place in OpenVINO: an index outside of its table, say, or a row"
+            " of attention that is masked as a whole.",
+            "Nothing needs doing: eager answers as ever, or raises its usual error.",
         ),
         "autocast": Sentence(
             "Autocast is on, which changes the precision of each operator.",

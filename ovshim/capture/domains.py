@@ -2,8 +2,9 @@
 
 Eager raises where integers are divided by zero, and keeps 64 bits of an integer made of a float;
 OpenVINO answers with some number, and saturates at 32 (`overflows` asks about other results of
-integers, `nans` about what is no number). Which values come there only the graph
-knows: like an index out of its table (`ranges`), they make the call go to eager.
+integers, `nans` about what is no number, `masked_rows` about attention to nothing). Which values
+come there only the graph knows: like an index out of its table (`ranges`), they make the call go
+to eager.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ovshim.capture import nans, overflows
+from ovshim.capture import masked_rows, nans, overflows
 from ovshim.capture.magnitudes import CASTS, magnitude
 from ovshim.capture.rewrites.entry import INTEGERS, VERDICT
 
@@ -37,7 +38,7 @@ def check_domains(module: fx.GraphModule) -> None:
         divisor = _integer_divisor(node)
         if divisor is not None:
             _ask(graph, node, _has_no_zero, divisor)
-        for fits in (overflows.question(node), nans.domain(node)):
+        for fits in (overflows.question(node), nans.domain(node), masked_rows.question(node)):
             if fits is not None:
                 _ask(graph, node, *fits)
         finite = nans.lost_infinity(node)

@@ -1,8 +1,8 @@
 """NaNs and infinities that arise inside of a graph from finite inputs, and that OpenVINO loses: its
 ReLU makes 0 of a NaN, and its maximum the lowest number there is of -inf.
 
-Asked is where they arise, which is seldom, and only if something behind it loses them. What a
-softmax makes of a row that is masked as a whole is not asked about: every attention would pay.
+Asked is where they arise, which is seldom, and only if something behind it loses them. About what a
+softmax makes of a row that is masked as a whole `masked_rows` asks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 
 from ovshim.capture.magnitudes import is_of_floats, name_of
 
-__all__ = ["domain", "lost_infinity"]
+__all__ = ["carried", "domain", "is_lost", "lost_infinity", "may_be_infinite"]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -39,7 +39,7 @@ _KEEP_SIGN = _names(
 )
 _CARRY = _names(
     "view reshape unsqueeze squeeze expand transpose permute flatten contiguous clone to float"
-    " getitem add sub mul truediv div neg cat stack iadd isub imul"
+    " getitem add sub mul truediv div neg cat stack iadd isub imul triu tril repeat"
 )
 
 
@@ -75,14 +75,14 @@ def domain(node: fx.Node) -> tuple[Any, ...] | None:
     if name in _DIVIDE:
         divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
         asked = isinstance(divisor, fx.Node) and is_of_floats(divisor) and not _is_above(divisor)
-        return (_has_no_zero, divisor) if asked and _is_lost(node) else None
+        return (_has_no_zero, divisor) if asked and is_lost(node) else None
     if name not in _DOMAINS or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if name == "pow" and (len(node.args) < 2 or _is_whole(node.args[1])):
         return None
     x = node.args[0]
     safe = name != "acosh" and _DOMAINS[name] is not _within_one and _is_not_below(x)
-    return None if safe or not _is_lost(node) else (_DOMAINS[name], x)
+    return None if safe or not is_lost(node) else (_DOMAINS[name], x)
 
 
 def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
@@ -92,9 +92,12 @@ def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     if not is_of_floats(node):  # of relative positions, which were cast
         return None
-    if not any(map(_is_infinite, _carried(node.args[0], 8))):
-        return None
-    return _is_finite, node
+    return (_is_finite, node) if may_be_infinite(node.args[0]) else None
+
+
+def may_be_infinite(x: Any) -> bool:
+    """Whether an infinite constant, or a logarithm of 0, may be among these values."""
+    return any(map(_is_infinite, carried(x, 8)))
 
 
 def _is_finite(made: Any) -> torch.Tensor:
@@ -106,7 +109,7 @@ def _is_whole(number: Any) -> bool:
     return isinstance(number, (int, float)) and float(number).is_integer()
 
 
-def _is_lost(node: fx.Node) -> bool:
+def is_lost(node: fx.Node) -> bool:
     """Whether a NaN that `node` gives may come to an operator that makes a number of it."""
     seen, waiting = {node}, [node]
     while waiting:
@@ -150,13 +153,13 @@ def _is_above(x: fx.Node) -> bool:
     return name == "exp" or (carries and isinstance(x.args[0], fx.Node) and _is_above(x.args[0]))
 
 
-def _carried(x: Any, depth: int) -> Iterator[fx.Node]:
+def carried(x: Any, depth: int) -> Iterator[fx.Node]:
     """What gives its values to `x`."""
     if isinstance(x, fx.Node):
         yield x
         if depth and name_of(x) in _CARRY:
             for given in x.all_input_nodes:
-                yield from _carried(given, depth - 1)
+                yield from carried(given, depth - 1)
 
 
 def _is_infinite(node: fx.Node) -> bool:
