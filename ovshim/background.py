@@ -19,7 +19,8 @@ import torch
 from ovshim.builder import Work, pause
 from ovshim.building import building_here
 from ovshim.families import Family
-from ovshim.job import Job, state_of
+from ovshim.generation import Generation
+from ovshim.job import Job
 from ovshim.plan import Plan
 from ovshim.planner import Given, Planner
 from ovshim.reasons import Reason, reason
@@ -138,7 +139,7 @@ class LatePlanner(Planner):
     def make(self, family: Family, job: Job) -> Plan | None:
         """Make a plan, in this thread. None where the module cannot be copied."""
         for _ in range(2):  # a module that has changed meanwhile may be done with it
-            began = state_of(self.module)  # before the copy, which is then of this state or of none
+            began = _state(self.module)  # before the copy, which is then of this state or of none
             copied = apart(self.original)
             if copied is None:
                 self._late = False
@@ -233,3 +234,10 @@ def apart(original: Any) -> Any:
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+
+
+def _state(module: torch.nn.Module) -> Generation | None:
+    try:
+        return Generation(module)
+    except ValueError:  # weights that count no versions: the build will say so
+        return None

@@ -87,7 +87,7 @@ class Dispatcher:
         self.options = options
         # By grad mode: what torch does may differ (a TransformerEncoder's fast path does).
         self._plans: dict[bool, tuple[Plan, ...]] = {False: (), True: ()}
-        self.tally = Tally(module, lambda: self._made, options.strict, quiet)
+        self.tally = Tally(module, lambda: self.plans, options.strict, quiet)
         make = make_planner or (LatePlanner if options.background else Planner)
         self._planner = make(
             module, method, original, options, self._publish, self.tally.retire, divide, backward
@@ -196,7 +196,7 @@ class Dispatcher:
                 return None
             forget_answer(served.engine)
             return plan, served, tensors
-        return self.ready(args, kwargs, settled) if self._finish() else None
+        return None
 
     def _in_lane(self, asked: Asked, bucket: Bucket) -> Any:
         """A call of sizes that were hardly met before."""
@@ -310,6 +310,8 @@ class Dispatcher:
 
     def _finish(self, wait: bool = True) -> bool:
         """Make the plans that calls have left to later ones; whether there were any."""
+        if in_special_mode() or obstacle(self.module) is not None:
+            return False
         made = self._planner.finish(wait)
         if made:
             self.tally.tell_precision()
@@ -400,10 +402,14 @@ class Dispatcher:
         self._planner.others = plans
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until nothing is being made in another thread; whether that was so in time."""
+        """Wait until nothing is being made in another thread; whether that was so in time. What a
+        call has left to later ones is made then, in its own time."""
+        if not self._planner.wait(timeout):
+            return False
+        self._finish()
         engines = [plan.served.engine for plan in self._planner.plans if plan.served]
         rivals = [engine.rival for engine in engines if engine.rival is not None]
-        waits = [self._planner.wait, *(rival.wait for rival in rivals)]
+        waits = [rival.wait for rival in rivals]
         if self._room is not None:
             waits.append(self._room.wait)
         return wait_for(waits, timeout)
@@ -412,12 +418,7 @@ class Dispatcher:
 
     @property
     def plans(self) -> list[Plan]:
-        """Every plan that stands, and those that were left to a later call."""
-        self._finish()
-        return self._made
-
-    @property
-    def _made(self) -> list[Plan]:
+        """Every plan that stands."""
         decodings = [] if self._room is None else self._room.plans
         return [*self._planner.plans, *decodings]
 

@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,8 @@ class Early:
             self._given, self._call = _small_call(wanted, record)
         except Exception:  # of an example that cannot be made small: the proof will see to it
             log.debug("nothing is called early", exc_info=True)
-        self._told.set()
+        finally:
+            self._told.set()
 
     def stop(self) -> None:
         """Nobody will need it."""
@@ -173,10 +175,9 @@ class Early:
             return None
         return answer if hold_the_same(_tensors(self._given), _tensors(leaves)) else None
 
-    def wait_to_fork(self) -> None:
-        """Wait until its thread holds no locks, if that is another one."""
-        if threading.current_thread() is not self._thread:
-            self.wait(_FORK_SECONDS)
+    def is_here(self) -> bool:
+        """Whether this thread is the one that is about it."""
+        return threading.current_thread() is self._thread
 
     def keep_in_child(self) -> None:
         """What is inherited of OpenVINO must not be destroyed (see `infer`)."""
@@ -266,11 +267,13 @@ def begin(wanted: Wanted, there: bool = False, behind: bool = False) -> Ahead:
     elif fits and record.verdict is None:
         behind = behind or blobs.is_large(path, _BEHIND_BYTES)
         early = Early(wanted, entry, record, unread=behind)
-        if not behind and not _is_still(store, entry):
-            early.stop()
-            return ahead
-        early.go_on(wanted, record)
-        ahead.early = early
+        try:
+            if behind or _is_still(store, entry):
+                early.go_on(wanted, record)
+                ahead.early = early
+        finally:
+            if ahead.early is None:  # not sound, or interrupted
+                early.stop()
     return ahead
 
 
@@ -370,13 +373,23 @@ def _first_bytes(tensor: torch.Tensor) -> bytes:
 _known: weakref.WeakSet[Early] = weakref.WeakSet()
 
 
+def _all_known() -> list[Early]:
+    while True:
+        try:
+            return list(_known)
+        except RuntimeError:  # another thread has just begun one
+            continue
+
+
 def _before_fork() -> None:
-    for begun in list(_known):
-        begun.wait_to_fork()
+    ends = time.monotonic() + _FORK_SECONDS
+    for begun in _all_known():
+        if not begun.is_here():
+            begun.wait(max(0.0, ends - time.monotonic()))
 
 
 def _after_fork_in_child() -> None:
-    for begun in list(_known):
+    for begun in _all_known():
         begun.keep_in_child()
 
 

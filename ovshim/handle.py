@@ -86,7 +86,8 @@ class Handle:
                 dispatcher.prepare(*as_call(example, None))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until no plan is being made in another thread (see `background`).
+        """Wait until no plan is being made in another thread (see `background`), and make what a
+        first call without an example has left to later ones.
 
         Returns whether that was so within `timeout` seconds; None: however long it takes.
         """

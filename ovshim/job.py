@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ovshim import runtime
 from ovshim.attributes import tensors_of
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from ovshim.plan import Plan
     from ovshim.precision.lowering import Lowering
 
-__all__ = ["MOVED", "BuildStopped", "Job", "state_of", "versions"]
+__all__ = ["MOVED", "BuildStopped", "Job", "versions"]
 
 MOVED = reason("stale", "weights changed while the plan was made")
 """Of a build whose module is not what it was when the job was made."""
@@ -60,7 +59,7 @@ class Job(Wanted):
         look: what was seen of a call of the user's own, where there was one.
         apart: the user's method over a copy of the module, for calls of our own, where the module
             itself is in use by other threads meanwhile.
-        began: the state of the module when the job was made, where others may change it meanwhile.
+        began: the state of the module when the job was made, where other threads may change it.
         pause: called between stages; may wait, or raise BuildStopped.
         lenient: whether a call of the user's began it, who then gets eager and not an error.
         candidate: whether it is one of several between which is decided afterwards.
@@ -229,14 +228,6 @@ class Job(Wanted):
                 if other != mine and (t, d) not in pinned:
                     dynamic[t].add(d)
         self.dynamic = tuple(frozenset(dims) for dims in dynamic)
-
-
-def state_of(module: nn.Module) -> Generation | None:
-    """The state of a module; None of one that nobody could tell a change of."""
-    try:
-        return Generation(module)
-    except ValueError:  # weights that count no versions: the build will say so
-        return None
 
 
 def versions() -> dict[str, str]:

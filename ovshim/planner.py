@@ -7,6 +7,7 @@ changed drops its plans, and one that changes again and again waits longer and l
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from ovshim.building import Backward, Building
 from ovshim.cache import Store
 from ovshim.early import begin_after
 from ovshim.families import Families, Family
-from ovshim.job import Job, state_of
+from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import Plan
 from ovshim.preflight import Look, look
@@ -35,7 +36,7 @@ __all__ = ["Given", "Planner", "known_kind", "unfit"]
 _PLANS_PER_KIND = 8
 # So many kinds of calls that have no plan, and sizes of each, are taken note of.
 _MOST_MET = 32
-# So many bytes of a call's inputs and outputs are held until the next call.
+# So many bytes of a call's inputs are held until the next call.
 _MOST_HELD = 64 << 20
 # With these there is nothing to keep: it changed under the build, somebody else builds it, or the
 # example holds what is left to eager.
@@ -100,8 +101,8 @@ class Planner:
 
     @property
     def plans(self) -> list[Plan]:
-        with self._lock:
-            return self._families.plans
+        # Without the lock: it is held as long as a plan is made, and calls ask for them.
+        return self._families.plans
 
     def answer(self, given: Given) -> tuple[Any, Reason]:
         """Eager's answer to a call that has no plan yet, and why eager gave it.
@@ -120,7 +121,8 @@ class Planner:
             with Building():
                 output, job.look = self._watched(given)
                 if self._is_begun(job):
-                    family.job = job
+                    # Not with the look: it is of the module as it is now.
+                    job.look, family.job = None, job
                     return output, reason("building")
                 plan = self._make(family, job)
             why = None if plan.path == "openvino" else plan.reason
@@ -160,10 +162,9 @@ class Planner:
                 job, family.job = family.job, None
                 if job is None:
                     continue
-                if job.weights_moved():  # the module has changed: what was seen is of another one
-                    family.put_off()
-                    continue
-                job.began, job.started, made = None, time.perf_counter(), True
+                made = True
+                # Of the module as it is by now, and in a time of its own.
+                job = dataclasses.replace(job, started=time.perf_counter())
                 with torch.set_grad_enabled(job.grad), Building():
                     self._make(family, job)
             return made
@@ -188,11 +189,12 @@ class Planner:
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in other threads; whether that was so in time."""
         ends = None if timeout is None else time.monotonic() + timeout
-        for job in [family.job for family in self._families if family.job is not None]:
+        for family in self._families:
+            job = family.job  # read once: another thread may be about to finish it
+            begun = None if job is None else job.ahead.early
             left = None if ends is None else max(0.0, ends - time.monotonic())
-            if not job.ahead.early.wait(left):
+            if begun is not None and not begun.wait(left):
                 return False
-        self.finish()
         return True
 
     def drop(self, plan: Plan) -> None:
@@ -278,14 +280,10 @@ class Planner:
         """Begin with what the cache most likely has, for a call that eager has answered; whether
         there is such a thing, and the rest can wait."""
         assert job.look is not None
-        held = [leaf for leaf in (*job.leaves, *job.look.leaves) if isinstance(leaf, torch.Tensor)]
-        if not self.may_wait or job.look.reason or sum(t.nbytes for t in held) > _MOST_HELD:
+        if not self.may_wait or job.look.reason or sum(t.nbytes for t in job.tensors) > _MOST_HELD:
             return False
         job.ahead = begin_after(job)
-        if job.ahead is None or job.ahead.early is None:
-            return False
-        job.began = state_of(self.module)
-        return job.began is not None
+        return job.ahead is not None and job.ahead.early is not None
 
     def _make(self, family: Family, job: Job) -> Plan:
         with Building():

@@ -43,8 +43,10 @@ def hindrance(
     """
     if backward.seen:
         return _BACKWARD
-    # Eager itself cannot save inference tensors for a backward pass, and says so.
-    if _is_watched() or any(tensor.is_inference() for tensor in tensors):
+    # Eager itself cannot save inference tensors for a backward pass, and says so; and inside of
+    # inference mode it records nothing, though grad mode may be on.
+    inference = torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors)
+    if inference or _is_watched():
         return _SPECIAL_MODE
     return _INNER_HOOKS if any(hooks) else None
 

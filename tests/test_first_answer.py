@@ -1,13 +1,17 @@
 """Of what the cache has, the first call has eager's answer while OpenVINO compiles, and the next
 one goes on with the plan."""
 
+import asyncio
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
 import time
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from modules import Scaled
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import blobs, planner, runtime
+from ovshim import blobs, early, planner, runtime
 
 
 def net(last: float = 0.0) -> nn.Module:
@@ -120,29 +124,56 @@ def test_its_tensors_are_the_callers(cached: Path, gate: Gate) -> None:
     assert the_plan(fast)["cache"] == "hit"
 
 
-@pytest.mark.parametrize("how", ["explain", "stats", "wait", "warm", "submit", "map", "report"])
-def test_who_asks_goes_on_with_it(cached: Path, gate: Gate, how: str) -> None:
+@pytest.mark.parametrize("how", ["wait", "warm", "submit", "map", "save"])
+def test_who_needs_it_goes_on_with_it(cached: Path, gate: Gate, tmp_path: Path, how: str) -> None:
     fast, x = accelerated(net(), cached), pixels()
     with torch.no_grad():
         fast(x)
         gate.open.set()
-        if how == "explain":
-            assert the_plan(fast)["path"] == "openvino"
-        elif how == "wait":
+        if how == "wait":
             assert fast.ovshim.wait()
         elif how == "warm":
             fast.ovshim.warm(x)
+        elif how == "save":
+            fast.ovshim.save(tmp_path / "saved")
         elif how == "submit":
             same(fast.ovshim.submit(x).result(), net()(x))
-        elif how == "map":
+        else:
             (answer,) = fast.ovshim.map([x])
             same(answer, net()(x))
-        else:
-            getattr(fast.ovshim, how)()
         before = counts(fast)
         assert before == (1 if how in ("submit", "map") else 0, 1)
+        assert the_plan(fast)["path"] == "openvino"
         same(fast(x), net()(x))
     assert counts(fast) == (before[0] + 1, 1)
+
+
+def test_reports_make_nothing(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+        assert counts(fast) == (0, 1)
+        assert not ovshim.explain(fast).plans
+        gate.open.set()
+        with torch.device("meta"):
+            assert not fast.ovshim.wait() or not ovshim.explain(fast).plans
+        fast(pixels())
+    assert counts(fast) == (1, 1)
+
+
+def test_the_loop_goes_on_meanwhile(cached: Path, gate: Gate) -> None:
+    fast = accelerated(net(), cached)
+
+    async def calls() -> Tensor:
+        with torch.no_grad():
+            await fast.ovshim.acall(pixels())
+            asking = asyncio.ensure_future(fast.ovshim.acall(pixels()))
+            await asyncio.sleep(0.05)
+            gate.open.set()  # who asks has not kept it shut
+            answer: Tensor = await asking
+            return answer
+
+    same(asyncio.run(calls()), net()(pixels()))
 
 
 def test_to_wait_takes_no_longer_than_was_said(cached: Path, gate: Gate) -> None:
@@ -285,6 +316,102 @@ def test_many_threads(cached: Path, gate: Gate) -> None:
     assert len(ovshim.explain(fast).plans) == 1
 
 
+def test_gradients_that_are_wanted_meanwhile(cached: Path) -> None:
+    x = pixels(2)  # what the proof of a hit is asked
+    for wanted in (True, False):
+        fast = accelerated(net().requires_grad_(wanted), cached)
+        fast(x), fast(x)
+    fast = accelerated(net().requires_grad_(False), cached, inplace=True)
+    assert not fast(x).requires_grad
+    fast.requires_grad_(True)
+    for _ in range(3):
+        answer = fast(x)
+        assert answer.requires_grad
+        same(answer.detach(), net()(x).detach())
+
+
+class Tagged(nn.Module):
+    """Reads what no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.config = nn.Linear(8, 4), types.SimpleNamespace(k=1.0, tag="a")
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {self.config.tag: self.linear(x) * self.config.k}
+
+
+@pytest.mark.parametrize(("name", "value"), [("k", 2.0), ("tag", "b")])
+def test_what_is_read_elsewhere_changes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    monkeypatch.setattr(blobs, "_LEAST_BYTES", 0)
+    x = torch.randn(2, 8)
+
+    def changed(fast: Any) -> Any:
+        setattr(fast.config, name, value)
+        return fast
+
+    with torch.no_grad():
+        for module in (Tagged(), changed(Tagged())):
+            primed = accelerated(module.eval(), tmp_path)
+            primed(x), primed(x)
+        fast = accelerated(Tagged().eval(), tmp_path, inplace=True)
+        same(fast(x), Tagged()(x))
+        changed(fast)
+        for _ in range(3):
+            same(fast(x), changed(Tagged())(x))
+        assert fast.ovshim.stats()["openvino"] > 0
+        again = accelerated(Tagged().eval(), tmp_path)
+        again(x)
+        same(again(x), Tagged()(x))
+    assert the_plan(again)["cache"] == "hit"
+
+
+def test_nothing_of_the_call_is_held(cached: Path, gate: Gate) -> None:
+    fast, x = accelerated(net(), cached), pixels()
+    with torch.no_grad():
+        held = [weakref.ref(x), weakref.ref(answer := fast(x))]
+    del x, answer
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+
+
+def test_an_interrupted_start_holds_up_no_fork(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for where in ("_is_still", "_small_call"):
+        with monkeypatch.context() as patched:
+            patched.setattr(early, where, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ovshim.accelerate(net(), pixels(), cache_dir=cached, threads=2, prefer="openvino")
+        for thread in threading.enumerate():
+            if thread.name == "ovshim-compile":
+                thread.join(60)
+                assert not thread.is_alive()
+
+
+def test_reports_wait_for_no_build(cached: Path, gate: Gate) -> None:
+    """Of another thread."""
+    fast = accelerated(net(), cached)
+    with torch.no_grad():
+        fast(pixels())
+    other = threading.Thread(target=fast.ovshim.wait)
+    fast.forward.dispatcher._planner._lock.acquire()
+    try:
+        other.start()
+        assert counts(fast) == (0, 1)
+        gate.open.set()
+    finally:
+        fast.forward.dispatcher._planner._lock.release()
+    other.join(60)
+    assert the_plan(fast)["path"] == "openvino"
+
+
 @pytest.mark.parametrize("how", ["copy", "pickle", "refresh"])
 def test_copies_begin_for_themselves(cached: Path, gate: Gate, how: str) -> None:
     fast = accelerated(net(), cached)
@@ -305,7 +432,7 @@ def test_much_is_not_held(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None
     fast = accelerated(net(), cached)
     with torch.no_grad():
         fast(pixels())
-        assert [plan.path for plan in fast.forward.dispatcher._made] == ["openvino"]
+        assert [plan.path for plan in fast.forward.dispatcher.plans] == ["openvino"]
         fast(pixels())
     assert counts(fast) == (1, 1)
 
@@ -314,7 +441,7 @@ def test_what_the_cache_has_not_is_made_by_the_first_call(cached: Path, tmp_path
     fast = accelerated(net(3.0), tmp_path / "other")
     with torch.no_grad():
         fast(pixels())
-        assert [plan.path for plan in fast.forward.dispatcher._made] == ["openvino"]
+        assert [plan.path for plan in fast.forward.dispatcher.plans] == ["openvino"]
 
 
 def test_nobody_waits_in_strict_mode_either(cached: Path, gate: Gate) -> None:

@@ -511,6 +511,41 @@ def test_changed_globals(name: str, value: Any, monkeypatch: pytest.MonkeyPatch)
     moved(fast, module)
 
 
+class HandsOut(nn.Module):
+    """Hands out what no graph computes, from where no module holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+        self.config = types.SimpleNamespace(tag="a", inner={"count": 1, "nothing": None})
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        inner = self.config.inner
+        return {
+            "y": self.linear(x),
+            "tag": self.config.tag,
+            "offset": OFFSET,
+            "count": inner["count"],
+            "nothing": inner["nothing"],
+        }
+
+
+@pytest.mark.parametrize("name", ["tag", "count", "nothing", "OFFSET"])
+def test_changed_constants_that_only_go_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, module = pair(lambda: make(HandsOut))
+    check(fast, module, torch.randn(3, 8))
+    if name == "OFFSET":
+        monkeypatch.setitem(globals(), name, 100.0)
+    elif name == "tag":
+        module.config.tag = "b"  # the twin's too
+    else:
+        module.config.inner[name] = 5
+    moved(fast, module)
+    # And what the cache has of the first does not serve for the second.
+    again, plain = pair(lambda: make(HandsOut))
+    check(again, plain, torch.randn(3, 8))
+
+
 def test_globals_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, module = pair(lambda: make(Configured))
     check(fast, module, torch.randn(3, 8))

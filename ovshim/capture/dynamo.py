@@ -16,7 +16,7 @@ import functools
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ovshim.capture import (
     FlatModule,
     Request,
     frontend,
+    handed_out,
     readers,
     rewrites,
 )
@@ -86,7 +87,7 @@ def _capture(request: Request) -> Captured:
     from torch._dynamo import convert_frame
 
     args, kwargs = _marked_call(request)
-    with _configured() as effects:
+    with _configured() as effects, handed_out.noted() as handed:
         try:
             output = convert_frame.fullgraph_capture(request.call, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -102,13 +103,17 @@ def _capture(request: Request) -> Captured:
     if output.backend_input is None:
         raise CaptureError(reason("capture-failed", "no tensor is computed"))
     try:
-        return _finish(request, output, args, kwargs)
+        return _finish(request, output, args, kwargs, handed)
     finally:
         _forget_code(request.call, output.backend_input.backend_id)
 
 
 def _finish(
-    request: Request, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    request: Request,
+    output: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    handed: Sequence[Any],
 ) -> Captured:
     graph = output.backend_input.graph_module
     common = output.graph_capture_output.output_graph
@@ -124,6 +129,7 @@ def _finish(
     pattern, size_guards = read_sizes(common.shape_env, sources, request)
     value_guards = sources.read_guards(common.guards)
     value_guards += sources.read_tensors(placeholders(graph))
+    value_guards = tuple(dict.fromkeys((*value_guards, *sources.read_handed_out(handed))))
     # What Dynamo's bytecode refers to (classes of outputs among it) it finds in these globals.
     known = dict(output.graph_capture_output.f_globals)
     checked = check_ranges(graph)

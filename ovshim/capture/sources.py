@@ -154,6 +154,31 @@ class Sources:
                     raise _unknown(guard) from error
         return tuple(found)
 
+    def read_handed_out(self, sources: Iterable[Any]) -> tuple[ValueGuard, ...]:
+        """Guards for constants that are handed out: see `handed_out`.
+
+        Raises:
+            CaptureError: there is one that could not be asked for again.
+        """
+        from ovshim.capture import CaptureError
+
+        found: dict[ValueGuard, None] = {}
+        for source in sources:
+            path = None if self._is_given(source) else self._path(source)
+            if path is None:
+                continue
+            root, steps = path
+            try:
+                passed = [walk(root, steps[:i], self.roots) for i in range(len(steps) + 1)]
+                plain = isinstance(passed[-1], _PLAIN)
+                if plain and not self._is_covered(root, steps, "value", passed):
+                    found[ValueGuard.now(root, steps, "value", self.roots)] = None
+            except BadGuardError as error:
+                detail = f"the output holds {source.name}, which nobody watches"
+                why = reason("capture-failed", detail)
+                raise CaptureError(why, harmless=True) from error
+        return tuple(found)
+
     def _guards(self, path: Path, test: Test, guard: Any) -> Iterator[ValueGuard]:
         root, steps = path
         passed = [walk(root, steps[:i], self.roots) for i in range(len(steps) + 1)]
