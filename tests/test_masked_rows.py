@@ -130,7 +130,12 @@ def reasons(fast: Any) -> dict[str, int]:
     return dict(ovshim.explain(fast).eager)
 
 
-@pytest.mark.parametrize("name", MODULES)
+# The others with `nox -s full`: each is captured and compiled.
+_OFTEN = ("filled", "chosen otherwise", "added and held twice", "encoder", "causal heads")
+_NAMES = [n if n in _OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+
+
+@pytest.mark.parametrize("name", _NAMES)
 def test_a_row_that_is_masked_as_a_whole_is_eagers(name: str) -> None:
     module = make(name)
     fast: Any = ovshim.accelerate(module, (x(), PADDED), prefer="openvino")
@@ -147,7 +152,7 @@ def test_a_row_that_is_masked_as_a_whole_is_eagers(name: str) -> None:
     assert fast.ovshim.stats()["openvino"] == 3 - causal
 
 
-@pytest.mark.parametrize("name", ["encoder", "heads"])
+@pytest.mark.parametrize("name", ["encoder", pytest.param("heads", marks=pytest.mark.slow)])
 def test_torchs_own_ways_differ_by_grad_mode(name: str) -> None:
     module = make(name)
     fast: Any = ovshim.accelerate(module, (x(), PADDED), prefer="openvino")
