@@ -310,11 +310,10 @@ class Dispatcher:
 
     def _finish(self, wait: bool = True) -> bool:
         """Make the plans that calls have left to later ones; whether there were any."""
-        if in_special_mode() or obstacle(self.module) is not None:
+        if not self._planner.unfinished or in_special_mode() or obstacle(self.module) is not None:
             return False
         made = self._planner.finish(wait)
-        if made:
-            self.tally.tell_precision()
+        self.tally.tell_precision()
         return made
 
     def _is_to_look_out(self, leaves: Sequence[Any]) -> bool:

@@ -55,8 +55,6 @@ _LARGE_FILE = "model.bin"
 # would wait for the interpreter at each piece (BERT-base, 436 MB: 20 ms less; ResNet-50, 102 MB:
 # 20 ms more).
 _BEHIND_BYTES = 256 << 20
-
-
 # A fork waits so long for compilations: their locks would stay locked in the child.
 _FORK_SECONDS = 30.0
 

@@ -154,7 +154,7 @@ class Planner:
         Args:
             wait: also for another thread that is about it.
         """
-        if not self.unfinished or not self._lock.acquire(blocking=wait):
+        if not self._lock.acquire(blocking=wait):
             return False
         made = False
         try:
