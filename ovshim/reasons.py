@@ -136,7 +136,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "special-mode": Sentence(
             "A functorch transform, forward-mode differentiation, a function or dispatch mode, "
-            "anomaly detection or hooks on saved tensors are active.",
+            "anomaly detection, hooks on saved tensors or grad mode within inference mode are "
+            "active.",
             "Call the module outside the transform or mode.",
         ),
         "not-on-cpu": Sentence(

@@ -41,6 +41,7 @@ from torch.utils import _pytree as pytree
 
 import ovshim
 from ovshim.bound import installed
+from ovshim.errors import FallbackWarning
 
 
 class Tied(nn.Module):
@@ -1010,3 +1011,22 @@ def test_any_network(
         g is None for g in pytree.tree_leaves(expected)
     ]
     alike(actual, expected, 1e-3)
+
+
+def test_grad_mode_inside_of_inference_mode() -> None:
+    """Eager records nothing there; and what a first call shows there is no example of others."""
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast: Any = ovshim.accelerate(module, prefer="openvino")
+    with torch.inference_mode(), torch.enable_grad():
+        with pytest.warns(FallbackWarning, match="grad mode within inference mode"):
+            answer = fast(x)
+        assert answer.is_inference()
+        assert not answer.requires_grad
+        assert not fast(x).requires_grad
+    for _ in range(3):
+        answer = fast(x)
+        assert answer.requires_grad
+        same(answer.detach(), module(x).detach())
+    assert fast.ovshim.stats()["openvino"] > 0
+    with torch.inference_mode(), torch.enable_grad():
+        assert not fast(x).requires_grad
