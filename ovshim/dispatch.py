@@ -403,15 +403,15 @@ class Dispatcher:
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in another thread; whether that was so in time. What a
         call has left to later ones is made then, in its own time."""
-        if not self._planner.wait(timeout):
-            return False
-        self._finish()
-        engines = [plan.served.engine for plan in self._planner.plans if plan.served]
-        rivals = [engine.rival for engine in engines if engine.rival is not None]
-        waits = [rival.wait for rival in rivals]
+        waits = [self._planner.wait, self._wait_for_rivals]
         if self._room is not None:
             waits.append(self._room.wait)
         return wait_for(waits, timeout)
+
+    def _wait_for_rivals(self, timeout: float | None) -> bool:
+        self._finish()
+        engines = [plan.served.engine for plan in self._planner.plans if plan.served]
+        return wait_for([rival.wait for e in engines if (rival := e.rival) is not None], timeout)
 
     # --- for handles and reports --------------------------------------------------------------
 

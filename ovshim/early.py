@@ -32,6 +32,7 @@ from ovshim.attributes import tensors_of
 from ovshim.building import own_modes
 from ovshim.cache.entry import Entry
 from ovshim.cache.store import Store
+from ovshim.inherited import all_of, keep_for_good
 from ovshim.options import Options
 from ovshim.record import Record
 from ovshim.signature import flatten_call, kind_of, sizes_of
@@ -178,9 +179,8 @@ class Early:
         return threading.current_thread() is self._thread
 
     def keep_in_child(self) -> None:
-        """What is inherited of OpenVINO must not be destroyed (see `infer`)."""
-        if self._compiled is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._compiled))
+        """Keep what a child has inherited of OpenVINO."""
+        keep_for_good(self._compiled)
 
     def _run(self) -> None:
         try:
@@ -371,23 +371,15 @@ def _first_bytes(tensor: torch.Tensor) -> bytes:
 _known: weakref.WeakSet[Early] = weakref.WeakSet()
 
 
-def _all_known() -> list[Early]:
-    while True:
-        try:
-            return list(_known)
-        except RuntimeError:  # another thread has just begun one
-            continue
-
-
 def _before_fork() -> None:
     ends = time.monotonic() + _FORK_SECONDS
-    for begun in _all_known():
+    for begun in all_of(_known):
         if not begun.is_here():
             begun.wait(max(0.0, ends - time.monotonic()))
 
 
 def _after_fork_in_child() -> None:
-    for begun in _all_known():
+    for begun in all_of(_known):
         begun.keep_in_child()
 
 

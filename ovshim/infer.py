@@ -14,7 +14,6 @@ Where the microseconds go, and what was decided for it:
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from ovshim.binding import binding
+from ovshim.inherited import all_of, keep_for_good
 from ovshim.pool import Pool
 from ovshim.slots import (
     ALONE,
@@ -68,15 +68,12 @@ class EngineDead(RuntimeError):
     """The engine must not be used any more: an `infer` has failed, or it was closed."""
 
 
-# Destroying what a forked child has inherited of OpenVINO hangs, at the interpreter's end at the
-# latest: in the child every engine gets a reference that nobody will ever give back.
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _leak_after_fork() -> None:
-    for engine in list(_engines):
-        for inherited in (engine, engine._compiled, engine._pool, *engine._pool.free):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+    for engine in all_of(_engines):
+        keep_for_good(engine, engine._compiled, engine._pool, *engine._pool.free)
         engine._forget_slots()  # its requests may have been running in a thread that is not here
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ovshim.builder import wait_for
 from ovshim.building import Backward, Building
 from ovshim.cache import Store
 from ovshim.early import begin_after
@@ -188,14 +189,9 @@ class Planner:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until nothing is being made in other threads; whether that was so in time."""
-        ends = None if timeout is None else time.monotonic() + timeout
-        for family in self._families:
-            job = family.job  # read once: another thread may be about to finish it
-            begun = None if job is None else job.ahead.early
-            left = None if ends is None else max(0.0, ends - time.monotonic())
-            if begun is not None and not begun.wait(left):
-                return False
-        return True
+        # Each is read once: another thread may be about to finish it.
+        jobs = [job for family in self._families if (job := family.job) is not None]
+        return wait_for([begun.wait for job in jobs if (begun := job.ahead.early)], timeout)
 
     def drop(self, plan: Plan) -> None:
         """Drop one plan."""

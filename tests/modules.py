@@ -25,6 +25,15 @@ class Mlp(nn.Module):
         return self.last(torch.relu(self.norm(self.first(x))))
 
 
+def two_layers(last: float = 0.0) -> nn.Module:
+    """Two of them differ in the last weight alone, if at all."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        module[2].weight[-1, -1] = last
+    return module
+
+
 class Function(nn.Module):
     """Answers what a function answers."""
 

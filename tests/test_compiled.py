@@ -11,21 +11,13 @@ from typing import Any
 import pytest
 import torch
 from checks import same
+from modules import two_layers as net
 from torch import nn
 
 import ovshim
 from ovshim import blobs, build, cache, early, executed, hit, intraop, runtime
 from ovshim.cache.entry import OURS
 from ovshim.infer import Engine, EngineDead
-
-
-def net(last: float = 0.0) -> nn.Module:
-    """Two of them differ in the last weight alone, if at all."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
-    with torch.no_grad():
-        module[2].weight[-1, -1] = last
-    return module
 
 
 class Seen:

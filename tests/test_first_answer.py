@@ -20,18 +20,11 @@ import pytest
 import torch
 from checks import same
 from modules import Scaled
+from modules import two_layers as net
 from torch import Tensor, nn
 
 import ovshim
 from ovshim import blobs, early, planner, runtime
-
-
-def net(last: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
-    with torch.no_grad():
-        module[2].weight[-1, -1] = last
-    return module
 
 
 def pixels(rows: int = 3) -> Tensor:

@@ -68,6 +68,26 @@ class Attention(nn.Module):
         return F.relu(self.last(attended))
 
 
+class Pooled(nn.Module):
+    """Attends from nowhere, by a softmax over what `form` says."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.score, self.last = nn.Linear(16, 1), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.score(x).masked_fill(~mask[..., None], -torch.inf)
+        if self.form == "another dimension":
+            weights = F.softmax(scores, dim=1)
+        elif self.form == "the last dimension":
+            scores = self.score(x).squeeze(-1).masked_fill(~mask, -torch.inf)
+            weights = scores.softmax(-1)[..., None]
+        else:
+            weights = scores.squeeze(-1).transpose(0, 1).softmax(0).transpose(0, 1)[..., None]
+        return F.relu(self.last((weights * x).sum(1)))
+
+
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -195,22 +215,8 @@ def test_what_hides_nothing_or_gives_zeros_is_not_asked_about() -> None:
 
 @pytest.mark.parametrize("form", ["another dimension", "by way of other operators"])
 def test_a_softmax_over(form: str) -> None:
-    class Pooled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.score, self.last = nn.Linear(16, 1), nn.Linear(16, 8)
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            if form == "another dimension":
-                scores = self.score(x).masked_fill(~mask[..., None], -torch.inf)
-                weights = F.softmax(scores, dim=1)
-            else:
-                scores = self.score(x).squeeze(-1).masked_fill(~mask, -torch.inf)
-                weights = scores.transpose(0, 1).softmax(0).transpose(0, 1)[..., None]
-            return F.relu(self.last((weights * x).sum(1)))
-
     torch.manual_seed(0)
-    module = Pooled().eval()
+    module = Pooled(form).eval()
     fast: Any = ovshim.accelerate(module, (x(), PADDED), prefer="openvino")
     with torch.no_grad():
         for mask in (PADDED, WHOLE):
@@ -238,19 +244,10 @@ def test_an_example_of_such_rows_costs_nobody_the_graph(tmp_path: Path) -> None:
 def test_a_mask_that_is_cut_for_the_short_proof(tmp_path: Path) -> None:
     """Of the smallest sizes nothing is left to see; the example's are asked then."""
 
-    class Pooled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.score, self.last = nn.Linear(16, 1), nn.Linear(16, 8)
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            scores = self.score(x).squeeze(-1).masked_fill(~mask, -torch.inf)
-            return F.relu(self.last((scores.softmax(-1)[..., None] * x).sum(1)))
-
     def accelerated(mask: Tensor) -> Any:
         torch.manual_seed(0)
         return ovshim.accelerate(
-            Pooled().eval(),
+            Pooled("the last dimension").eval(),
             (torch.randn(3, 12, 16), mask),
             prefer="openvino",
             cache_dir=tmp_path,

@@ -10,6 +10,7 @@ to eager.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 
 from ovshim.capture import masked_rows, nans, overflows
 from ovshim.capture.magnitudes import CASTS, magnitude
-from ovshim.capture.rewrites.entry import INTEGERS, VERDICT
+from ovshim.capture.rewrites.entry import INTEGERS, VERDICT, argument, tensor_of
 
 __all__ = ["check_domains"]
 
@@ -30,15 +31,20 @@ _ELEMENT_BY_ELEMENT = {operator.add, torch.add, torch.min, torch.minimum, torch.
 _OF_SIZES_ALONE = {torch.full_like, torch.zeros_like, torch.ones_like}
 
 
-def check_domains(module: fx.GraphModule) -> None:
-    """Put such questions beside the operators of `module` that need them, in place."""
+def check_domains(module: fx.GraphModule, owns: Callable[[fx.Node], bool]) -> None:
+    """Put such questions beside the operators of `module` that need them, in place.
+
+    Args:
+        owns: whether a placeholder is a tensor of the user's module.
+    """
     graph = module.graph
     for node in list(graph.nodes):
         magnitude(node)  # in this order, so that none has to ask for a long chain before it
         divisor = _integer_divisor(node)
         if divisor is not None:
             _ask(graph, node, _has_no_zero, divisor)
-        for fits in (overflows.question(node), nans.domain(node), masked_rows.question(node)):
+        masked = masked_rows.question(node, owns)
+        for fits in (overflows.question(node), nans.domain(node), masked):
             if fits is not None:
                 _ask(graph, node, *fits)
         finite = nans.lost_infinity(node)
@@ -92,13 +98,8 @@ def _choice(node: fx.Node) -> tuple[fx.Node, bool] | None:
 
 def _shape(node: fx.Node) -> str:
     # As text: to compare sizes that may change would be a guard.
-    fake = _fake(node)
+    fake = tensor_of(node)
     return "unknown" if fake is None else str(tuple(fake.shape))
-
-
-def _fake(value: Any) -> torch.Tensor | None:
-    fake = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    return fake if isinstance(fake, torch.Tensor) else None
 
 
 def _integer_divisor(node: fx.Node) -> fx.Node | None:
@@ -106,18 +107,18 @@ def _integer_divisor(node: fx.Node) -> fx.Node | None:
         node.op == "call_method" and node.target in _DIVISION_METHODS
     )
     rounds = node.target in _ROUNDED and node.kwargs.get("rounding_mode") is not None
-    result = _fake(node)
+    result = tensor_of(node)
     if not (divides or rounds) or result is None or result.dtype not in INTEGERS:
         return None
-    divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
-    return divisor if isinstance(divisor, fx.Node) and _fake(divisor) is not None else None
+    divisor = argument(node, 1, "other")
+    return divisor if isinstance(divisor, fx.Node) and tensor_of(divisor) is not None else None
 
 
 def _cast_to_integers(node: fx.Node) -> fx.Node | None:
     if node.op != "call_method" or node.target not in CASTS:
         return None
-    source, result = node.args[0], _fake(node)
-    given = _fake(source)
+    source, result = node.args[0], tensor_of(node)
+    given = tensor_of(source)
     if given is None or result is None or not given.dtype.is_floating_point:
         return None
     wide = result.dtype in (torch.int64, torch.int32)

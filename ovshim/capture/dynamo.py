@@ -120,7 +120,7 @@ def _finish(
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
     refuse_contents(graph, sources)
-    check_domains(graph)
+    check_domains(graph, sources.owns)
     rewrites.apply(graph)
     if common.shape_env.deferred_runtime_asserts:
         # A number taken out of a tensor was used as if it were known: torch.compile would check it

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from ovshim.capture.spared import put
+
 __all__ = ["noted"]
 
 
@@ -22,7 +24,6 @@ def noted() -> Iterator[list[Any]]:
 
     found: list[Any] = []
     here, write = threading.get_ident(), PyCodegen.__call__
-    patched: Any = PyCodegen
 
     def writing(codegen: Any, value: Any, *given: Any, **kwargs: Any) -> None:
         source = getattr(value, "source", None)
@@ -30,8 +31,5 @@ def noted() -> Iterator[list[Any]]:
             found.append(source)
         write(codegen, value, *given, **kwargs)
 
-    patched.__call__ = writing
-    try:
+    with put(PyCodegen, "__call__", writing):
         yield found
-    finally:
-        patched.__call__ = write

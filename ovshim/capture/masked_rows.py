@@ -12,6 +12,7 @@ both (`rewrites.attention`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import fx
 
 from ovshim.capture.magnitudes import is_of_floats, name_of
 from ovshim.capture.nans import carried, is_lost, may_be_infinite
+from ovshim.capture.rewrites.entry import argument, tensor_of
 
 __all__ = ["question"]
 
@@ -28,46 +30,46 @@ _ADD = frozenset({"add", "add_", "iadd", "baddbmm"})
 # Where the mask stands among the arguments.
 _FUSED = {"_transformer_encoder_layer_fwd": 18, "_native_multi_head_attention": 9}
 _KEYS_AT, _MASK_AT = 14, 16
-_HELD = ("_buffers_", "_parameters_")
 
 # A mask, and what hides in it: True, or False.
 _Mask = tuple[Any, bool]
 
 
-def question(node: fx.Node) -> tuple[Any, ...] | None:
+def question(node: fx.Node, owns: Callable[[fx.Node], bool]) -> tuple[Any, ...] | None:
     """A function that tells inside the graph whether each row of `node` sees something, and what to
-    give it; None where there is nothing to ask."""
+    give it; None where there is nothing to ask.
+
+    Args:
+        owns: whether a placeholder is a tensor of the module's.
+    """
     name = name_of(node)
     if node.target is F.multi_head_attention_forward:
-        keys, mask = _at(node, _KEYS_AT, "key_padding_mask"), _at(node, _MASK_AT, "attn_mask")
-        held = [m for m in (keys, mask) if _tensor(m) is not None]
+        keys, mask = (
+            argument(node, _KEYS_AT, "key_padding_mask"),
+            argument(node, _MASK_AT, "attn_mask"),
+        )
+        held = [m for m in (keys, mask) if tensor_of(m) is not None]
         return (_sees_of_both, keys, mask) if len(held) == 2 else _alone(*held)
     if name in _FUSED:
-        return _alone(_at(node, _FUSED[name], "mask"))
-    scores, dim = _softmax(node)
-    shape = _tensor(scores)
+        return _alone(argument(node, _FUSED[name], "mask"))
+    if name not in ("softmax", "log_softmax"):
+        return None
+    scores, dim = argument(node, 0, "input"), argument(node, 1, "dim")
+    shape = tensor_of(scores)
     if shape is None or not isinstance(dim, int) or not is_lost(node):
         return None
     dim = dim if dim < 0 else dim - shape.dim()
     masks, rest = _masks_of(scores)
     if may_be_infinite(rest):  # by way of other operators than these
         return _sees_anything, scores, dim
-    if all(_is_held(mask) for mask, _ in masks):  # what is the same in each call hides no row
+    if all(_is_held(mask, owns) for mask, _ in masks):  # what is the same in each call hides no row
         return None
     return _sees, dim, *(item for mask in masks for item in mask)
 
 
 def _alone(*masks: Any) -> tuple[Any, ...] | None:
-    known = [mask for mask in masks if _tensor(mask) is not None]
+    known = [mask for mask in masks if tensor_of(mask) is not None]
     return (_sees, -1, known[0], True) if known else None
-
-
-def _softmax(node: fx.Node) -> tuple[Any, Any]:
-    """What a softmax is of, and its dimension; Nones of other nodes."""
-    if name_of(node) not in ("softmax", "log_softmax") or not node.args:
-        return None, None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return node.args[0], dim
 
 
 def _masks_of(scores: Any) -> tuple[list[_Mask], Any]:
@@ -76,7 +78,7 @@ def _masks_of(scores: Any) -> tuple[list[_Mask], Any]:
     found: list[_Mask] = []
     while isinstance(scores, fx.Node) and scores.args:
         put = _put_on(scores)
-        if put is None or any(_tensor(mask) is None for mask, _ in put[0]):
+        if put is None or any(tensor_of(mask) is None for mask, _ in put[0]):
             break
         found, scores = found + put[0], put[1]
     return found, scores
@@ -104,9 +106,9 @@ def _given(mask: Any) -> list[fx.Node]:
     return nodes if all(map(is_of_floats, nodes)) else []
 
 
-def _is_held(mask: fx.Node) -> bool:
-    """Whether it is but what the module holds: Dynamo has named the placeholder so."""
-    known = [x.op == "get_attr" or any(k in str(x.target) for k in _HELD) for x in _given(mask)]
+def _is_held(mask: fx.Node, owns: Callable[[fx.Node], bool]) -> bool:
+    """Whether it is but what the module holds."""
+    known = [x.op == "get_attr" or owns(x) for x in _given(mask)]
     return bool(known) and all(known) and not may_be_infinite(mask)
 
 
@@ -115,15 +117,6 @@ def _is_lowest(value: Any) -> bool:
     if isinstance(value, fx.Node):
         return any(isinstance(x, float) and x == -math.inf for x in value.args)
     return isinstance(value, float) and value == -math.inf
-
-
-def _tensor(value: Any) -> torch.Tensor | None:
-    fake = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    return fake if isinstance(fake, torch.Tensor) else None
-
-
-def _at(node: fx.Node, place: int, name: str) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
 # --- inside the graph -----------------------------------------------------------------------------

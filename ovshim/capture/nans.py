@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ovshim.capture.magnitudes import is_of_floats, name_of
+from ovshim.capture.rewrites.entry import argument
 
 __all__ = ["carried", "domain", "is_lost", "lost_infinity", "may_be_infinite"]
 
@@ -73,7 +74,7 @@ def domain(node: fx.Node) -> tuple[Any, ...] | None:
     if not is_of_floats(node):
         return None
     if name in _DIVIDE:
-        divisor = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
+        divisor = argument(node, 1, "other")
         asked = isinstance(divisor, fx.Node) and is_of_floats(divisor) and not _is_above(divisor)
         return (_has_no_zero, divisor) if asked and is_lost(node) else None
     if name not in _DOMAINS or not node.args or not isinstance(node.args[0], fx.Node):
@@ -132,7 +133,7 @@ def _is_not_below(x: Any, depth: int = 8) -> bool:
     if name in _NOT_BELOW_ZERO or (name == "pow" and len(x.args) > 1 and x.args[1] == 2):
         return True
     if name in ("clamp", "clamp_min", "clamp_"):
-        low = x.args[1] if len(x.args) > 1 else x.kwargs.get("min")
+        low = argument(x, 1, "min")
         return isinstance(low, (int, float)) and low >= 0
     if name == "mul" and first is x.args[1]:
         return True
@@ -144,7 +145,7 @@ def _is_above(x: fx.Node) -> bool:
     """Whether all values are known to be above 0: limited from below, or not below 0 and more."""
     name = name_of(x)
     if name in ("clamp", "clamp_min", "clamp_"):
-        low = x.args[1] if len(x.args) > 1 else x.kwargs.get("min")
+        low = argument(x, 1, "min")
         return isinstance(low, (int, float)) and low > 0
     if name == "add":
         number = any(isinstance(y, (int, float)) and y > 0 for y in x.args)

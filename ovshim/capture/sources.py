@@ -167,12 +167,9 @@ class Sources:
             path = None if self._is_given(source) else self._path(source)
             if path is None:
                 continue
-            root, steps = path
             try:
-                passed = [walk(root, steps[:i], self.roots) for i in range(len(steps) + 1)]
-                plain = isinstance(passed[-1], _PLAIN)
-                if plain and not self._is_covered(root, steps, "value", passed):
-                    found[ValueGuard.now(root, steps, "value", self.roots)] = None
+                if isinstance(walk(*path, self.roots), _PLAIN):
+                    found.update(dict.fromkeys(self._guards(path, "value", None)))
             except BadGuardError as error:
                 detail = f"the output holds {source.name}, which nobody watches"
                 why = reason("capture-failed", detail)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["spared"]
+__all__ = ["put", "spared"]
 
 log = logging.getLogger("ovshim")
 
@@ -40,7 +40,9 @@ def spared() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _put(owner: Any, name: str, value: Any) -> Iterator[None]:
+def put(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of torch's, replaced inside; not put back where somebody else has replaced it
+    since."""
     before = vars(owner)[name]
     setattr(owner, name, value)
     try:
@@ -61,7 +63,7 @@ def _transforms() -> contextlib.AbstractContextManager[None]:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             theirs(self)
 
-    return _put(InstructionTranslator, "_throw_if_in_functorch", ours)
+    return put(InstructionTranslator, "_throw_if_in_functorch", ours)
 
 
 def _local_maps() -> contextlib.AbstractContextManager[None]:
@@ -74,7 +76,7 @@ def _local_maps() -> contextlib.AbstractContextManager[None]:
     def ours(cls: Any, value: Any) -> bool:
         return _LOCAL_MAP in sys.modules and theirs(value)
 
-    return _put(LocalMapWrappedHigherOrderVariable, "should_wrap_in_hop", classmethod(ours))
+    return put(LocalMapWrappedHigherOrderVariable, "should_wrap_in_hop", classmethod(ours))
 
 
 def _pickler() -> contextlib.AbstractContextManager[None]:
@@ -89,7 +91,7 @@ def _pickler() -> contextlib.AbstractContextManager[None]:
         def dumps(self) -> Any:
             return theirs().dumps
 
-    return _put(graph_region_tracker, "InputPickler", WhenAsked)
+    return put(graph_region_tracker, "InputPickler", WhenAsked)
 
 
 def _names_of_functions() -> contextlib.AbstractContextManager[None]:
@@ -104,7 +106,7 @@ def _names_of_functions() -> contextlib.AbstractContextManager[None]:
         read = any(log.isEnabledFor(logging.DEBUG) for log in logs)
         return theirs(filename, lineno) if read else None
 
-    return _put(symbolic_convert, "get_funcname", ours)
+    return put(symbolic_convert, "get_funcname", ours)
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def _places_in_messages() -> Iterator[None]:
         return guards.uninteresting_files() if here else theirs()
 
     name = "uninteresting_files"
-    with _put(symbolic_shapes, name, ours), _put(output_graph, name, ours):
+    with put(symbolic_shapes, name, ours), put(output_graph, name, ours):
         yield
 
 
@@ -143,7 +145,7 @@ def _effects_of_exports() -> contextlib.AbstractContextManager[None]:
         effects = [var for var in changed if isinstance(getattr(var, "mutation_type", None), seen)]
         return [_get_source_debug_name(var.source) for var in effects]
 
-    return _put(OutputGraph, "get_replayed_side_effect_source_refs", ours)
+    return put(OutputGraph, "get_replayed_side_effect_source_refs", ours)
 
 
 _REPLACED = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import weakref
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 
 from ovshim.decode.states import variable
 from ovshim.infer import Engine
+from ovshim.inherited import all_of, keep_for_good
 from ovshim.pool import Pool
 from ovshim.single import SingleThreadEngine, either
 from ovshim.slots import Slot
@@ -26,11 +26,9 @@ _engines: weakref.WeakSet[StatefulEngine] = weakref.WeakSet()
 
 
 def _leak_after_fork() -> None:
-    # Destroying what a forked child has inherited of OpenVINO hangs (see `infer`). Reading it and
-    # synchronous inference do not.
-    for engine in list(_engines):
-        for slot in list(engine._all):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(slot.request))
+    # Synchronous inference with what is inherited does not hang.
+    for engine in all_of(_engines):
+        keep_for_good(*(slot.request for slot in all_of(engine._all)))
         engine._settle()
 
 
