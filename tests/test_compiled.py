@@ -15,7 +15,7 @@ from modules import two_layers as net
 from torch import nn
 
 import ovshim
-from ovshim import blobs, build, cache, early, executed, hit, intraop, runtime
+from ovshim import blobs, build, cache, early, executed, hit, intraop, runtime, tiny
 from ovshim.cache.entry import OURS
 from ovshim.infer import Engine, EngineDead
 
@@ -47,17 +47,15 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     monkeypatch.setattr(blobs, "_LEAST_BYTES", 0)
+    # Nobody finds out how so small a graph is best run, which compiles it too.
+    monkeypatch.setattr(tiny, "_TINY_BYTES", -1)
     yield Seen(monkeypatch)
     assert not any(t.name == "ovshim-compile" for t in threading.enumerate())
 
 
 def fast_net(directory: Path, last: float = 0.0, **options: Any) -> Any:
     options = {"prefer": "openvino", **options}
-    # Threads: nobody finds out then how so small a graph is best run, which compiles it too.
-    return ovshim.accelerate(
-        net(last), torch.ones(3, 64), cache_dir=directory, threads=options.pop("threads", 2),
-        **options,
-    )  # fmt: skip
+    return ovshim.accelerate(net(last), torch.ones(3, 64), cache_dir=directory, **options)
 
 
 def check(fast: Any, cached: str, last: float = 0.0) -> None:
@@ -435,7 +433,7 @@ def test_a_compiled_graph_brings_no_weights(seen: Seen, tmp_path: Path) -> None:
     with torch.no_grad():
         module[1].running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
     x = torch.randn(2, 3, 12, 12)
-    fast = ovshim.accelerate(module, x, cache_dir=tmp_path, prefer="openvino", threads=2)
+    fast = ovshim.accelerate(module, x, cache_dir=tmp_path, prefer="openvino")
     with torch.inference_mode():
         same(fast(x), module(x))
     (blob,) = kept(tmp_path)
@@ -448,15 +446,13 @@ _DIES = """
 import os, sys, torch
 from torch import nn
 import ovshim
-from ovshim import blobs, runtime
-blobs._LEAST_BYTES = 0
+from ovshim import blobs, runtime, tiny
+blobs._LEAST_BYTES, tiny._TINY_BYTES = 0, -1
 if sys.argv[2] == "dies":
     runtime.import_model = lambda *given: os.abort()
 torch.manual_seed(0)
 module = nn.Linear(8, 8).eval()
-fast = ovshim.accelerate(
-    module, torch.ones(2, 8), cache_dir=sys.argv[1], prefer="openvino", threads=2
-)
+fast = ovshim.accelerate(module, torch.ones(2, 8), cache_dir=sys.argv[1], prefer="openvino")
 x = torch.ones(3, 8)
 with torch.inference_mode():
     assert torch.allclose(fast(x), module(x), atol=1e-5)

@@ -10,7 +10,7 @@ Whatever goes wrong on the way becomes a decoding that eager serves, with the re
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import json
 import logging
@@ -137,14 +137,17 @@ class _Build:
             raise
 
     def _in_child(self, family: str) -> None:
-        job = self.job
-        # Both are held for the child; see `ovshim.build`.
+        job, threads = self.job, self.job.placement["threads"]
+
+        def build_as_here() -> Decoding:  # see `ovshim.build`
+            job.options = dataclasses.replace(job.options, threads=threads)
+            return self._from_cache_or_capture(family)
+
         with (
             job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time),
             TRACE_LOCK,
         ):
-            work = functools.partial(self._from_cache_or_capture, family)
-            outcome = try_in_child(work, job.seconds_left())
+            outcome = try_in_child(build_as_here, job.seconds_left())
         if outcome == "crashed":
             self._keep_verdict(family, reason("crashed-before"))
             raise BuildStopped(reason("crashed-before"))
