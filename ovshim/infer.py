@@ -92,8 +92,11 @@ class Engine:
 
     `dead` is None, or why the engine cannot be used any more; `checked`, the inputs whose
     values are looked at; `exact`, the engine that calls of some sizes are left to; `rival`,
-    what answers until it is known whether there is to be one.
+    what answers until it is known whether there is to be one. `queues`: whether calls at the same
+    time wait for each other.
     """
+
+    queues = False
 
     def __init__(
         self, compiled: Any, inputs: Sequence[torch.dtype], outputs: Sequence[torch.dtype]
@@ -152,10 +155,14 @@ class Engine:
             self.exact.check(inputs)
 
     def leave(self, sizes: Sequence[Sequence[int]], engine: Engine) -> None:
-        """Leave the calls of just these sizes to another engine, of the same graph."""
+        """Leave the calls of just these sizes to another engine, of the same graph; where it
+        `queues`, one at a time."""
         engine.check(self.checked)
-        scope = {f"s{i}": torch.Size(size) for i, size in enumerate(sizes)}
+        scope: dict[str, Any] = {f"s{i}": torch.Size(size) for i, size in enumerate(sizes)}
         same = " and ".join(f"tensors[{i}].shape == s{i}" for i in range(len(sizes)))
+        if engine.queues:
+            scope["engine"] = engine
+            same += " and not engine._pool.busy()"
         self.exact = engine
         self._is_exact = eval(f"lambda tensors: len(tensors) == {len(sizes)} and {same}", scope)
 

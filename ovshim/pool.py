@@ -49,6 +49,10 @@ class Pool(Generic[T]):
         self._making = threading.RLock()
         self._gathering = False
 
+    def busy(self) -> bool:
+        """Whether a call holds one."""
+        return len(self.free) < len(self._all)
+
     def new(self, make: Callable[[], T]) -> T:
         """One for a call that has found none: one that has come back meanwhile, or a new one.
 

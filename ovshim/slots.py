@@ -89,8 +89,8 @@ class Slot:
     """One infer request and what is bound to it; used by one thread at a time."""
 
     __slots__ = (
-        *("__weakref__", "arrays", "capacity", "checked", "copies", "held", "large", "ready"),
-        *("request", "shapes"),
+        *("__weakref__", "arrays", "capacity", "checked", "copies", "heads", "held", "large"),
+        *("ready", "request", "shapes"),
     )
 
     def __init__(self, request: Any, inputs: int) -> None:
@@ -111,3 +111,5 @@ class Slot:
         self.large: tuple[int, ...] = ()
         self.held: dict[int, list[Array]] = {}
         self.capacity: dict[int, int] = {}
+        # Where the outputs begin that stay the request's own.
+        self.heads: list[Array] = []

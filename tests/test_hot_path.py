@@ -5,6 +5,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ovshim.bound import installed
 from ovshim.matcher import compile_glance
 from ovshim.race import Finish
 from ovshim.signature import flatten_call, kind_of
+from ovshim.single import SingleThreadEngine
 
 # --- dictionaries that nobody has written to --------------------------------------------------
 
@@ -475,9 +477,28 @@ def plan_of(fast: nn.Module) -> Any:
 accelerate = functools.partial(ovshim.accelerate, prefer="openvino")
 
 
+Favoured = Callable[[str], None]
+
+
+@pytest.fixture
+def favoured(monkeypatch: pytest.MonkeyPatch) -> Favoured:
+    """Lets one of the ways of exact graphs be tried alone."""
+    ways = tiny._ways_of_exact
+
+    def favour(name: str) -> None:
+        monkeypatch.setattr(
+            tiny,
+            "_ways_of_exact",
+            lambda *given: {k: w for k, w in ways(*given).items() if k == name},
+        )
+
+    return favour
+
+
 def test_the_examples_sizes_have_a_graph_of_their_own(
-    exact_wins: list[Any], tmp_path: Path
+    exact_wins: list[Any], favoured: Favoured, tmp_path: Path
 ) -> None:
+    favoured(", exact sizes")
     module = make(Mlp)
     for cache in ("miss", "hit"):
         fast = accelerate(module, torch.randn(3, 8), cache_dir=tmp_path)
@@ -491,20 +512,96 @@ def test_the_examples_sizes_have_a_graph_of_their_own(
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_a_tiny_graph_runs_in_one_stream_whatever_the_hint(
-    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dynamic: bool
+def test_a_tiny_graph_runs_in_one_thread(
+    exact_wins: list[Any], tmp_path: Path, dynamic: bool
 ) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    for cache in ("miss", "hit"):
+        fast = accelerate(module, x, cache_dir=tmp_path, dynamic_batch=dynamic)
+        plan = plan_of(fast)
+        assert plan.cache == cache
+        assert plan.way == "not pinned, exact sizes in one thread"
+        # What is known is not compiled in other ways again.
+        assert len(exact_wins) == (1 if cache == "hit" else 1 + dynamic)
+        exact_wins.clear()
+        exact = plan.served.engine.exact
+        assert isinstance(exact, SingleThreadEngine)
+        if dynamic:
+            check_alone(fast, module, exact, rows=3)
+        check(fast, module, torch.randn(3, 8))
+
+
+def test_precisions_that_can_end_the_process_in_one_thread_are_not_tried_there(
+    exact_wins: list[Any],
+) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    plan = plan_of(accelerate(module, x, precision="bf16", cache_dir=None))
+    assert plan.way == "not pinned, exact sizes"
+    assert not isinstance(plan.served.engine.exact, SingleThreadEngine)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_that_were_asked_for_stay(exact_wins: list[Any], threads: int) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = accelerate(module, x, threads=threads, cache_dir=None)
+    plan = plan_of(fast)
+    assert plan.way == "usual, exact sizes"
+    exact = plan.served.engine.exact
+    assert int(exact._compiled.get_property("INFERENCE_NUM_THREADS")) == threads
+    check_alone(fast, module, exact, rows=3)
+
+
+def test_calls_at_the_same_time_do_not_wait_for_the_one_thread(exact_wins: list[Any]) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = accelerate(module, x, cache_dir=None)
+    exact = plan_of(fast).served.engine.exact
+    inside, go_on, infer = threading.Event(), threading.Event(), exact._infer
+
+    def slowly(*given: Any) -> Any:
+        inside.set()
+        assert go_on.wait(30)
+        return infer(*given)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            answer: torch.Tensor = fast(x)
+        return answer
+
+    exact._infer = slowly
+    wanted = module(x)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(call)
+        assert inside.wait(30)
+        same(call(), wanted)
+        assert not first.done()
+        go_on.set()
+        same(first.result(), wanted)
+    assert counts(fast)["openvino"] == 2
+    exact._infer = infer
+    check_alone(fast, module, exact, rows=3)
+    assert len(exact._pool._all) == 1
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("thread", ["stream", "thread"])
+def test_a_tiny_graph_runs_in_one_stream_whatever_the_hint(
+    exact_wins: list[Any],
+    favoured: Favoured,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dynamic: bool,
+    thread: str,
+) -> None:
+    favoured(f", exact sizes in one {thread}")
     module, x = make(Mlp), torch.randn(3, 8)
     options = {"hint": "throughput", "dynamic_batch": dynamic}
     for cache in ("miss", "hit"):
         plan = plan_of(fast := accelerate(module, x, cache_dir=tmp_path, **options))
         assert plan.cache == cache
-        assert plan.way == "usual, exact sizes in one stream"
+        assert plan.way == f"usual, exact sizes in one {thread}"
         assert plan.served.engine.exact.advised == 1
         for rows in (3, 5) if dynamic else (3,):
             check(fast, module, torch.randn(rows, 8))
-    way = plan_of(accelerate(module, x, cache_dir=tmp_path, dynamic_batch=dynamic)).way
-    assert way == ("not pinned, exact sizes" if dynamic else "not pinned")
     # What is as long in one stream is none of these.
     monkeypatch.setattr(tiny, "rounds", lambda calls, *_, **__: [[1e-4], [8e-5]][: len(calls)])
     plan = plan_of(accelerate(module, x, cache_dir=None, **options))

@@ -432,6 +432,35 @@ def test_without_reference_counts_every_buffer_is_new(monkeypatch: pytest.Monkey
         torch.testing.assert_close(got, eager(x))
 
 
+@pytest.mark.parametrize("rows", [3, 20_000])
+def test_outputs_of_one_size_are_marked_too(rows: int) -> None:
+    """Small ones in the request's own memory, which no answer may stand on."""
+    x = ops.parameter([rows, 4], ov.Type.f32)
+    model = ov.Model([ops.result(ops.relu(x)), ops.result(ops.abs(x))], [x], "test")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    made = ov.Core().compile_model(model, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+    engine = SingleThreadEngine(made, [torch.float32], [torch.float32] * 2)
+    kept = []
+    for _ in range(4):
+        given = torch.randn(rows, 4)
+        kept.append((given, engine.run([given])))
+    for given, (positive, absolute) in kept:
+        assert torch.equal(positive, given.relu())
+        assert torch.equal(absolute, given.abs())
+    infer = engine._infer
+
+    def swallowed(request: Any, _: Any, shared: bool, __: Any) -> dict[int, Any]:
+        tensors = [request.get_output_tensor(n).data for n in range(2)]
+        return {n: array if shared else array.copy() for n, array in enumerate(tensors)}
+
+    engine._infer = swallowed
+    with pytest.raises(EngineDead):
+        engine.run([torch.randn(rows, 4)])
+    engine._infer = infer
+    with pytest.raises(EngineDead):
+        engine.run([torch.randn(rows, 4)])
+
+
 def test_a_failure_in_one_thread_is_noticed_and_poisons_no_other_model() -> None:
     """OpenVINO swallows the exception there, and its executor runs the failed request again."""
 
