@@ -17,7 +17,7 @@ from ovshim.builder import wait_for
 from ovshim.building import Backward, building_here, switched_off
 from ovshim.decode import NOT_OURS, room_for
 from ovshim.errors import OptionError
-from ovshim.generation import obstacle
+from ovshim.hooks import obstacle
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.job import Job
 from ovshim.options import Options, enabled_in_environment

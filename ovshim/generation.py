@@ -9,7 +9,6 @@ laid out beforehand in flat lists that C code compares.
 from __future__ import annotations
 
 import os
-import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ovshim.captured_code import copied_defaults, is_torchs, methods, variables
@@ -27,13 +25,13 @@ from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
 from ovshim.dict_versions import add_unless_written
 from ovshim.guards import ValueGuard
+from ovshim.hooks import are_called, inner_hooks, is_recorded
 from ovshim.reached import OF_MODULES, Reached
-from ovshim.reasons import Reason, reason
 from ovshim.scripted import Held, is_plain
 from ovshim.untouched import add_unless_touched
 from ovshim.watch import GuardFailedError, Watch, modules_met, replaceable
 
-__all__ = ["Generation", "GuardFailedError", "obstacle"]
+__all__ = ["Generation", "GuardFailedError"]
 
 _version: Callable[[torch.Tensor], int] = attrgetter("_version")
 _wants_grad: Callable[[torch.Tensor], bool] = attrgetter("requires_grad")
@@ -56,7 +54,6 @@ _STATES = frozenset(
         torch.is_deterministic_algorithms_warn_only_enabled,
     }
 )
-_RECORDING = "transformers.utils.output_capturing"
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
 # that is gone raises; users' `__eq__` may raise anything. Either way something was replaced, for
 # what is the same object is not compared.
@@ -101,9 +98,9 @@ class Generation:
         held = [d for m in self._modules if is_plain(m) for d in (m._parameters, m._buffers)]
         self._holders = [d for d in held if d]
         self._empty = tuple(d for d in held if not d)
-        hooks = list(_inner_hooks(module, self._modules))
-        self._hooks = tuple(held for held in hooks if not held or _are_called(held))
-        self._recorders = [(held, dict(held)) for held in hooks if held and not _are_called(held)]
+        hooks = list(inner_hooks(module, self._modules))
+        self._hooks = tuple(held for held in hooks if not held or are_called(held))
+        self._recorders = [(held, dict(held)) for held in hooks if held and not are_called(held)]
         self._contents = list(_contents(self._modules))
         self._orders = [(d, list(d)) for d in _ordered(self._modules)]
         self._scripted = Held(self._modules)
@@ -234,7 +231,7 @@ class Generation:
         for held, before in self._recorders:
             conditions.add("{0} == {1}", held, before)
         if self._recorders:
-            conditions.add("not {0}()", _is_recorded)
+            conditions.add("not {0}()", is_recorded)
         if self._variables is None:
             # As it keeps them: a comparison with itself would decode all of them each time.
             kept = getattr(os.environ, "_data", os.environ)
@@ -323,26 +320,6 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
-def obstacle(module: nn.Module) -> Reason | None:
-    """What in the module's present state keeps it in eager, without a look at what it computes:
-    training mode, or hooks that a graph would not call. Not training mode of a submodule: a
-    ModuleList put in anew is in it to no effect; preflight sees what has one."""
-    if module.training:
-        return reason("training")
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return reason("inner-hooks", "hooks for all modules")
-    for name, inner in module.named_modules():
-        if inner is module:
-            continue
-        if _are_called(inner._forward_hooks) or inner._forward_pre_hooks:
-            return reason("inner-hooks", name)
-        if not is_plain(inner) and getattr(inner, "training", False):
-            return reason("training")  # a trace would leave it in eval mode
-        if inner._forward_hooks and _is_recorded():
-            return reason("inner-hooks", f"{name}, which a model around this one records")
-    return None
-
-
 def _copy(held: dict[str, Any]) -> dict[str, Any]:
     """A copy to compare with. A BoundMethod's seal counts the references on itself: its stand-in,
     which is equal to it, holds none."""
@@ -351,29 +328,6 @@ def _copy(held: dict[str, Any]) -> dict[str, Any]:
     if seal is not None:
         made["__getstate__"] = getattr(type(seal), "_ovshim_stand_in", seal)
     return made
-
-
-def _inner_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> Iterable[Any]:
-    """Hooks that would fire inside the graph. Those of the root fire around it, as ever."""
-    for module in modules:
-        if module is not root:
-            yield module._forward_hooks
-            yield module._forward_pre_hooks
-    yield torch_module._global_forward_hooks
-    yield torch_module._global_forward_pre_hooks
-
-
-def _are_called(hooks: Mapping[Any, Any]) -> bool:
-    """Whether there are hooks that a graph would have to call. Not those that transformers puts on
-    layers once hidden states or the like were asked for: they give what the same call returns."""
-    return any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks.values())
-
-
-def _is_recorded() -> bool:
-    """Whether a transformers model that is running now takes down what its layers answer."""
-    recording = sys.modules.get(_RECORDING)
-    # What it takes down is empty where nothing was asked for.
-    return recording is not None and bool(recording._active_collector.get())
 
 
 def _contents(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable[..., Any], Any, Any]]:

@@ -57,6 +57,7 @@ FLOORS: dict[str, set[str]] = {
         "progress",
         "pages",
         "garbage",
+        "hooks",
         "waiting",
         "intraop",
     },

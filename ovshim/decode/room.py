@@ -29,7 +29,7 @@ from ovshim.decode.probes import ProbeFailed, bucket, error_of
 from ovshim.decode.seq2seq import Seq2Seq
 from ovshim.deferred import later
 from ovshim.families import Family
-from ovshim.generation import obstacle
+from ovshim.hooks import obstacle
 from ovshim.infer import EngineDead
 from ovshim.job import Job
 from ovshim.options import Options
