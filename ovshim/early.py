@@ -98,9 +98,6 @@ class Early:
 
     Args:
         unread: whether the entry's large file is still to be compared with its checksum.
-
-    Attributes:
-        compiling: whether it has not come to that call yet, nor to that file.
     """
 
     def __init__(self, wanted: Wanted, entry: Entry, record: Record, unread: bool = False) -> None:
@@ -114,7 +111,6 @@ class Early:
         self._answer: list[torch.Tensor] | None = None
         self._taken = False
         self._sound = None if unread else True
-        self.compiling = True
         _known.add(self)
         # No daemon: one that is inside OpenVINO when the interpreter goes ends the process.
         self._thread = threading.Thread(target=self._run, name="ovshim-compile", daemon=False)
@@ -122,7 +118,7 @@ class Early:
             self._thread.start()
         except RuntimeError as error:  # the program ends, or has all the threads it may have
             log.debug("no thread to compile in: %s", error)
-            self._settings, self.compiling = {}, False
+            self._settings = {}
 
     def go_on(self, wanted: Wanted, record: Record) -> None:
         """Have it called as well, if the entry is sound."""
@@ -189,7 +185,6 @@ class Early:
                     *blobs.compiled(self._store, self.entry, self._device, self._settings)
                 )
                 compiled.precision_run = executed.precision_run(compiled.graph)
-                self.compiling = False
                 if not self._looked_at():
                     return
                 while not self._told.wait(_LOOK_UP_SECONDS):
@@ -201,8 +196,6 @@ class Early:
                 self._compiled = compiled
         except Exception:  # whoever needs it meets the same, and knows what to do
             log.debug("nothing was compiled early", exc_info=True)
-        finally:
-            self.compiling = False
 
     def _looked_at(self) -> bool:
         if self._sound is None:
