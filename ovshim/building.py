@@ -77,8 +77,9 @@ class Building:
     """Marks this thread as one that builds."""
 
     def __enter__(self) -> Self:
-        _here.depth = getattr(_here, "depth", 0) + 1
         look_aside(1)
+        # Last: with an interrupt behind it this thread would stay with eager for good.
+        _here.depth = getattr(_here, "depth", 0) + 1
         return self
 
     def __exit__(self, *exc: object) -> None:

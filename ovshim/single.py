@@ -26,9 +26,9 @@ __all__ = ["SingleThreadEngine", "either", "engine_for"]
 
 E = TypeVar("E", bound=Engine)
 
-_MARK = 0xAD
+_MARK, _OTHER_MARK = 0xAD, 0x52
 _MARKED_BYTES = 8
-_MARKS = bytes([_MARK]) * _MARKED_BYTES
+_MARKS = {mark: bytes([mark]) * _MARKED_BYTES for mark in (_MARK, _OTHER_MARK)}
 # Larger ones are not copied twice.
 _STAYING_BYTES = 64 * 1024
 
@@ -58,9 +58,13 @@ def either(
 
 
 class SingleThreadEngine(Engine):
-    """An engine that finds out by itself whether an `infer` has failed."""
+    """An engine that finds out by itself whether an `infer` has failed.
+
+    `repeats`: whether a call may run twice. It does where an output begins like a mark.
+    """
 
     queues = True
+    repeats = True
 
     def __init__(
         self, compiled: Any, inputs: Sequence[torch.dtype], outputs: Sequence[torch.dtype]
@@ -73,42 +77,45 @@ class SingleThreadEngine(Engine):
         bound = self._bind_inputs(slot, tensors)
         run = self._run_in_place if self._stay else self._run_in_new
         try:
-            arrays, heads = run(slot)
+            arrays, failed = run(slot, _MARK)
+            if failed and self.repeats:  # if it is what is to be given, it is so again
+                arrays, failed = run(slot, _OTHER_MARK)
         except Exception as error:
             self._failed(slot, str(error))
             raise EngineDead(self.dead) from error
         del bound  # needed until here
-        if any(map(_is_marked, heads)):
+        if failed:
             self._failed(slot, "it gave no output, and OpenVINO does not say why")
         if self.dead is not None:
             raise EngineDead(self.dead)
         return list(map(torch.from_numpy, arrays))
 
-    def _run_in_place(self, slot: Slot) -> tuple[Iterable[Array], list[Array]]:
-        """Copies of the request's own outputs, and where those begin."""
+    def _run_in_place(self, slot: Slot, mark: int) -> tuple[Iterable[Array], bool]:
+        """Copies of the request's own outputs, and whether a mark is left."""
         heads = slot.heads
         if not heads:
             every = range(len(self._bindable))
             heads = [_head(slot.request.get_output_tensor(index).data) for index in every]
             slot.heads = heads
         for head in heads:
-            head.fill(_MARK)
-        return self._infer(slot.request, {}, False, False).values(), heads
+            head.fill(mark)
+        arrays = self._infer(slot.request, {}, False, False).values()
+        return arrays, _is_left(mark, heads)
 
-    def _run_in_new(self, slot: Slot) -> tuple[Iterable[Array], list[Array]]:
-        """Outputs in new buffers, copies of those that take none; and where the buffers begin."""
+    def _run_in_new(self, slot: Slot, mark: int) -> tuple[Iterable[Array], bool]:
+        """Outputs in new buffers, copies of those that take none; and whether a mark is left."""
         marked = [index for index, bindable in enumerate(self._bindable) if bindable]
         for index in marked:
-            self._bind_marked(slot, index)
+            self._bind_marked(slot, index, mark)
         arrays = list(self._infer(slot.request, {}, True, False).values())
-        heads = [_head(arrays[index]) for index in marked]
-        return [a if index in marked else a.copy() for index, a in enumerate(arrays)], heads
+        failed = _is_left(mark, [_head(arrays[index]) for index in marked])
+        return [a if index in marked else a.copy() for index, a in enumerate(arrays)], failed
 
-    def _bind_marked(self, slot: Slot, index: int) -> None:
+    def _bind_marked(self, slot: Slot, index: int, mark: int) -> None:
         """A new buffer, of the least size that the output may have. One of none is marked too: a
         call with outputs of no element is not told from a failure, and goes to eager."""
         tensor = self._tensor(*self._fresh[index])
-        _head(tensor.data)[:] = _MARK
+        _head(tensor.data).fill(mark)
         slot.request.set_output_tensor(index, tensor)
 
     def _failed(self, slot: Slot, why: str) -> None:
@@ -128,5 +135,6 @@ def _head(array: Array) -> Array:
     return array.reshape(-1).view(np.uint8)[:_MARKED_BYTES]
 
 
-def _is_marked(head: Array) -> bool:
-    return _MARKS.startswith(head.tobytes())
+def _is_left(mark: int, heads: Iterable[Array]) -> bool:
+    marks = _MARKS[mark]
+    return any(marks.startswith(head.tobytes()) for head in heads)

@@ -29,6 +29,7 @@ from ovshim.plan import Served
 from ovshim.race import rounds
 from ovshim.record import Record
 from ovshim.single import SingleThreadEngine
+from ovshim.verdict import placed
 
 __all__ = ["add_exact", "fastest"]
 
@@ -181,8 +182,7 @@ def _medians(engines: Iterable[Engine], inputs: Sequence[torch.Tensor]) -> list[
 
 
 def _where(job: Job) -> str:
-    hint = "" if job.options.hint == "latency" else f" hint={job.options.hint}"
-    return job.measured_on + hint
+    return f"{job.measured_on}{placed(job.options)}"
 
 
 def _keep(job: Job, record: Record, entry: Entry | None, way: str) -> None:

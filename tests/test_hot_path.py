@@ -551,6 +551,16 @@ def test_threads_that_were_asked_for_stay(exact_wins: list[Any], threads: int) -
     check_alone(fast, module, exact, rows=3)
 
 
+def test_what_is_measured_of_some_threads_is_not_of_those_asked_for(
+    exact_wins: list[Any], tmp_path: Path
+) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    usual, asked = "not pinned, exact sizes in one thread", "usual, exact sizes"
+    for threads, way in ((None, usual), (torch.get_num_threads(), asked), (None, usual)):
+        fast = accelerate(module, x, threads=threads, cache_dir=tmp_path)
+        assert plan_of(fast).way == way
+
+
 def test_calls_at_the_same_time_do_not_wait_for_the_one_thread(exact_wins: list[Any]) -> None:
     module, x = make(Mlp), torch.randn(3, 8)
     fast = accelerate(module, x, cache_dir=None)

@@ -461,6 +461,20 @@ def test_outputs_of_one_size_are_marked_too(rows: int) -> None:
         engine.run([torch.randn(rows, 4)])
 
 
+@pytest.mark.parametrize("rows", [1, 8, 70_000])
+@pytest.mark.parametrize("sizes", ["open", "fixed"])
+def test_an_output_that_is_the_mark_is_no_failure(rows: int, sizes: str) -> None:
+    x = ops.parameter([rows if sizes == "fixed" else -1], ov.Type.i32)
+    model = ov.Model([ops.result(ops.convert(x, "u8"))], [x], "test")
+    made = ov.Core().compile_model(
+        model, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    )
+    engine = SingleThreadEngine(made, [torch.int32], [torch.uint8])
+    for value in (7, 0xAD, 0x52, 0xAD, 8):
+        (got,) = engine.run([torch.full((rows,), value, dtype=torch.int32)])
+        assert torch.equal(got, torch.full((rows,), value, dtype=torch.uint8))
+
+
 def test_a_failure_in_one_thread_is_noticed_and_poisons_no_other_model() -> None:
     """OpenVINO swallows the exception there, and its executor runs the failed request again."""
 

@@ -129,6 +129,8 @@ class StatefulEngine(Engine):
 class OneThreadStatefulEngine(StatefulEngine, SingleThreadEngine):
     """The same in one stream of one thread, where OpenVINO hides failures."""
 
+    repeats = False  # the state is one step further each time
+
 
 def stateful_engine_for(compiled: Any, threads: int | None, *about: Any) -> StatefulEngine:
     """The engine that a compiled model needs.
