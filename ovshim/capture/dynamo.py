@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -173,6 +174,15 @@ def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return unflatten_call(request.leaves, request.kind.structure)
 
 
+_LOGGING = frozenset(
+    {
+        *(getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")),
+        *(getattr(logging.Logger, name) for name in ("critical", "exception", "log")),
+        warnings.warn,
+    }
+)
+
+
 @contextlib.contextmanager
 def _configured() -> Iterator[list[str]]:
     """Dynamo set up for one whole graph; gives the side effects that it says it saw.
@@ -199,6 +209,8 @@ def _configured() -> Iterator[list[str]]:
                 trace_numpy=False,
                 capture_scalar_outputs=False,
                 side_effect_replay_policy="warn",
+                # Served calls log nothing, as graphs give outputs and do nothing else.
+                ignore_logging_functions=_LOGGING,
             )
         )
         stack.enter_context(

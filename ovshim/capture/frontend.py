@@ -38,8 +38,13 @@ _KILLERS = ("aten::det", "aten::linalg_det", "aten::svd")
 _OPERATOR = re.compile(r"\b(?:aten|prim|prims|torchvision|quantized|fb|higher_order)::\w+")
 
 
-def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.ScriptModule:
+def trace(
+    flat: FlatModule, tensors: Sequence[torch.Tensor], said: list[str] | None = None
+) -> torch.jit.ScriptModule:
     """The TorchScript graph of a flat module. The caller holds `capture.TRACE_LOCK`.
+
+    Args:
+        said: what was warned of meanwhile is added to it.
 
     Raises:
         CaptureError: torch cannot trace it.
@@ -48,7 +53,7 @@ def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.Script
     try:
         # Of what the tracer says, guards and proof find out what matters; what the user's own code
         # says, eager has said already; and torch's wrappers read deprecated properties.
-        with hushed():
+        with hushed() as texts:
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
                 flat, tuple(tensors), strict=False, check_trace=False
             )
@@ -59,6 +64,8 @@ def trace(flat: FlatModule, tensors: Sequence[torch.Tensor]) -> torch.jit.Script
         raise CaptureError(
             reason("capture-failed", f"torch.jit.trace: {_first_line(error)}")
         ) from error
+    if said is not None:
+        said += texts
     return traced  # type: ignore[no-any-return]
 
 

@@ -143,7 +143,7 @@ class Sources:
         found: dict[ValueGuard, None] = {}
         for guard in guards:
             for source, test in _asked(guard):
-                if self._is_given(source):
+                if self._is_given(source) or self._is_of_namedtuple(source):
                     continue
                 path = self._path(source) if test else None
                 if test is None or path is None:
@@ -203,7 +203,9 @@ class Sources:
             names, name = found.__globals__, found.__globals__.get("__name__")
             spaces = getattr(sys.modules.get(str(name)), "__dict__", None), self.roots["globals"]
             elsewhere = name is not None and not any(names is space for space in spaces)
-            if (is_users(found) and elsewhere) or hasattr(found, "_dynamo_marked_constant"):
+            if (
+                is_users(found) and elsewhere and not _is_namedtuples(found.__globals__)
+            ) or hasattr(found, "_dynamo_marked_constant"):
                 raise _unknown(guard)
 
     def _is_covered(
@@ -290,6 +292,14 @@ class Sources:
             return self._path(source) is None
         return isinstance(source, (sources.GlobalStateSource, sources.ShapeEnvSource))
 
+    def _is_of_namedtuple(self, source: Any) -> bool:
+        """Whether it is in the globals of a named tuple's `__new__`: there is but `tuple`'s."""
+        while hasattr(source, "base"):
+            source = source.base
+        name = str(getattr(source, "global_name", ""))
+        held = self.roots["globals"].get(name) if name.startswith("___unnamed_scope") else None
+        return isinstance(held, dict) and _is_namedtuples(held)
+
 
 def _asked(guard: Any) -> Iterator[tuple[Any, Test | None]]:
     """The sources that a guard of Dynamo's looks at, and the test of ours for it."""
@@ -318,6 +328,11 @@ def _is_own(module: nn.Module, step: Step, test: Test) -> bool:
 
 def _are_users(passed: Sequence[Any]) -> bool:
     return all(is_users(x) for x in passed if isinstance(x, types.FunctionType))
+
+
+def _is_namedtuples(names: Mapping[str, Any]) -> bool:
+    made = str(names.get("__name__")).startswith("namedtuple_")
+    return made and set(names) <= {"__builtins__", "__name__", "_tuple_new"}
 
 
 def _is_torchs_layer(held: Any) -> bool:

@@ -1,9 +1,10 @@
 """The second route: `torch.jit.trace` of the module itself.
 
 A trace records what one call did. It is right where every call does the same, so it is used only
-where Dynamo refused for a harmless reason (TorchScript inside, an unknown builtin, logging), after
-a preflight has found the module free of side effects, and only when two traces with other data,
-another batch and other lengths are the same graph with the same constants.
+where Dynamo refused for a harmless reason (TorchScript inside, an unknown builtin), after a
+preflight has found the module free of side effects, where no value of a tensor reaches Python, and
+only when two traces with other data, another batch and other lengths are the same graph with the
+same constants. Sizes that reach Python as numbers are those of the example.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 import xxhash
+from torch.overrides import TorchFunctionMode
 
 from ovshim.capture import Captured, CaptureError, FlatModule, Request, frontend, readers
+from ovshim.capture.hush import hushed
 from ovshim.generation import Generation
 from ovshim.inputs import redraw, resize
 from ovshim.reached import UnwatchableError
@@ -25,6 +28,16 @@ __all__ = ["capture"]
 
 # How many rows these give depends on values; two traces with as many tell nothing.
 _SIZES_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique", "aten::unique")
+
+# What the tracer says where something of a tensor becomes a constant, or a choice.
+_BAKED_IN = "the trace"
+_ESCAPES = frozenset(
+    {
+        *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
+        *("__bool__", "__int__", "__float__", "__complex__", "__index__"),
+        *("__array__", "__contains__", "__format__"),
+    }
+)
 
 log = logging.getLogger("ovshim")
 
@@ -42,14 +55,18 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     tensors = [request.leaves[i] for i in inputs]
     dynamic = [request.dynamic[t] for t in places]
     flat = FlatModule(request, request.call)
+    said: list[str] = []
     try:
-        traced = frontend.trace(flat, tensors)
+        traced = frontend.trace(flat, tensors, said)
     except CaptureError as error:
         raise refused from error
     outputs = flat.outputs
     first = _skeleton(traced.inlined_graph)
     if any(name in line for line in first for name in _SIZES_BY_VALUES):
         raise CaptureError(reason("value-dependent", "the size of a tensor is"))
+    _refuse_values(flat, tensors)
+    if any(_BAKED_IN in text for text in said):  # a size, then
+        dynamic = [frozenset() for _ in dynamic]
     generator = torch.Generator().manual_seed(0)
     if first != _skeleton(frontend.trace(flat, _redrawn(tensors, generator)).inlined_graph):
         raise CaptureError(reason("value-dependent", "two traces with other values differ"))
@@ -66,6 +83,28 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     by_leaf = dict(zip(inputs, shapes, strict=True))
     pattern: Pattern = tuple(by_leaf[request.kind.leaves[i].same_as] for i in request.kind.tensors)  # type: ignore[union-attr]
     return Captured(model, f"traced{reader}", outputs, pattern)
+
+
+class _Reading(TorchFunctionMode):
+    """Notes what takes a value out of a tensor. Sizes are numbers while nothing is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _ESCAPES:
+            self.found = name
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_values(flat: FlatModule, tensors: list[torch.Tensor]) -> None:
+    """Raise CaptureError where Python reads the value of a tensor."""
+    with _Reading() as reading, hushed():
+        flat(*tensors)
+    if reading.found is not None:
+        raise CaptureError(reason("value-dependent", f"{reading.found} of a tensor"))
 
 
 def _watched(request: Request) -> Generation | None:
