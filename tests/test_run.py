@@ -160,6 +160,7 @@ def test_what_cannot_be_run(scripts: Path) -> None:
         ((), "script=None"),
         (("--precision", "fp7", "look.py"), "'fp7'"),
         (("--device", "GPU.9", "look.py"), "GPU.9"),
+        (("--min-speedup", "nan", "look.py"), "min_speedup=nan"),
         (("--report", "nowhere/report.json", "look.py"), "a directory that exists"),
     ):
         result = python("-m", "ovshim", "run", *arguments, cwd=scripts)

@@ -14,6 +14,7 @@ from typing import Any, Literal, ParamSpec, Self, TypeVar, Unpack
 from torch.utils._contextlib import _wrap_generator
 
 from ovshim import runtime
+from ovshim.checks import check_min_speedup
 from ovshim.errors import OptionError
 from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
 from ovshim.scope.calls import end, enter, last_here
@@ -280,10 +281,7 @@ def _patterns(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _check(options: Options, min_speedup: Any, all_threads: Any, report: Any) -> None:
-    number = isinstance(min_speedup, (int, float)) and not isinstance(min_speedup, bool)
-    if not number or not 0 <= min_speedup < float("inf"):
-        remedy = "Give the factor below which eager is to go on serving, such as 1.2."
-        raise OptionError("min_speedup", min_speedup, "a finite number of 0 or more", remedy)
+    check_min_speedup(min_speedup)
     if not isinstance(all_threads, bool):
         raise OptionError("all_threads", all_threads, "True or False", "Give one of them.")
     if report is not None and not callable(report) and not isinstance(report, (str, os.PathLike)):
