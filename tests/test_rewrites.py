@@ -2,6 +2,7 @@
 
 import math
 import operator
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -721,3 +722,36 @@ def test_a_model_that_is_given_labels_runs_whole_and_its_labels_are_looked_at() 
     wrong = {**example, "labels": torch.tensor([0, 3, 1, 1])}
     with torch.inference_mode(), pytest.raises(IndexError, match="out of bounds"):
         fast(**wrong)
+
+
+@pytest.mark.filterwarnings("ignore::ovshim.FallbackWarning")
+@pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
+def test_padding_that_cuts_off_keeps_its_size(mode: str) -> None:
+    module = Function(lambda x: F.pad((x * 2).transpose(1, 2), (-1, 2), mode)).eval()
+    fast = ovshim.accelerate(
+        module,
+        torch.randn(2, 6, 8),
+        dynamic_shapes=({1: "n"},),
+        prefer="openvino",
+        cache_dir=False,
+    )
+    with torch.no_grad():
+        for size in (6, 1, 2, 4):
+            x = torch.randn(2, size, 8)
+            try:
+                usual = module(x)
+            except RuntimeError as error:
+                with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                    fast(x)
+            else:
+                assert torch.equal(fast(x), usual)
+            assert size != 6 or fast.ovshim.stats()["openvino"] == 1
+
+
+def test_padding_with_the_edge_of_nothing_is_eagers() -> None:
+    module = Function(lambda x: F.pad((x * 2).transpose(1, 2), (-2, 3), mode="replicate")).eval()
+    x = torch.randn(2, 1, 8)
+    with pytest.warns(ovshim.FallbackWarning, match="pad by -2 and 3"):
+        fast = ovshim.accelerate(module, x, prefer="openvino", cache_dir=False)
+    with torch.no_grad():
+        assert torch.equal(fast(x), module(x))

@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ovshim.capture import CaptureError
 from ovshim.capture.sources import Sources
@@ -106,6 +107,7 @@ def refuse_contents(graph: torch.fx.GraphModule, sources: Sources) -> None:
     _refuse_writes(graph, sources)
     _refuse_sizes_by_values(graph)
     _refuse_padded_transforms(graph)
+    _refuse_cut_edges(graph)
 
 
 def _refuse_opaque(graph: torch.fx.GraphModule) -> None:
@@ -144,6 +146,29 @@ def _refuse_padded_transforms(graph: torch.fx.GraphModule) -> None:
             raise SizesRefusedError(reason("unsupported-op", f"{name} over a size that may change"))
         if size != (n // 2 + 1 if inverse else n):
             raise CaptureError(reason("unsupported-op", f"{name} of {n} points over {size}"))
+
+
+def _refuse_cut_edges(graph: torch.fx.GraphModule) -> None:
+    """Padding with what is at the edges, and less than nothing of it, where little or nothing may
+    remain to be repeated: OpenVINO 2026.4 cuts first, and ends the process on what is empty."""
+    for node in graph.graph.nodes:
+        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+        if node.target is not torch._C._nn.pad or mode == "constant":
+            continue
+        pad = [_value(size) for size in node.kwargs.get("pad", (*node.args, None)[1])]
+        shape = node.args[0].meta["example_value"].shape
+        for size, before, after in zip(reversed(shape), pad[::2], pad[1::2], strict=False):
+            if all(statically_known_true(n >= 0) for n in (before, after)):
+                continue
+            why = reason("unsupported-op", f"pad by {before} and {after}, {mode}")
+            if not all(isinstance(n, int) for n in (size, before, after)):
+                raise SizesRefusedError(why)
+            if size + min(before, 0) + min(after, 0) <= max(before, after, 0):
+                raise CaptureError(why)
+
+
+def _value(x: Any) -> Any:
+    return x.meta.get("example_value") if isinstance(x, torch.fx.Node) else x
 
 
 def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
