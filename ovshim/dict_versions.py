@@ -11,14 +11,15 @@ imported; where it fails, what would have been skipped is compared on every call
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from ovshim.conditions import Conditions
 
-__all__ = ["add_unless_written", "tells_writes", "version_of"]
+__all__ = ["add_unless_written", "keys_of", "tells_order", "tells_writes", "version_of"]
 
 Version = Callable[[dict[Any, Any]], int]
 
@@ -91,3 +92,14 @@ def add_unless_written(
 
     # Each of them grows alone, so their sum stands only while each does.
     conditions.add("sum(map({0}, {1})) == {2}[0] or {3}()", version_of, held, known, again)
+
+
+def tells_order(held: dict[Any, Any]) -> bool:
+    """Whether a change of order is a write to the dictionary. An OrderedDict keeps its order beside
+    the dictionary."""
+    return not isinstance(held, OrderedDict)
+
+
+def keys_of(held: dict[Any, Any]) -> Callable[[Any], Iterable[Any]]:
+    """What gives its keys in their order, without any code of its class."""
+    return dict.keys if tells_order(held) else OrderedDict.keys

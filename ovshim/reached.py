@@ -24,6 +24,7 @@ from torch import nn
 
 from ovshim.classes import is_users
 from ovshim.conditions import Conditions
+from ovshim.dict_versions import keys_of, tells_order
 from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.values import atom, functions, slots
 
@@ -83,8 +84,9 @@ class Reached:
         """Add the checks that all is what it is now; `in_dicts` takes those of `dicts`."""
         of_dict, of_list = "list(map(id, {0}({1}))) == {2}", "list(map(id, {0})) == {1}"
         for held in self._whole:
-            in_dicts.add("list({0}) == {1}", held, list(held))
-            in_dicts.add(of_dict, _values, held, self._ids(held.values()))
+            where = in_dicts if tells_order(held) else conditions
+            where.add("list({0}({1})) == {2}", keys_of(held), held, list(keys_of(held)(held)))
+            in_dicts.add(of_dict, _values, held, self._ids(_values(held)))
         for held, names in self._named:
             ids = self._ids(map(held.get, names))
             in_dicts.add("list(map(id, map({0}, {1}))) == {2}", held.get, names, ids)
@@ -173,7 +175,7 @@ class Reached:
         self._met[id(held)] = held
         self.dicts.append(held)
         self._whole.append(held)
-        self._todo += held.values()
+        self._todo += _values(held)
 
     def _class(self, cls: type) -> None:
         for base in cls.__mro__:

@@ -6,9 +6,11 @@ import gc
 import os
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import check, plans, settle
@@ -33,6 +35,19 @@ class Twice:
 class Negative:
     def act(self, h: Tensor) -> Tensor:
         return -h
+
+
+class Ranks(OrderedDict[str, float]):
+    """What its own methods answer is not asked."""
+
+    def keys(self) -> Any:
+        return sorted(super().keys())
+
+
+def in_turn(h: Tensor, ranks: dict[str, float]) -> Tensor:
+    for rank in ranks.values():
+        h = torch.tanh(h * rank)
+    return h
 
 
 class Slotted:
@@ -175,6 +190,24 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], dict[str, A
         lambda: {"cfg": NS(flags={"a"})},
         lambda m, p: m.cfg.flags.add("b"),
     ),
+    **{
+        f"the order of an {kind.__name__}": (
+            lambda s, h: in_turn(h, s.ranks),
+            lambda kind=kind: {"ranks": kind(a=1.0, b=5.0)},  # type: ignore[misc]
+            lambda m, p: m.ranks.move_to_end("a"),
+        )
+        for kind in (OrderedDict, Ranks)
+    },
+    "the order of an OrderedDict in an object": (
+        lambda s, h: in_turn(h, s.cfg.ranks),
+        lambda: {"cfg": NS(ranks=OrderedDict(a=1.0, b=5.0))},
+        lambda m, p: m.cfg.ranks.move_to_end("a"),
+    ),
+    "the order of an OrderedDict that a trace may have read": (
+        lambda s, h: in_turn(h, s.cfg.ranks) * float(s.array.shape[0]),
+        lambda: {"array": np.ones(4), "cfg": NS(ranks=OrderedDict(a=1.0, b=5.0))},
+        lambda m, p: m.cfg.ranks.move_to_end("a"),
+    ),
     "a member of a list": (
         lambda s, h: h * 2 if Mode.A in s.cfg.modes else h,
         lambda: {"cfg": NS(modes=[Mode.A])},
@@ -304,7 +337,6 @@ def test_what_is_held_weakly_may_go() -> None:
 
 def test_a_graph_with_what_nobody_could_watch_is_not_served() -> None:
     """The shape of an array is written to in place; Dynamo guards nothing of it."""
-    import numpy as np
 
     module = Runs(lambda s, h: h * float(s.array.shape[0]), {"array": np.ones(4)}).eval()
     fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
