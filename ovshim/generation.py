@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ovshim.captured_code import copied_defaults, is_torchs, methods, variables
 from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
-from ovshim.dict_versions import add_unless_written
+from ovshim.dict_versions import add_unless_written, keys_of
 from ovshim.guards import ValueGuard
 from ovshim.hooks import are_called, inner_hooks, is_recorded
 from ovshim.reached import OF_MODULES, Reached
@@ -156,6 +156,9 @@ class Generation:
         for same, held, then in self._contents:
             where = in_dicts if type(held) is dict else conditions
             where.add("{0}({1}, {2})", same, held, then)
+            if isinstance(held, dict):
+                keys = keys_of(held)
+                where.add("list({0}({1})) == {2}", keys, held, list(keys(held)))
 
     def _of_dicts(self, conditions: Conditions) -> None:
         """What is written in the dictionaries of the tree."""

@@ -36,7 +36,7 @@ from ovshim.random_generators import GeneratorStates, drawn_by, seeded
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
-from ovshim.twin import make_twin
+from ovshim.twin import make_watched_twin
 
 __all__ = ["Parts", "divide"]
 
@@ -133,7 +133,9 @@ def divide(job: Job, whole: Plan) -> Plan:
 
 
 def _divided(job: Job, whole: Plan) -> Plan:
-    tree = make_twin(job.module)
+    tree = make_watched_twin(job.module)
+    if tree is None:
+        return whole
     for inner in tree.modules():  # a twin brings along what is accelerated in its original
         for name in installed(inner):
             uninstall(inner, name)

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ovshim.bound import BoundMethod, Original, claim, installed
+from ovshim.captured_code import is_torchs
 from ovshim.errors import OptionError
 from ovshim.scripted import is_frozen
 
@@ -58,10 +59,19 @@ def make_twin(module: nn.Module) -> nn.Module:
     return _Tree().grow(module)
 
 
+def make_watched_twin(module: nn.Module) -> nn.Module | None:
+    """Returns a twin as `make_twin` does; None where it would have something of its own in which no
+    `Generation` of the module sees a change of the original's."""
+    tree = _Tree()
+    twin = tree.grow(module)
+    return twin if tree.watched else None
+
+
 class _Tree:
     """One pass over everything reachable from one module."""
 
     def __init__(self) -> None:
+        self.watched = True
         self.inside: set[int] = set()
         self.twins: dict[int, nn.Module] = {}
         self.todo: list[tuple[nn.Module, nn.Module]] = []
@@ -92,9 +102,10 @@ class _Tree:
         """Returns the twin of `module`, empty until its turn comes."""
         made = self.twins.get(id(module))
         if made is None:
+            if isinstance(module, RecursiveScriptModule) and is_frozen(module):
+                return self.twins.setdefault(id(module), module)
+            self.watched &= id(module) in self.inside
             if isinstance(module, RecursiveScriptModule):
-                if is_frozen(module):
-                    return self.twins.setdefault(id(module), module)
                 return self.scripted(module, _copied(module._c))
             made = self.adopt(module, _empty(module))
         return made
@@ -146,10 +157,13 @@ class _Tree:
                 entries[key] = value
                 self.weak.append((entries, key, target))
             else:
-                entries[key] = self.value(value, _DEPTH)
+                entries[key] = made = self.value(value, _DEPTH)
+                if isinstance(value, (list, dict, set)) and is_torchs(type(module)):
+                    self.watched &= made is value
         for name in _slots(type(module)):
             if hasattr(module, name):
                 object.__setattr__(twin, name, self.value(getattr(module, name), _DEPTH))
+                self.watched = False
 
     def hook(self, hook: Any) -> Any:
         """Returns the hook for the twin: what a function holds of this tree, in its closure or as a
@@ -198,7 +212,9 @@ class _Tree:
             return handle
         if depth == 0:
             return value
-        return self.container(value, kind, depth - 1)
+        made = self.container(value, kind, depth - 1)
+        self.watched &= made is value or _is_watched(value, top=depth == _DEPTH)
+        return made
 
     def bound(self, method: BoundMethod) -> BoundMethod:
         new = self.methods.get(id(method))
@@ -245,6 +261,24 @@ def _ids(root: nn.Module) -> set[int]:
             ids.add(id(module))
             todo += [child for child in module._modules.values() if child is not None]
     return ids
+
+
+def _is_watched(container: Any, top: bool) -> bool:
+    """Whether it, being other than its twin's, can hold nothing else without being seen. A number,
+    or something that is written to at a call, would not be."""
+    kind = type(container)
+    if kind is functools.partial:
+        return not container.keywords and not vars(container)
+    if issubclass(kind, (tuple, frozenset)):
+        return True
+    held = container.values() if kind in (dict, OrderedDict) else container
+    known = kind in (dict, OrderedDict, list, set)
+    return top and known and all(map(_is_itself, held))
+
+
+def _is_itself(value: Any) -> bool:
+    """Whether it is a module that is equal to no other."""
+    return isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__
 
 
 def _content(cell: CellType) -> Any:

@@ -1,6 +1,7 @@
 """The mixed way: submodules in OpenVINO under a parent that stays in eager."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,130 @@ def test_a_part_that_is_replaced_is_seen() -> None:
         other.blocks[1].load_state_dict(fast.blocks[1].state_dict())  # type: ignore[index, union-attr]
         check(fast, other, torch.randn(3, 8), path=None)
         check(fast, other, torch.randn(3, 8), path="mixed")
+
+
+class Holds(nn.Module):
+    """A tower whose forward reaches modules by plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = Tower(branch)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.listed: Any = []
+        self.named: Any = {}
+        self.beside: Any = torch.neg
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tower(x) + x[:, :4]
+        for inner in (*self.listed, *self.named.values()):
+            if isinstance(inner, dict):
+                x = x * inner["gain"]
+            for module in inner if isinstance(inner, list) else (inner,):
+                x = torch.tanh(module(x) if isinstance(module, nn.Module) else x)
+        y: Tensor = self.beside(x)
+        return y
+
+
+def block() -> nn.Module:
+    return make(nn.Sequential, nn.Linear(4, 4), nn.Tanh())
+
+
+def hold(**attributes: Callable[[Any], Any]) -> nn.Module:
+    module = make(Holds)
+    for name, made in attributes.items():
+        module.__dict__[name] = made(module)
+    return module
+
+
+Held = Callable[[Any], Any]
+# What an attribute holds, a change of it, and whether the module is divided.
+HELD: dict[str, tuple[dict[str, Held], Callable[[Any], Any], bool]] = {
+    "a layer of a module in a list": (
+        {"listed": lambda m: [block()]},
+        lambda m: m.listed[0].__setitem__(1, nn.Identity()),
+        False,
+    ),
+    "a hook on a module in a list": (
+        {"listed": lambda m: [block()]},
+        lambda m: m.listed[0].register_forward_hook(lambda module, args, y: y + 1),
+        False,
+    ),
+    "the forward of a module in a list": (
+        {"listed": lambda m: [block()]},
+        lambda m: setattr(m.listed[0], "forward", torch.neg),
+        False,
+    ),
+    "an attribute of a module in an attribute": (
+        {"beside": lambda m: make(nn.LeakyReLU, 0.5)},
+        lambda m: setattr(m.beside, "negative_slope", -3.0),
+        False,
+    ),
+    "a module in a list in a dict": (
+        {"named": lambda m: {"m": [m.one]}},
+        lambda m: m.named["m"].__setitem__(0, nn.Tanh()),
+        False,
+    ),
+    "a module in a list in a tuple": (
+        {"listed": lambda m: ([m.one],)},
+        lambda m: m.listed[0].__setitem__(0, nn.Tanh()),
+        False,
+    ),
+    "a number in a dict in a dict": (
+        {"named": lambda m: {"n": {"mod": m.one, "gain": 1.0}}},
+        lambda m: m.named["n"].__setitem__("gain", 3.0),
+        False,
+    ),
+    "the type of a number beside a module": (
+        {"listed": lambda m: [m.one, {"gain": 1}]},
+        lambda m: m.listed.__setitem__(1, {"gain": 1.5}),
+        False,
+    ),
+    "a list of the tree's modules": (
+        {"listed": lambda m: [m.one, m.two]},
+        lambda m: m.listed.reverse(),
+        True,
+    ),
+    "a tuple of the tree's modules": (
+        {"listed": lambda m: (m.one, m.two)},
+        lambda m: setattr(m, "listed", m.listed[::-1]),
+        True,
+    ),
+    "the order of a dict": (
+        {"named": lambda m: {"a": m.one, "b": m.two}},
+        lambda m: m.named.__setitem__("a", m.named.pop("a")),
+        True,
+    ),
+    "the order of an OrderedDict": (
+        {"named": lambda m: OrderedDict(a=m.one, b=m.two)},
+        lambda m: m.named.move_to_end("a"),
+        True,
+    ),
+    "a part of the tree": (
+        {"listed": lambda m: [1.0, "a"]},
+        lambda m: setattr(m.tower.blocks, "0", nn.Identity()),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_change_of_what_attributes_hold_is_seen(name: str) -> None:
+    attributes, change, divided = HELD[name]
+    module, x = hold(**attributes), torch.randn(3, 8)
+
+    def eager(x: Tensor) -> Any:
+        with ovshim.disabled():
+            return module(x)
+
+    with quietly():
+        fast = ovshim.accelerate(module, x, prefer="openvino", inplace=True)
+        check(fast, eager, x, path="mixed" if divided else "eager")
+        before = eager(x)
+        change(module)
+        assert not torch.allclose(before, eager(x))
+        check(fast, eager, x, path=None)
+        check(fast, eager, x, path=None)
+        check(fast, eager, x, path="mixed" if divided else "eager")
 
 
 def test_a_hook_on_a_part_fires() -> None:
