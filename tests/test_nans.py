@@ -15,6 +15,8 @@ import ovshim
 torch.manual_seed(0)
 WEIGHT = torch.randn(4, 4)
 X = torch.rand(3, 4) + 0.1
+EDGES = torch.tensor([-1.0, 0.0, 1.0])
+PLACES = torch.arange(4).expand(3, 4)
 
 
 LOST: dict[str, Callable[[Tensor], Any]] = {
@@ -28,6 +30,30 @@ LOST: dict[str, Callable[[Tensor], Any]] = {
     "log1p, a layer and relu": lambda x: F.relu(F.linear(torch.log1p(x * 9), WEIGHT)),
     "power and relu": lambda x: F.relu(x**0.5),
     "division and relu": lambda x: F.relu(x / F.relu(x)),
+    "whole division and relu": lambda x: F.relu(x // F.relu(x)),
+    "logit and relu": lambda x: F.relu(torch.logit(x / 2)),
+    "erfinv and relu": lambda x: F.relu(torch.erfinv(x.where(x > 0, 2.0) / 2 + (x < 0))),
+    "log and log_softmax": lambda x: x.log().log_softmax(1),
+    "log and softmin": lambda x: F.softmin(x.log(), 1),
+    "log and celu": lambda x: F.celu(x.log()),
+    "root and exp": lambda x: x.sqrt().exp(),
+    "root and expm1": lambda x: x.sqrt().expm1(),
+    "log and a loss": lambda x: F.cross_entropy(x.log(), torch.tensor([0, 1, 2])),
+    "log and clamp in place": lambda x: (x.log().clamp_min_(0.1), x.log().clamp_max_(0.1)),
+    "log and hardtanh in place": lambda x: F.hardtanh_(x.log()),
+    "log and greater": lambda x: torch.greater(x.log(), 0),
+    "log and greater_equal": lambda x: torch.greater_equal(x.log(), 0),
+    "log and logical_not": lambda x: torch.logical_not(x.log()),
+    "log and logical_and": lambda x: torch.logical_and(x.log(), x),
+    "log and all": lambda x: x.log().all(1),
+    "log and any": lambda x: x.log().any(1),
+    "log and searchsorted": lambda x: torch.searchsorted(EDGES, x.log()),
+    "log and bucketize": lambda x: torch.bucketize(x.log(), EDGES),
+    "log and scatter_reduce": lambda x: x.scatter_reduce(1, PLACES, x.log(), "amax"),
+    "log and logaddexp": lambda x: torch.logaddexp(x.log(), x),
+    "log and kthvalue": lambda x: x.log().kthvalue(2, 1)[0],
+    "log and the largest": lambda x: x.log().norm(p=torch.inf, dim=1),
+    "log and to bool": lambda x: (x.log().to(torch.bool), x.log().type(torch.bool)),
 }
 
 
@@ -37,8 +63,65 @@ def test_a_nan_made_inside_is_eagers(name: str) -> None:
     fast = ovshim.accelerate(module, X, prefer="openvino", cache_dir=False)
     check(fast, module, X.flip(0))
     with torch.no_grad():
-        assert torch.equal(fast(-X).nan_to_num(7), module(-X).nan_to_num(7))
+        torch.testing.assert_close(fast(-X), module(-X), rtol=0, atol=0, equal_nan=True)
     assert fast.ovshim.stats()["eager"] == 1
+
+
+def _entropy(x: Tensor) -> Tensor:
+    shares = (x * 100).softmax(-1)
+    return -(shares * shares.log()).sum(-1)
+
+
+def _length(x: Tensor) -> Tensor:
+    return x.norm(dim=-1, keepdim=True)
+
+
+FROM_0: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "rms norm": (lambda x: x * x.pow(2).mean(-1, keepdim=True).rsqrt(), X * 0),
+    "power of -1": (lambda x: x * _length(x) ** -1, X * 0),
+    "power of -2": (lambda x: x * _length(x).pow(-2), X * 0),
+    "power of -0.5": (lambda x: x * _length(x) ** -0.5, X * 0),
+    "reciprocal": (lambda x: x * _length(x).reciprocal(), X * 0),
+    "entropy": (_entropy, X * 100 - 5),
+    "turned entropy": (lambda x: x * -x.log()[:, None, :], X * 0),
+    "division by integers": (lambda x: x / (x > 0).sum(1, keepdim=True), X * 0),
+}
+
+
+@pytest.mark.parametrize("name", FROM_0)
+def test_an_infinity_that_comes_to_0_is_eagers(name: str) -> None:
+    function, wrong = FROM_0[name]
+    module = Function(lambda x: F.relu(function(x))).eval()
+    fast = ovshim.accelerate(module, X / 100, prefer="openvino", cache_dir=False)
+    check(fast, module, X.flip(0) / 100)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(wrong), module(wrong), rtol=0, atol=0, equal_nan=True)
+    assert fast.ovshim.stats()["eager"] == 1
+
+
+def _degrees(x: Tensor) -> Tensor:
+    inverse = x.sum(1).pow(-0.5)
+    inverse.masked_fill_(inverse == torch.inf, 0)
+    return F.relu(inverse[:, None] * x)
+
+
+HARMLESS: dict[str, Callable[[Tensor], Any]] = {
+    "degrees of a graph": _degrees,
+    "an additive mask": lambda x: (x @ x.T + x.log().neg().neg()[:, :3]).relu(),
+    "infinity and relu": lambda x: F.relu(x.rsqrt()),
+    "masked mean": lambda x: F.relu(x / (x > 0).sum(1, keepdim=True).clamp(min=1e-9)),
+    "chosen": lambda x: F.relu(torch.where(x == 0, 0, x / x)),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_0_that_makes_no_nan_is_served(name: str) -> None:
+    module = Function(HARMLESS[name]).eval()
+    fast = ovshim.accelerate(module, X, prefer="openvino", cache_dir=False)
+    with torch.no_grad():
+        x = X * torch.tensor([[1.0], [0.0], [1.0]])
+        torch.testing.assert_close(fast(x), module(x))
+    assert fast.ovshim.stats()["openvino"] == 1
 
 
 def test_a_maximum_over_what_is_masked_as_a_whole_is_eagers() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ovshim.capture.magnitudes import is_of_floats, name_of
-from ovshim.capture.rewrites.entry import argument
+from ovshim.capture.rewrites.entry import argument, dtype_of, tensor_of
 
 __all__ = ["carried", "domain", "is_lost", "lost_infinity", "may_be_infinite"]
 
@@ -28,12 +28,24 @@ _LOSE = _names(
     "relu relu_ relu6 clamp clamp_ clamp_min clamp_max clip hardtanh hardswish hardsigmoid maximum"
     " minimum max min amax amin aminmax argmax argmin sort argsort topk sign sgn softmax threshold"
     " bool lt le gt ge eq ne max_pool1d max_pool2d max_pool3d adaptive_max_pool1d"
-    " adaptive_max_pool2d adaptive_max_pool3d normalize logsumexp"
+    " adaptive_max_pool2d adaptive_max_pool3d normalize logsumexp log_softmax softmin celu celu_"
+    " exp exp_ expm1 expm1_ cross_entropy clamp_min_ clamp_max_ clip_ hardtanh_ greater"
+    " greater_equal logical_not logical_and logical_or logical_xor all any searchsorted bucketize"
+    " scatter_reduce scatter_reduce_ logaddexp kthvalue special_softmax special_log_softmax"
+    " special_expm1"
 )
+_NORMS = _names("norm vector_norm linalg_norm linalg_vector_norm")
 # They choose what goes on: as often as not, what is a number.
 _CHOOSE = frozenset({"where", "masked_fill", "masked_fill_", "nan_to_num", "isnan", "isfinite"})
-_DIVIDE = _names("div div_ divide truediv itruediv true_divide mod remainder remainder_ fmod fmod_")
-_NOT_BELOW_ZERO = _names("abs square exp sigmoid softmax relu var norm vector_norm softplus relu6")
+_DIVIDE = _names(
+    "div div_ divide divide_ truediv itruediv true_divide true_divide_ mod imod remainder"
+    " remainder_ fmod fmod_ floordiv ifloordiv floor_divide floor_divide_"
+)
+_MULTIPLY = _names("mul mul_ imul multiply matmul bmm baddbmm einsum linear conv1d conv2d conv3d")
+# An infinity there becomes NaN inside of them.
+_NORMALIZE = _names("softmax log_softmax softmin normalize cross_entropy")
+_COMPARE = _names("eq ne lt le gt ge isinf isnan isfinite")
+_NOT_BELOW_ZERO = _NORMS | _names("abs square exp sigmoid softmax relu var std softplus relu6")
 _KEEP_SIGN = _names(
     "mean sum sqrt rsqrt view reshape unsqueeze squeeze expand to float getitem flatten avg_pool1d"
     " avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d pow mul add contiguous"
@@ -41,6 +53,10 @@ _KEEP_SIGN = _names(
 _CARRY = _names(
     "view reshape unsqueeze squeeze expand transpose permute flatten contiguous clone to float"
     " getitem add sub mul truediv div neg cat stack iadd isub imul triu tril repeat"
+)
+_PASS = _names(
+    "view reshape unsqueeze squeeze expand transpose permute flatten contiguous to float neg"
+    " getitem"
 )
 
 
@@ -59,13 +75,27 @@ def _has_no_zero(x: torch.Tensor) -> torch.Tensor:
     return (x != 0).all()
 
 
-_ROOTS = ("sqrt", "rsqrt", "sqrt_", "rsqrt_", "log", "log_", "log2", "log10", "pow")
+def _is_positive(x: torch.Tensor) -> torch.Tensor:
+    return (x > 0).all()
+
+
+def _is_share(x: torch.Tensor) -> torch.Tensor:
+    return ((x >= 0) & (x <= 1)).all()
+
+
+_POWERS = _names("pow pow_ ipow")
+_LOGARITHMS = _names("log log_ log2 log2_ log10 log10_")
+_RECIPROCALS = _names("rsqrt rsqrt_ reciprocal reciprocal_") | _POWERS
+_ROOTS = _names("sqrt sqrt_ rsqrt rsqrt_") | _LOGARITHMS | _POWERS
+_ARCS = _names("acos asin atanh arccos arcsin arctanh erfinv erfinv_ special_erfinv")
 _DOMAINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     **dict.fromkeys(_ROOTS, _at_least(0)),
-    "log1p": _at_least(-1),
+    **dict.fromkeys(("log1p", "log1p_", "special_log1p"), _at_least(-1)),
     "acosh": _at_least(1),
-    **dict.fromkeys(("acos", "asin", "atanh", "arccos", "arcsin", "arctanh"), _within_one),
+    **dict.fromkeys(_ARCS, _within_one),
+    **dict.fromkeys(("logit", "logit_", "special_logit"), _is_share),
 }
+_UNBOUNDED = (_within_one, _is_share, _DOMAINS["acosh"])
 
 
 def domain(node: fx.Node) -> tuple[Any, ...] | None:
@@ -75,15 +105,59 @@ def domain(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     if name in _DIVIDE:
         divisor = argument(node, 1, "other")
-        asked = isinstance(divisor, fx.Node) and is_of_floats(divisor) and not _is_above(divisor)
+        asked = tensor_of(divisor) is not None and not _is_above(divisor)
         return (_has_no_zero, divisor) if asked and is_lost(node) else None
-    if name not in _DOMAINS or not node.args or not isinstance(node.args[0], fx.Node):
+    if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    if name == "pow" and (len(node.args) < 2 or _is_whole(node.args[1])):
+    return _of_infinities(node, name) or _of_numbers(node, name)
+
+
+def _of_infinities(node: fx.Node, name: str) -> tuple[Any, ...] | None:
+    """The same where 0 gives an infinity, which times 0 is NaN."""
+    x = node.args[0]
+    if name in _LOGARITHMS:
+        asked = any(is_lost(user) for user in _multiplications(node))
+    else:
+        power = argument(node, 1, "exponent") if name in _POWERS else -0.5
+        below = isinstance(power, (int, float)) and power < 0
+        asked = name in _RECIPROCALS and below and _makes_nan(node)
+    if not asked or not isinstance(x, fx.Node) or _is_above(x):
+        return None
+    whole = name.startswith("reciprocal") or (name in _POWERS and _is_whole(node.args[1]))
+    return (_has_no_zero if whole else _is_positive), x
+
+
+def _of_numbers(node: fx.Node, name: str) -> tuple[Any, ...] | None:
+    if name not in _DOMAINS:
         return None
     x = node.args[0]
-    safe = name != "acosh" and _DOMAINS[name] is not _within_one and _is_not_below(x)
-    return None if safe or not is_lost(node) else (_DOMAINS[name], x)
+    if name in _POWERS and (len(node.args) < 2 or _is_whole(node.args[1])):
+        return None
+    if "logit" in name and argument(node, 1, "eps") is not None:
+        return None
+    fits = _DOMAINS[name]
+    safe = fits not in _UNBOUNDED and _is_not_below(x)
+    return None if safe or not is_lost(node) else (fits, x)
+
+
+def _makes_nan(node: fx.Node) -> bool:
+    """Whether a NaN that an infinity of `node` becomes may be lost; not where infinities are
+    replaced in place."""
+    if any(name_of(u) in ("masked_fill_", "setitem") and u.args[0] is node for u in node.users):
+        return False
+    users = [user for user in node.users if name_of(user) not in _CHOOSE | _COMPARE]
+    return any(name_of(user) in _NORMALIZE or is_lost(user) for user in users)
+
+
+def _multiplications(node: fx.Node, depth: int = 8) -> Iterator[fx.Node]:
+    """Products of what `node` gives with other tensors. The rest of a sum, which may be a mask's,
+    is not followed."""
+    for user in node.users if depth else ():
+        several = len(user.all_input_nodes) > 1 or user.args[:2] == (node, node)
+        if name_of(user) in _MULTIPLY and several:
+            yield user
+        elif name_of(user) in _PASS or (name_of(user) in _MULTIPLY and not several):
+            yield from _multiplications(user, depth - 1)
 
 
 def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
@@ -115,12 +189,21 @@ def is_lost(node: fx.Node) -> bool:
     seen, waiting = {node}, [node]
     while waiting:
         for user in waiting.pop().users:
-            if name_of(user) in _LOSE:
+            if name_of(user) in _LOSE or _is_lost_in(user):
                 return True
             if user not in seen and name_of(user) not in _CHOOSE:
                 seen.add(user)
                 waiting.append(user)
     return False
+
+
+def _is_lost_in(user: fx.Node) -> bool:
+    """Whether an operator that mostly carries a NaN makes a number of it, for what it is given."""
+    name = name_of(user)
+    if name in ("to", "type", "type_as"):
+        return dtype_of(user) is torch.bool
+    power = argument(user, 1, "ord" if "linalg" in name else "p")
+    return name in _NORMS and isinstance(power, (int, float)) and math.isinf(power)
 
 
 def _is_not_below(x: Any, depth: int = 8) -> bool:
