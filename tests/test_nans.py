@@ -108,6 +108,9 @@ def _degrees(x: Tensor) -> Tensor:
 HARMLESS: dict[str, Callable[[Tensor], Any]] = {
     "degrees of a graph": _degrees,
     "an additive mask": lambda x: (x @ x.T + x.log().neg().neg()[:, :3]).relu(),
+    "a mask added to products": lambda x: torch.baddbmm(
+        x.log()[:, None, :], x[:, :, None], x[:, None, :]
+    ).relu(),
     "infinity and relu": lambda x: F.relu(x.rsqrt()),
     "masked mean": lambda x: F.relu(x / (x > 0).sum(1, keepdim=True).clamp(min=1e-9)),
     "chosen": lambda x: F.relu(torch.where(x == 0, 0, x / x)),

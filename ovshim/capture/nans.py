@@ -41,7 +41,7 @@ _DIVIDE = _names(
     "div div_ divide divide_ truediv itruediv true_divide true_divide_ mod imod remainder"
     " remainder_ fmod fmod_ floordiv ifloordiv floor_divide floor_divide_"
 )
-_MULTIPLY = _names("mul mul_ imul multiply matmul bmm baddbmm einsum linear conv1d conv2d conv3d")
+_MULTIPLY = _names("mul mul_ imul multiply matmul bmm einsum linear conv1d conv2d conv3d")
 # An infinity there becomes NaN inside of them.
 _NORMALIZE = _names("softmax log_softmax softmin normalize cross_entropy")
 _COMPARE = _names("eq ne lt le gt ge isinf isnan isfinite")
