@@ -84,6 +84,10 @@ FROM_0: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "reciprocal": (lambda x: x * _length(x).reciprocal(), X * 0),
     "entropy": (_entropy, X * 100 - 5),
     "turned entropy": (lambda x: x * -x.log()[:, None, :], X * 0),
+    "chosen by something else": (
+        lambda x: torch.where(x.sum(-1, keepdim=True) > -100, x / _length(x), 0.0),
+        X * 0,
+    ),
     "division by integers": (lambda x: x / (x > 0).sum(1, keepdim=True), X * 0),
 }
 

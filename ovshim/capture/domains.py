@@ -47,6 +47,9 @@ def check_domains(module: fx.GraphModule, owns: Callable[[fx.Node], bool]) -> No
         for fits in (overflows.question(node), nans.domain(node), masked):
             if fits is not None:
                 _ask(graph, node, *fits)
+        for made in nans.chosen(node):
+            if not any(user.target is nans.is_number for user in made.users):
+                _ask(graph, made.next, nans.is_number, made)
         finite = nans.lost_infinity(node)
         if finite is not None:
             _ask(graph, node.next, *finite)

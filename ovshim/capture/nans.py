@@ -17,7 +17,15 @@ from torch import fx
 from ovshim.capture.magnitudes import is_of_floats, name_of
 from ovshim.capture.rewrites.entry import argument, dtype_of, tensor_of
 
-__all__ = ["carried", "domain", "is_lost", "lost_infinity", "may_be_infinite"]
+__all__ = [
+    "carried",
+    "chosen",
+    "domain",
+    "is_lost",
+    "is_number",
+    "lost_infinity",
+    "may_be_infinite",
+]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -160,6 +168,21 @@ def _multiplications(node: fx.Node, depth: int = 8) -> Iterator[fx.Node]:
             yield from _multiplications(user, depth - 1)
 
 
+def chosen(node: fx.Node) -> list[fx.Node]:
+    """The results of `torch.where` that may hold a NaN of this division, which is lost behind them;
+    to be asked themselves, as most choose something else in its place."""
+    if name_of(node) not in _DIVIDE or not is_of_floats(node) or is_lost(node):
+        return []
+    divisor = argument(node, 1, "other")
+    if tensor_of(divisor) is None or _is_above(divisor):
+        return []
+    return [user for user in _behind(node) if name_of(user) == "where" and is_lost(user)]
+
+
+def is_number(x: torch.Tensor) -> torch.Tensor:
+    return (x == x).all()
+
+
 def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
     """The same of a maximum or minimum over what may be infinite; to be asked of its result."""
     lowest = name_of(node) in ("amax", "max") or "max_pool" in name_of(node)
@@ -186,15 +209,19 @@ def _is_whole(number: Any) -> bool:
 
 def is_lost(node: fx.Node) -> bool:
     """Whether a NaN that `node` gives may come to an operator that makes a number of it."""
+    return any(name_of(user) in _LOSE or _is_lost_in(user) for user in _behind(node))
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What uses `node`, and what uses that, to where something is chosen."""
     seen, waiting = {node}, [node]
     while waiting:
         for user in waiting.pop().users:
-            if name_of(user) in _LOSE or _is_lost_in(user):
-                return True
-            if user not in seen and name_of(user) not in _CHOOSE:
+            if user not in seen:
                 seen.add(user)
-                waiting.append(user)
-    return False
+                yield user
+                if name_of(user) not in _CHOOSE:
+                    waiting.append(user)
 
 
 def _is_lost_in(user: fx.Node) -> bool:
@@ -234,6 +261,8 @@ def _is_above(x: fx.Node) -> bool:
         number = any(isinstance(y, (int, float)) and y > 0 for y in x.args)
         return number and _is_not_below(x)
     carries = name in ("sqrt", "expand", "unsqueeze", "view", "reshape", "expand_as")
+    if name == "full" and len(x.args) > 1:
+        return isinstance(x.args[1], (int, float)) and x.args[1] > 0
     return name == "exp" or (carries and isinstance(x.args[0], fx.Node) and _is_above(x.args[0]))
 
 
