@@ -174,10 +174,10 @@ def _marked_call(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return unflatten_call(request.leaves, request.kind.structure)
 
 
+_LEVELS = ("debug", "info", "warning", "error", "critical", "exception", "log")
 _LOGGING = frozenset(
     {
-        *(getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")),
-        *(getattr(logging.Logger, name) for name in ("critical", "exception", "log")),
+        *(getattr(where, name) for where in (logging.Logger, logging) for name in _LEVELS),
         warnings.warn,
     }
 )

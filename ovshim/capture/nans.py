@@ -115,31 +115,30 @@ def domain(node: fx.Node) -> tuple[Any, ...] | None:
         divisor = argument(node, 1, "other")
         asked = tensor_of(divisor) is not None and not _is_above(divisor)
         return (_has_no_zero, divisor) if asked and is_lost(node) else None
-    if not node.args or not isinstance(node.args[0], fx.Node):
+    x = argument(node, 0, "input")
+    if not isinstance(x, fx.Node):
         return None
-    return _of_infinities(node, name) or _of_numbers(node, name)
+    return _of_infinities(node, name, x) or _of_numbers(node, name, x)
 
 
-def _of_infinities(node: fx.Node, name: str) -> tuple[Any, ...] | None:
+def _of_infinities(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | None:
     """The same where 0 gives an infinity, which times 0 is NaN."""
-    x = node.args[0]
+    power = argument(node, 1, "exponent") if name in _POWERS else -0.5
     if name in _LOGARITHMS:
         asked = any(is_lost(user) for user in _multiplications(node))
     else:
-        power = argument(node, 1, "exponent") if name in _POWERS else -0.5
         below = isinstance(power, (int, float)) and power < 0
         asked = name in _RECIPROCALS and below and _makes_nan(node)
-    if not asked or not isinstance(x, fx.Node) or _is_above(x):
+    if not asked or _is_above(x):
         return None
-    whole = name.startswith("reciprocal") or (name in _POWERS and _is_whole(node.args[1]))
+    whole = name.startswith("reciprocal") or _is_whole(power)
     return (_has_no_zero if whole else _is_positive), x
 
 
-def _of_numbers(node: fx.Node, name: str) -> tuple[Any, ...] | None:
+def _of_numbers(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | None:
     if name not in _DOMAINS:
         return None
-    x = node.args[0]
-    if name in _POWERS and (len(node.args) < 2 or _is_whole(node.args[1])):
+    if name in _POWERS and _is_whole(argument(node, 1, "exponent")):
         return None
     if "logit" in name and argument(node, 1, "eps") is not None:
         return None
@@ -245,7 +244,7 @@ def _is_not_below(x: Any, depth: int = 8) -> bool:
     if name in ("clamp", "clamp_min", "clamp_"):
         low = argument(x, 1, "min")
         return isinstance(low, (int, float)) and low >= 0
-    if name == "mul" and first is x.args[1]:
+    if name == "mul" and first is argument(x, 1, "other"):
         return True
     others = x.args[1:2] if name in ("mul", "add") else ()
     return name in _KEEP_SIGN and all(_is_not_below(y, depth - 1) for y in (first, *others))
@@ -263,7 +262,8 @@ def _is_above(x: fx.Node) -> bool:
     carries = name in ("sqrt", "expand", "unsqueeze", "view", "reshape", "expand_as")
     if name == "full" and len(x.args) > 1:
         return isinstance(x.args[1], (int, float)) and x.args[1] > 0
-    return name == "exp" or (carries and isinstance(x.args[0], fx.Node) and _is_above(x.args[0]))
+    first = argument(x, 0, "input")
+    return name == "exp" or (carries and isinstance(first, fx.Node) and _is_above(first))
 
 
 def carried(x: Any, depth: int) -> Iterator[fx.Node]:

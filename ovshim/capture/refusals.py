@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ovshim.capture import CaptureError
+from ovshim.capture.rewrites.entry import argument, value_of
 from ovshim.capture.sources import Sources
 from ovshim.classes import is_users
 from ovshim.reasons import reason
@@ -152,11 +153,11 @@ def _refuse_cut_edges(graph: torch.fx.GraphModule) -> None:
     """Padding with what is at the edges, and less than nothing of it, where little or nothing may
     remain to be repeated: OpenVINO 2026.4 cuts first, and ends the process on what is empty."""
     for node in graph.graph.nodes:
-        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+        mode = argument(node, 2, "mode", "constant")
         if node.target is not torch._C._nn.pad or mode == "constant":
             continue
-        pad = [_value(size) for size in node.kwargs.get("pad", (*node.args, None)[1])]
-        shape = node.args[0].meta["example_value"].shape
+        pad = list(map(value_of, argument(node, 1, "pad")))
+        shape = value_of(argument(node, 0, "input")).shape
         for size, before, after in zip(reversed(shape), pad[::2], pad[1::2], strict=False):
             if all(statically_known_true(n >= 0) for n in (before, after)):
                 continue
@@ -165,10 +166,6 @@ def _refuse_cut_edges(graph: torch.fx.GraphModule) -> None:
                 raise SizesRefusedError(why)
             if size + min(before, 0) + min(after, 0) <= max(before, after, 0):
                 raise CaptureError(why)
-
-
-def _value(x: Any) -> Any:
-    return x.meta.get("example_value") if isinstance(x, torch.fx.Node) else x
 
 
 def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
