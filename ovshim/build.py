@@ -161,25 +161,17 @@ def _try_in_child(job: Job, family: str) -> None:
     """An earlier process died in this build. A child goes first: if it dies of it too, nobody
     tries again; if not, what it has built is there."""
     from ovshim.capture import TRACE_LOCK
-    from ovshim.child import try_in_child
 
     log.info("%s: an earlier build ended its process", type(job.module).__qualname__)
     if job.ahead.early is not None:
         job.ahead.early.wait()  # another graph's: OpenVINO is not to be at work when we fork
-    threads = job.placement["threads"]
-
-    def build_as_here() -> Plan:
-        # The child has one thread of torch's; OpenVINO is to do there what it would do here.
-        job.options = dataclasses.replace(job.options, threads=threads)
-        return _from_cache_or_capture(job, family)
-
     # Both are held for the child: it could not get the first from a thread that waits for the
     # second, which no other thread may hold when the process forks.
     with (
         job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time),
         TRACE_LOCK,
     ):
-        outcome = try_in_child(build_as_here, job.seconds_left())
+        outcome = job.tried_in_child(lambda: _from_cache_or_capture(job, family))
     if outcome == "crashed":
         why = reason("crashed-before")
         keep_verdict(job, family, why)

@@ -19,7 +19,14 @@ import torch
 
 from ovshim.conditions import Conditions
 
-__all__ = ["add_unless_written", "keys_of", "tells_order", "tells_writes", "version_of"]
+__all__ = [
+    "add_order",
+    "add_unless_written",
+    "ordered_keys",
+    "tells_order",
+    "tells_writes",
+    "version_of",
+]
 
 Version = Callable[[dict[Any, Any]], int]
 
@@ -100,6 +107,15 @@ def tells_order(held: dict[Any, Any]) -> bool:
     return not isinstance(held, OrderedDict)
 
 
-def keys_of(held: dict[Any, Any]) -> Callable[[Any], Iterable[Any]]:
-    """What gives its keys in their order, without any code of its class."""
+def ordered_keys(held: dict[Any, Any]) -> list[Any]:
+    """Its keys in their order, without any code of its class."""
+    return list(_keys_of(held)(held))
+
+
+def add_order(conditions: Conditions, held: dict[Any, Any], keys: Sequence[Any]) -> None:
+    """Add that a dictionary's keys are these, in this order."""
+    conditions.add("list({0}({1})) == {2}", _keys_of(held), held, keys)
+
+
+def _keys_of(held: dict[Any, Any]) -> Callable[[Any], Iterable[Any]]:
     return dict.keys if tells_order(held) else OrderedDict.keys

@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from ovshim.captured_code import copied_defaults, is_torchs, methods, variables
 from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
-from ovshim.dict_versions import add_unless_written, keys_of
+from ovshim.dict_versions import add_order, add_unless_written, ordered_keys
 from ovshim.guards import ValueGuard
 from ovshim.hooks import are_called, inner_hooks, is_recorded
 from ovshim.reached import OF_MODULES, Reached
@@ -157,8 +157,7 @@ class Generation:
             where = in_dicts if type(held) is dict else conditions
             where.add("{0}({1}, {2})", same, held, then)
             if isinstance(held, dict):
-                keys = keys_of(held)
-                where.add("list({0}({1})) == {2}", keys, held, list(keys(held)))
+                add_order(where, held, ordered_keys(held))
 
     def _of_dicts(self, conditions: Conditions) -> None:
         """What is written in the dictionaries of the tree."""

@@ -28,6 +28,7 @@ from ovshim.version import __version__
 from ovshim.wanted import Wanted
 
 if TYPE_CHECKING:
+    from ovshim.child import Outcome
     from ovshim.plan import Plan
     from ovshim.precision.lowering import Lowering
 
@@ -191,6 +192,19 @@ class Job(Wanted):
         """What is left of `max_build_seconds`, 0 at least."""
         spent = time.perf_counter() - self.started
         return max(0.0, self.options.max_build_seconds - spent)
+
+    def tried_in_child(self, build: Callable[[], Any]) -> Outcome:
+        """How a child process fares with the job's build, within the time that is left."""
+        from ovshim.child import try_in_child
+
+        threads = self.placement["threads"]
+
+        def build_as_here() -> Any:
+            # The child has one thread of torch's; OpenVINO is to do there what it would do here.
+            self.options = dataclasses.replace(self.options, threads=threads)
+            return build()
+
+        return try_in_child(build_as_here, self.seconds_left())
 
     def race_seconds(self) -> float:
         """What a race may take: a quarter of what is left, and never long."""

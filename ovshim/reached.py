@@ -24,7 +24,7 @@ from torch import nn
 
 from ovshim.classes import is_users
 from ovshim.conditions import Conditions
-from ovshim.dict_versions import keys_of, tells_order
+from ovshim.dict_versions import add_order, ordered_keys, tells_order
 from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.values import atom, functions, slots
 
@@ -85,7 +85,7 @@ class Reached:
         of_dict, of_list = "list(map(id, {0}({1}))) == {2}", "list(map(id, {0})) == {1}"
         for held in self._whole:
             where = in_dicts if tells_order(held) else conditions
-            where.add("list({0}({1})) == {2}", keys_of(held), held, list(keys_of(held)(held)))
+            add_order(where, held, ordered_keys(held))
             in_dicts.add(of_dict, _values, held, self._ids(_values(held)))
         for held, names in self._named:
             ids = self._ids(map(held.get, names))

@@ -25,7 +25,7 @@ from torch import nn
 from ovshim.captured_code import is_torchs
 from ovshim.classes import is_users
 from ovshim.conditions import Conditions
-from ovshim.dict_versions import keys_of, tells_order
+from ovshim.dict_versions import add_order, ordered_keys, tells_order
 from ovshim.guards import BadGuardError, Step, ValueGuard, measure, walk
 from ovshim.reached import OF_MODULES
 
@@ -146,7 +146,7 @@ class Watch:
                 (in_dicts if key in dicts else conditions).add(text, held, expected)
         for key, (held, expected) in self._keys.items():
             where = in_dicts if key in dicts and tells_order(held) else conditions
-            where.add("list({0}({1})) == {2}", keys_of(held), held, expected)
+            add_order(where, held, expected)
 
     def _add(self, guard: ValueGuard, roots: Mapping[str, Any]) -> None:
         if guard.test == "found":
@@ -168,7 +168,7 @@ class Watch:
                 value = guard if last and guard.test == "value" else None
                 self._odd[id(base), step, value] = base, step, at, value
         if guard.test == "keys" and isinstance(found, dict):
-            self._keys[id(found)] = found, list(keys_of(found)(found))
+            self._keys[id(found)] = found, ordered_keys(found)
         elif guard.test in ("length", "keys"):
             self._measured.append((found, guard.test, guard.expected))
             self._kept += found if isinstance(found, list | tuple) else ()

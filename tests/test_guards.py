@@ -337,7 +337,6 @@ def test_what_is_held_weakly_may_go() -> None:
 
 def test_a_graph_with_what_nobody_could_watch_is_not_served() -> None:
     """The shape of an array is written to in place; Dynamo guards nothing of it."""
-
     module = Runs(lambda s, h: h * float(s.array.shape[0]), {"array": np.ones(4)}).eval()
     fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
     check(fast, module, torch.randn(3, 8))

@@ -28,7 +28,8 @@ def apart() -> None:
 
 # What Dynamo cannot follow, and what a trace runs through.
 HARMLESS: dict[str, Callable[[], object]] = {"clock": timed, "not compiled": apart}
-UNHEARD: dict[str, Callable[[], object]] = {
+SAYS: dict[str, Callable[[], object]] = {
+    **HARMLESS,
     "log": lambda: LOG.debug("called"),
     "the root's log": lambda: logging.info("called"),  # noqa: LOG015
     "warning": lambda: warnings.warn("called", stacklevel=1),
@@ -58,7 +59,7 @@ def listed(x: Tensor, h: Tensor) -> Tensor:
     return h * max(x[0].tolist())
 
 
-READS = {"limited": limited, "quantized": quantized, "checked": checked, "compared": compared}
+READS = {read.__name__: read for read in (limited, quantized, checked, compared, listed)}
 
 
 class Says(nn.Module):
@@ -76,12 +77,11 @@ class Says(nn.Module):
         return self.then(x, self.linear(x))
 
 
-@pytest.mark.parametrize("says", [*HARMLESS, *UNHEARD])
-@pytest.mark.parametrize("reads", [*READS, "listed"])
+@pytest.mark.parametrize("says", SAYS)
+@pytest.mark.parametrize("reads", READS)
 def test_no_value_is_baked_in(says: str, reads: str) -> None:
     torch.manual_seed(0)
-    then = {**READS, "listed": listed}[reads]
-    module, x = Says({**HARMLESS, **UNHEARD}[says], then).eval(), torch.randn(4, 8)
+    module, x = Says(SAYS[says], READS[reads]).eval(), torch.randn(4, 8)
     with quietly():
         fast = ovshim.accelerate(module, x, prefer="openvino", cache_dir=None)
         for given in (x, x * 20, x * 0.01, torch.ones(4, 8)):
@@ -92,10 +92,10 @@ def test_no_value_is_baked_in(says: str, reads: str) -> None:
     assert plans(fast)[0]["reason"]["code"] == "value-dependent"
 
 
-@pytest.mark.parametrize("says", [*HARMLESS, *UNHEARD])
+@pytest.mark.parametrize("says", SAYS)
 def test_no_size_is_baked_in(says: str) -> None:
     torch.manual_seed(0)
-    module = Says({**HARMLESS, **UNHEARD}[says], lambda x, h: h * (1 if x.shape[0] < 6 else 2))
+    module = Says(SAYS[says], lambda x, h: h * (1 if x.shape[0] < 6 else 2))
     with quietly():
         fast = ovshim.accelerate(module.eval(), torch.randn(4, 8), prefer="openvino")
         for rows in (4, 6, 7, 5, 64, 4):
@@ -103,9 +103,9 @@ def test_no_size_is_baked_in(says: str) -> None:
     assert ovshim.explain(fast).to_dict()["calls"]["openvino"] >= 2
 
 
-@pytest.mark.parametrize("says", [*HARMLESS, *UNHEARD])
+@pytest.mark.parametrize("says", SAYS)
 def test_sizes_that_stay_in_the_graph_stay_open(says: str) -> None:
-    module = Says({**HARMLESS, **UNHEARD}[says], lambda x, h: h.view(x.shape[0], 2, 4))
+    module = Says(SAYS[says], lambda x, h: h.view(x.shape[0], 2, 4))
     fast = ovshim.accelerate(module.eval(), torch.randn(4, 8), prefer="openvino", cache_dir=None)
     assert plans(fast)[0]["route"] == ("traced" if says in HARMLESS else "dynamo")
     with quietly():

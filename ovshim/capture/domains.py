@@ -42,7 +42,7 @@ def check_domains(module: fx.GraphModule, owns: Callable[[fx.Node], bool]) -> No
         magnitude(node)  # in this order, so that none has to ask for a long chain before it
         divisor = _integer_divisor(node)
         if divisor is not None:
-            _ask(graph, node, _has_no_zero, divisor)
+            _ask(graph, node, nans.has_no_zero, divisor)
         masked = masked_rows.question(node, owns)
         for fits in (overflows.question(node), nans.domain(node), masked):
             if fits is not None:
@@ -66,10 +66,6 @@ def _ask(graph: fx.Graph, before: fx.Node, question: Any, *about: Any) -> None:
     with graph.inserting_before(before):
         asked = graph.call_function(question, about)
     asked.meta[VERDICT] = True
-
-
-def _has_no_zero(divisor: torch.Tensor) -> torch.Tensor:
-    return (divisor != 0).all()
 
 
 def _fits_32_bits(x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +110,7 @@ def _integer_divisor(node: fx.Node) -> fx.Node | None:
     if not (divides or rounds) or result is None or result.dtype not in INTEGERS:
         return None
     divisor = argument(node, 1, "other")
-    return divisor if isinstance(divisor, fx.Node) and tensor_of(divisor) is not None else None
+    return None if tensor_of(divisor) is None else divisor
 
 
 def _cast_to_integers(node: fx.Node) -> fx.Node | None:

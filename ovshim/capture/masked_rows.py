@@ -44,10 +44,8 @@ def question(node: fx.Node, owns: Callable[[fx.Node], bool]) -> tuple[Any, ...] 
     """
     name = name_of(node)
     if node.target is F.multi_head_attention_forward:
-        keys, mask = (
-            argument(node, _KEYS_AT, "key_padding_mask"),
-            argument(node, _MASK_AT, "attn_mask"),
-        )
+        keys = argument(node, _KEYS_AT, "key_padding_mask")
+        mask = argument(node, _MASK_AT, "attn_mask")
         held = [m for m in (keys, mask) if tensor_of(m) is not None]
         return (_sees_of_both, keys, mask) if len(held) == 2 else _alone(*held)
     if name in _FUSED:

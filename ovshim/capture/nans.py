@@ -21,6 +21,7 @@ __all__ = [
     "carried",
     "chosen",
     "domain",
+    "has_no_zero",
     "is_lost",
     "is_number",
     "lost_infinity",
@@ -79,7 +80,7 @@ def _within_one(x: torch.Tensor) -> torch.Tensor:
     return (x.abs() <= 1).all()
 
 
-def _has_no_zero(x: torch.Tensor) -> torch.Tensor:
+def has_no_zero(x: torch.Tensor) -> torch.Tensor:
     return (x != 0).all()
 
 
@@ -112,13 +113,18 @@ def domain(node: fx.Node) -> tuple[Any, ...] | None:
     if not is_of_floats(node):
         return None
     if name in _DIVIDE:
-        divisor = argument(node, 1, "other")
-        asked = tensor_of(divisor) is not None and not _is_above(divisor)
-        return (_has_no_zero, divisor) if asked and is_lost(node) else None
+        divisor = _doubtful_divisor(node)
+        return None if divisor is None or not is_lost(node) else (has_no_zero, divisor)
     x = argument(node, 0, "input")
     if not isinstance(x, fx.Node):
         return None
     return _of_infinities(node, name, x) or _of_numbers(node, name, x)
+
+
+def _doubtful_divisor(node: fx.Node) -> fx.Node | None:
+    """What a division divides by, where that is a tensor that may hold 0."""
+    divisor = argument(node, 1, "other")
+    return None if tensor_of(divisor) is None or _is_above(divisor) else divisor
 
 
 def _of_infinities(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | None:
@@ -132,7 +138,7 @@ def _of_infinities(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | No
     if not asked or _is_above(x):
         return None
     whole = name.startswith("reciprocal") or _is_whole(power)
-    return (_has_no_zero if whole else _is_positive), x
+    return (has_no_zero if whole else _is_positive), x
 
 
 def _of_numbers(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | None:
@@ -172,8 +178,7 @@ def chosen(node: fx.Node) -> list[fx.Node]:
     to be asked themselves, as most choose something else in its place."""
     if name_of(node) not in _DIVIDE or not is_of_floats(node) or is_lost(node):
         return []
-    divisor = argument(node, 1, "other")
-    if tensor_of(divisor) is None or _is_above(divisor):
+    if _doubtful_divisor(node) is None:
         return []
     return [user for user in _behind(node) if name_of(user) == "where" and is_lost(user)]
 

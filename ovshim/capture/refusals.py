@@ -6,7 +6,6 @@ import types
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ovshim.capture import CaptureError
 from ovshim.capture.rewrites.entry import argument, value_of
@@ -14,7 +13,14 @@ from ovshim.capture.sources import Sources
 from ovshim.classes import is_users
 from ovshim.reasons import reason
 
-__all__ = ["SizesRefusedError", "placeholders", "refusal", "refuse_contents", "refuse_effects"]
+__all__ = [
+    "ESCAPES",
+    "SizesRefusedError",
+    "placeholders",
+    "refusal",
+    "refuse_contents",
+    "refuse_effects",
+]
 
 # What Dynamo refuses as a matter of principle. A trace would bake one outcome in.
 _VALUE_DEPENDENT = (
@@ -61,7 +67,8 @@ _SIZES = (
 )
 # Converted without a word, and wrong: the lengths of packed sequences are those of the example.
 _WRONG_IN_OPENVINO = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
-_ESCAPES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__"})
+ESCAPES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__"})
+"""Methods by which a value of a tensor leaves a graph for Python."""
 
 
 class SizesRefusedError(CaptureError):
@@ -152,6 +159,8 @@ def _refuse_padded_transforms(graph: torch.fx.GraphModule) -> None:
 def _refuse_cut_edges(graph: torch.fx.GraphModule) -> None:
     """Padding with what is at the edges, and less than nothing of it, where little or nothing may
     remain to be repeated: OpenVINO 2026.4 cuts first, and ends the process on what is empty."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     for node in graph.graph.nodes:
         mode = argument(node, 2, "mode", "constant")
         if node.target is not torch._C._nn.pad or mode == "constant":
@@ -172,7 +181,7 @@ def _refuse_escapes(graph: torch.fx.GraphModule) -> None:
     """Values that leave the graph for Python."""
     for node in graph.graph.nodes:
         name = str(getattr(node.target, "__name__", node.target))
-        if (node.op == "call_method" and node.target in _ESCAPES) or "_assert" in name:
+        if (node.op == "call_method" and node.target in ESCAPES) or "_assert" in name:
             raise CaptureError(reason("value-dependent", _where(node)))
         if name in _WRONG_IN_OPENVINO:
             raise CaptureError(reason("unsupported-op", _where(node)))

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ovshim.capture import Captured, CaptureError, FlatModule, Request, frontend, readers
 from ovshim.capture.hush import hushed
+from ovshim.capture.refusals import ESCAPES
 from ovshim.generation import Generation
 from ovshim.inputs import redraw, resize
 from ovshim.reached import UnwatchableError
@@ -31,13 +32,11 @@ _SIZES_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique", "at
 
 # What the tracer says where something of a tensor becomes a constant, or a choice.
 _BAKED_IN = "the trace"
-_ESCAPES = frozenset(
-    {
-        *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
-        *("__bool__", "__int__", "__float__", "__complex__", "__index__"),
-        *("__array__", "__contains__", "__format__"),
-    }
-)
+# Outside of a graph there are more ways for a value to leave it.
+_READS = ESCAPES | {
+    *("equal", "allclose", "is_nonzero", "__complex__", "__index__"),
+    *("__array__", "__contains__", "__format__"),
+}
 
 log = logging.getLogger("ovshim")
 
@@ -94,7 +93,7 @@ class _Reading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _ESCAPES:
+        if name in _READS:
             self.found = name
         return func(*args, **(kwargs or {}))
 

@@ -10,7 +10,6 @@ Whatever goes wrong on the way becomes a decoding that eager serves, with the re
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -29,7 +28,6 @@ from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
 from ovshim.checks import COMPRESSED
-from ovshim.child import try_in_child
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
 from ovshim.decode.engine import StatefulEngine
 from ovshim.decode.experts import experts_of, made_dense
@@ -137,17 +135,13 @@ class _Build:
             raise
 
     def _in_child(self, family: str) -> None:
-        job, threads = self.job, self.job.placement["threads"]
-
-        def build_as_here() -> Decoding:  # see `ovshim.build`
-            job.options = dataclasses.replace(job.options, threads=threads)
-            return self._from_cache_or_capture(family)
-
+        job = self.job
+        # Both are held for the child; see `ovshim.build`.
         with (
             job.store.lock(family, timeout=job.seconds_left(), meanwhile=job.check_time),
             TRACE_LOCK,
         ):
-            outcome = try_in_child(build_as_here, job.seconds_left())
+            outcome = job.tried_in_child(lambda: self._from_cache_or_capture(family))
         if outcome == "crashed":
             self._keep_verdict(family, reason("crashed-before"))
             raise BuildStopped(reason("crashed-before"))
