@@ -47,7 +47,6 @@ class Pool(Generic[T]):
         self._all: weakref.WeakSet[T] = weakref.WeakSet()
         self._holder = holder
         self._making = threading.RLock()
-        self._gathering = False
 
     def busy(self) -> bool:
         """Whether a call holds one."""
@@ -62,21 +61,32 @@ class Pool(Generic[T]):
         with self._making:
             with contextlib.suppress(IndexError):
                 return self.free.pop()
-            with self._gathered() as gathered:
+            gathered: list[T] = []
+            # No context manager: an interrupt on the way into its block would leave them gathered
+            # for as long as anybody keeps the exception.
+            try:
+                self._gather(gathered)
                 # As many again: the next threads need not wait for all the others.
                 for _ in range(max(1, len(gathered))):
                     made = make()
                     self._all.add(made)
                     gathered.append(made)
                 return gathered.pop()
+            finally:
+                self._give_back(gathered)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[list[T]]:
         """Inside, nobody holds any: no call runs. Gives them all; what is taken out of the list is
         let go. Raises ReenteredError."""
         self._refuse_within(sys._getframe(1))
-        with self._making, self._gathered() as gathered:
-            yield gathered
+        with self._making:
+            gathered: list[T] = []
+            try:
+                self._gather(gathered)
+                yield gathered
+            finally:
+                self._give_back(gathered)
 
     def _refuse_within(self, frame: FrameType | None) -> None:
         """Raise where this thread holds one further down its stack: it would wait for itself, or
@@ -87,21 +97,18 @@ class Pool(Generic[T]):
                 raise ReenteredError
             frame = frame.f_back
 
-    @contextlib.contextmanager
-    def _gathered(self) -> Iterator[list[T]]:
-        if self._gathering:  # by this thread, whose lock it is
+    def _gather(self, gathered: list[T]) -> None:
+        """Wait for all that there are. Raises ReenteredError."""
+        if self.back is not self.free:  # by this thread, whose lock it is
             raise ReenteredError
-        self._gathering = True
-        gathered: list[T] = []
         self.back = gathered
-        try:
-            while len(gathered) < len(self._all):
-                try:
-                    gathered.append(self.free.pop())
-                except IndexError:
-                    time.sleep(_GATHERING_SECONDS)
-            yield gathered
-        finally:
+        while len(gathered) < len(self._all):
+            try:
+                gathered.append(self.free.pop())
+            except IndexError:
+                time.sleep(_GATHERING_SECONDS)
+
+    def _give_back(self, gathered: list[T]) -> None:
+        if self.back is gathered:
             self.back = self.free
-            self.free.extend(gathered)
-            self._gathering = False
+        self.free.extend(gathered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
@@ -22,6 +23,8 @@ _FINE_WITH_STRICT = frozenset(
 )
 # Reasons that nobody is warned of: they are how the module is used, not what is wrong with it.
 _SILENT = _FINE_WITH_STRICT - {"grad"}
+# Of so many plans that are gone calls may still be on their way.
+_LEAVING = 64
 
 
 class Tally:
@@ -45,6 +48,7 @@ class Tally:
         self._quiet = quiet
         self._eager: dict[str, Counter] = {}
         self._earlier = {"openvino": 0, "mixed": 0}
+        self._leaving: dict[str, deque[Counter]] = {path: deque() for path in self._earlier}
         self._warned: set[str] = set()  # and nothing is left to raise
 
     def note(self, why: Reason) -> None:
@@ -86,9 +90,13 @@ class Tally:
         """Keep the counts of plans that go."""
         for plan in plans:
             path = plan.counted_as
-            if path is not None:
-                self._earlier[path] += plan.calls.value
-                plan.calls = Counter()
+            if path is None:
+                continue
+            # The counter itself: a call that another thread is about counts itself when it ends.
+            leaving = self._leaving[path]
+            leaving.append(plan.calls)
+            while len(leaving) > _LEAVING:
+                self._earlier[path] += leaving.popleft().value
 
     def served(self, path: str, plans: Iterable[Plan] | None = None) -> int:
         """Calls served by that path ("openvino" or "mixed"), by plans that are gone as well.
@@ -96,8 +104,10 @@ class Tally:
         plans: those that stand, where they are at hand.
         """
         plans = self._plans() if plans is None else plans
-        standing = (plan.calls.value for plan in plans if plan.counted_as == path)
-        return self._earlier[path] + sum(standing)
+        standing = [plan.calls for plan in plans if plan.counted_as == path]
+        # By identity: one that was given up may serve again.
+        counters = {id(counter): counter for counter in (*standing, *self._leaving[path].copy())}
+        return self._earlier[path] + sum(counter.value for counter in counters.values())
 
     @property
     def eager(self) -> dict[str, int]:
@@ -108,6 +118,8 @@ class Tally:
     def reset(self) -> None:
         """Set every counter back to 0."""
         self._earlier = dict.fromkeys(self._earlier, 0)
+        for leaving in self._leaving.values():
+            leaving.clear()
         for counter in list(self._eager.values()):
             counter.reset()
         for plan in self._plans():

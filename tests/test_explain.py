@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from test_docs import GUIDE, rows
 from torch import nn
 
 import ovshim
+from ovshim.plan import Counter
 from ovshim.reasons import TABLE
+from ovshim.tally import Tally
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,23 @@ def test_every_call_is_counted_by_its_plan() -> None:
     fast.ovshim.reset_stats()
     assert counts(fast) == {"openvino": 0, "mixed": 0, "eager": 0}
     assert sum(plan["calls"] for plan in plans(fast)) == 0
+
+
+def test_a_call_that_ends_after_its_plan_is_counted() -> None:
+    tally = Tally(make(Mlp), list, strict=False, quiet=True)
+    gone: list[Any] = [SimpleNamespace(counted_as="openvino", calls=Counter()) for _ in range(200)]
+    for plan in gone:
+        plan.calls.add()
+        tally.retire([plan])
+        plan.calls.add()
+    assert tally.served("openvino") > 300
+    last = gone[-3:]
+    before = tally.served("openvino", last)
+    for plan in last:
+        plan.calls.add()
+    assert tally.served("openvino", last) == before + 3  # also where it stands once more
+    tally.reset()
+    assert tally.served("openvino") == 0
 
 
 def test_miss_and_hit_and_off() -> None:
