@@ -269,9 +269,13 @@ def _check_size(node: ast.Subscript, ranks: Sequence[int]) -> None:
 
 
 def sizes_hold(size_guards: Sequence[str], sizes: Sequence[Sequence[int]]) -> bool:
-    """Whether every size guard holds. `checked_size_guard` has seen that they are arithmetic."""
+    """Whether every size guard holds. `checked_size_guard` has seen that they are arithmetic; one
+    that divides by a size does not hold where that is 0."""
     scope = {f"s{t}": dims for t, dims in enumerate(sizes)}
-    return all(eval(guard, {"__builtins__": _FUNCTIONS}, scope) for guard in size_guards)
+    try:
+        return all(eval(guard, {"__builtins__": _FUNCTIONS}, scope) for guard in size_guards)
+    except ZeroDivisionError:
+        return False
 
 
 def to_json(guards: Sequence[ValueGuard]) -> list[dict[str, Any]]:

@@ -63,7 +63,9 @@ def compile_matcher(
     if accessible is None:
         return _generic_matcher(kind, pattern, size_guards)
     source = ["def match(args, kwargs):", *accessible, *writer.leaves()]
-    source += [f"    if not ({guard}): return None" for guard in size_guards]
+    if size_guards:  # a size that they divide by may be 0
+        asked = [f"        if not ({guard}): return None" for guard in size_guards]
+        source += ["    try:", *asked, "    except ZeroDivisionError: return None"]
     source.append(f"    return ({''.join(f'{name}, ' for name in writer.tensor_names)})")
     exec("\n".join(source), writer.scope)
     return writer.scope["match"]  # type: ignore[no-any-return]
@@ -217,7 +219,10 @@ def _generic_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str]) -
                 return None
             if tensor.layout is not torch.strided or not fits(tuple(tensor.shape), sizes):
                 return None
-        return tensors if sizes_hold(*(tensor.shape for tensor in tensors)) else None
+        try:
+            return tensors if sizes_hold(*(tensor.shape for tensor in tensors)) else None
+        except ZeroDivisionError:
+            return None
 
     return match
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,35 @@ def test_batches_that_eager_refuses_to_combine() -> None:
     settle(fast, module, torch.randn(5, 4), torch.randn(4, 2))
     with torch.inference_mode(), pytest.raises(RuntimeError):
         fast(torch.randn(5, 4), torch.randn(3, 2))
+
+
+def by_regions(x: Tensor, regions: Tensor) -> Tensor:
+    if regions.shape[0] == 0:
+        return x.new_zeros(0, 4)
+    return x.reshape(regions.shape[0], -1, 4).mean(1) + regions
+
+
+def but_one(x: Tensor, y: Tensor) -> Tensor:
+    return x.reshape(y.shape[0] - 1, -1, 4).mean(1) + y[1:]
+
+
+@pytest.mark.parametrize(("function", "none"), [(by_regions, 0), (but_one, 1)])
+def test_a_size_that_others_are_divided_by_may_be_nothing(function: Any, none: int) -> None:
+    module, x = make(Function, function), torch.randn(6, 4)
+    some = torch.randn(none + 2, 4)
+    fast = ovshim.accelerate(module, (x, some), prefer="openvino", cache_dir=None)
+    check(fast, module, x, some)
+    with quietly(), torch.inference_mode():
+        for _ in range(2):
+            try:
+                expected = module(x, some[:none])
+            except RuntimeError as error:
+                with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                    fast(x, some[:none])
+            else:
+                assert torch.equal(fast(x, some[:none]), expected)
+    assert sum(counts(fast).values()) == (3 if none == 0 else 1)
+    check(fast, module, x, some)
 
 
 def test_without_a_dynamic_batch_another_one_is_right() -> None:

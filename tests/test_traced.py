@@ -113,6 +113,24 @@ def test_sizes_that_stay_in_the_graph_stay_open(says: str) -> None:
             check(fast, module, torch.randn(rows, 8))
 
 
+ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "//": lambda x: x // 0.1,
+    "%": lambda x: x % 0.1,
+    "fmod": lambda x: torch.fmod(x, 0.3),
+    "div": lambda x: torch.div(x, 0.1, rounding_mode="floor"),
+    "in place": lambda x: x.clone().remainder_(0.1),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_what_is_rounded_is_eagers(name: str) -> None:
+    module = Says(HARMLESS["clock"], lambda x, h: ROUNDED[name](x)).eval()
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(8), prefer="openvino", cache_dir=None)
+        check(fast, module, torch.tensor([0.5, 1, 1.5, 2, 4.5, 9, 0.3, 0.6]), path=None)
+    assert plans(fast)[0]["reason"]["code"] == "unsupported-op"
+
+
 class Out(NamedTuple):
     hidden: Tensor
     more: Tensor

@@ -10,6 +10,7 @@ same constants. Sizes that reach Python as numbers are those of the example.
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ __all__ = ["capture"]
 
 # How many rows these give depends on values; two traces with as many tell nothing.
 _SIZES_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique", "aten::unique")
+
+# With tensors OpenVINO rounds these otherwise, and divides integers by 0: on Dynamo's route they are
+# replaced (`rewrites.division`) and asked about (`domains`).
+_DIVISIONS = ("aten::div", "aten::divide", "aten::div_", "aten::divide_")
+_ROUNDED = tuple(
+    f"aten::{name}{way}" for name in ("floor_divide", "remainder", "fmod") for way in ("", "_")
+)
 
 # What the tracer says where something of a tensor becomes a constant, or a choice.
 _BAKED_IN = "the trace"
@@ -63,6 +71,7 @@ def capture(request: Request, refused: CaptureError) -> Captured:
     first = _skeleton(traced.inlined_graph)
     if any(name in line for line in first for name in _SIZES_BY_VALUES):
         raise CaptureError(reason("value-dependent", "the size of a tensor is"))
+    _refuse_rounded(traced)
     _refuse_values(flat, tensors)
     if any(_BAKED_IN in text for text in said):  # a size, then
         dynamic = [frozenset() for _ in dynamic]
@@ -104,6 +113,27 @@ def _refuse_values(flat: FlatModule, tensors: list[torch.Tensor]) -> None:
         flat(*tensors)
     if reading.found is not None:
         raise CaptureError(reason("value-dependent", f"{reading.found} of a tensor"))
+
+
+def _refuse_rounded(traced: torch.jit.ScriptModule) -> None:
+    """Raise CaptureError for quotients of tensors that are rounded, and their remainders."""
+    graph: Any = traced.inlined_graph
+    for node in chain.from_iterable(map(graph.findAllNodes, (*_ROUNDED, *_DIVISIONS))):
+        rounded = node.kind() in _ROUNDED or _rounding_mode(node)
+        if rounded and "Tensor" in node.output().type().kind() and not _is_size(node.output()):
+            detail = f"{node.kind()} with rounding, in a trace"
+            raise CaptureError(reason("unsupported-op", detail))
+
+
+def _rounding_mode(division: Any) -> bool:
+    given = list(division.inputs())[2:]
+    return bool(given) and given[0].type().kind() != "NoneType"
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is a whole number, as sizes are tensors while they are traced."""
+    kind = value.type()
+    return kind.scalarType() == "Long" and kind.sizes() == []
 
 
 def _watched(request: Request) -> Generation | None:
