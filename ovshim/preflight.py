@@ -311,7 +311,11 @@ def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
     try:
         kind_of(found.leaves, found.structure)
     except UnknownLeafError as unknown:
-        return reason("unknown-leaf", f"the output holds a {unknown}")
+        name = str(unknown)
+        # Who reads no cache of it need not have one made.
+        of_steps = name.startswith("transformers.") and name.endswith("Cache")
+        more = ", of which there is none with use_cache=False" if of_steps else ""
+        return reason("unknown-leaf", f"the output holds a {name}{more}")
     tensors = [leaf for leaf in found.leaves if isinstance(leaf, torch.Tensor)]
     for tensor in tensors:
         unfit = type(tensor) is not torch.Tensor or tensor.layout is not torch.strided

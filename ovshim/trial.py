@@ -105,7 +105,7 @@ def settled(job: Job) -> Look | None:
     makes at its first call (a table, a flag that hooks are installed): that is no side effect."""
     first = trial(job, keep=True)
     second = trial(job)
-    if second.reason is None:
+    if second.reason is None or second.reason.code != "mutates-attribute":
         if job.apart is not None:
             # The copy has settled, the module has not: it does by a call as from any thread.
             job.call_with(job.copies())
@@ -118,14 +118,30 @@ def settled(job: Job) -> Look | None:
 def _made_alike(job: Job) -> bool:
     """Whether a first call makes the same attributes of other data: the user's first call, which
     is to make them, is not the example. Asked before a capture; what an entry is of, was asked."""
+    of_example = _made(job)
+    try:
+        return _alike_value(of_example, _made(job, _others(job)))
+    except Exception as error:  # as of a text without the places of its images
+        log.debug("eager refuses other integers: %s", error)
+        return _alike_value(of_example, _made(job, _others(job, floats_alone=True)))
+
+
+def _others(job: Job, floats_alone: bool = False) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
-    others = job.leaves_with([redraw(tensor, generator) for tensor in job.tensors])
-    made = []
-    for leaves in (None, others):
-        seen = trial(job, leaves, keep=True)
-        made.append(seen.made())
-        seen.undo()
-    return _alike_value(*made)
+    kept = [floats_alone and not tensor.is_floating_point() for tensor in job.tensors]
+    return job.leaves_with(
+        [
+            tensor.clone() if keep else redraw(tensor, generator)
+            for tensor, keep in zip(job.tensors, kept, strict=True)
+        ]
+    )
+
+
+def _made(job: Job, leaves: Sequence[Any] | None = None) -> dict[str, Any]:
+    seen = trial(job, leaves, keep=True)
+    made = seen.made()
+    seen.undo()
+    return made
 
 
 def _alike_value(one: Any, other: Any) -> bool:

@@ -251,6 +251,29 @@ def test_what_is_kept_of_any_call_is_no_obstacle() -> None:
     check(fast, module, torch.randn(2, 8))
 
 
+class TakesPlaces(nn.Module):
+    """Remembers at its first call that it had one, and refuses other places than it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.called = False
+
+    def forward(self, x: Tensor, places: Tensor) -> Any:
+        self.called = True
+        if (places == 63).sum() != x.shape[0]:
+            raise ValueError("other places than rows")
+        return self.linear(x), places, {1, 2}
+
+
+def test_a_first_call_whose_values_go_together_is_not_to_blame() -> None:
+    module, places = make(TakesPlaces), torch.tensor([63, 63, 5, 7, 9])
+    with falls_back("unknown-leaf"):
+        fast = ovshim.accelerate(module, (torch.randn(2, 8), places), prefer="openvino")
+    with quietly():
+        check(fast, module, torch.randn(2, 8), places, path=None)
+
+
 class Jacobian(nn.Module):
     def __init__(self) -> None:
         super().__init__()

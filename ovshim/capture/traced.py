@@ -31,7 +31,7 @@ __all__ = ["capture"]
 # How many rows these give depends on values; two traces with as many tell nothing.
 _SIZES_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique", "aten::unique")
 
-# With tensors OpenVINO rounds these otherwise, and divides integers by 0: on Dynamo's route they are
+# Of tensors OpenVINO rounds these otherwise, and divides integers by 0. On Dynamo's route they are
 # replaced (`rewrites.division`) and asked about (`domains`).
 _DIVISIONS = ("aten::div", "aten::divide", "aten::div_", "aten::divide_")
 _ROUNDED = tuple(
