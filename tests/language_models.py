@@ -76,6 +76,17 @@ ENCODER_DECODERS: dict[str, Any] = {
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(**_SOURCES, d_kv=12, d_ff=64, num_layers=2, num_heads=4)
     ),
+    "switch": lambda: hf.SwitchTransformersForConditionalGeneration(
+        hf.SwitchTransformersConfig(
+            **_SOURCES,
+            d_kv=12,
+            d_ff=64,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=4,
+            num_experts=4,
+        )
+    ),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(**_SOURCES, **_ATTENTION, max_position_embeddings=128)
     ),

@@ -35,6 +35,12 @@ _KNOWN = frozenset(
 _ENCODED = {"last_hidden_state", "pooler_output"}
 
 
+class Encoded(BaseModelOutput):
+    """An encoder's output as decoders take it; mixtures of experts hand on what theirs was of."""
+
+    router_logits = None
+
+
 @dataclasses.dataclass(slots=True)
 class SeqCall:
     """A step.
@@ -79,7 +85,7 @@ class DecoderStep(nn.Module):
         output = self.run(
             decoder_input_ids=ids,
             attention_mask=mask,
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            encoder_outputs=Encoded(last_hidden_state=hidden),
             past_key_values=EncoderDecoderCache(Cache(layers=layers), Cache(layers=filled)),
             use_cache=True,
         )
@@ -188,7 +194,7 @@ class Seq2Seq(Causal):
         given = {"decoder_input_ids": call.input_ids, "use_cache": False}
         if call.attention_mask is not None:
             given["attention_mask"] = call.attention_mask
-        encoded = BaseModelOutput(last_hidden_state=call.hidden.detach().clone())
+        encoded = Encoded(last_hidden_state=call.hidden.detach().clone())
         return {**copy.deepcopy(given), "encoder_outputs": encoded}
 
     def eager_arguments(
@@ -202,7 +208,7 @@ class Seq2Seq(Causal):
         dtype = next(self.module.parameters()).dtype
         generator = torch.Generator().manual_seed(0)  # the program's own stream is not touched
         hidden = torch.randn(2, _SOURCE, self.width, dtype=dtype, generator=generator)
-        encoded = BaseModelOutput(last_hidden_state=hidden)
+        encoded = Encoded(last_hidden_state=hidden)
         ids = torch.zeros((2, 2), dtype=torch.long)
         output = call(decoder_input_ids=ids, encoder_outputs=encoded, use_cache=True)
         return Form.of_decoder(output, self.width)
@@ -246,7 +252,7 @@ class Seq2Seq(Causal):
         ids = torch.arange(6).reshape(2, 3) % self.vocabulary
         hidden, padded = _encoded(form, Probe((1,), (0, 3)))
         given = {"decoder_input_ids": ids, "use_cache": True}
-        encoded = BaseModelOutput(last_hidden_state=hidden)
+        encoded = Encoded(last_hidden_state=hidden)
         bare, plain, masked = (
             call(**given, encoder_outputs=encoded, attention_mask=mask).logits
             for mask in (None, torch.ones_like(padded), padded)
@@ -267,7 +273,7 @@ class _Eager:
         output = self._call(
             decoder_input_ids=ids,
             attention_mask=self.mask,
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.hidden),
+            encoder_outputs=Encoded(last_hidden_state=self.hidden),
             past_key_values=self.cache,
             use_cache=True,
         )
