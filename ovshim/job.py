@@ -23,6 +23,7 @@ from ovshim.generation import Generation
 from ovshim.preflight import Look, place_of
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
+from ovshim.signals import raise_heard
 from ovshim.signature import Pattern, unflatten_call
 from ovshim.version import __version__
 from ovshim.wanted import Wanted
@@ -182,7 +183,8 @@ class Job(Wanted):
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def check_time(self) -> None:
-        """Raises BuildStopped where no time is left."""
+        """Raises BuildStopped where no time is left, and what a signal handler has raised."""
+        raise_heard()
         if self.pause is not None:
             self.pause()
         if self.seconds_left() == 0.0:

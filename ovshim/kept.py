@@ -11,6 +11,7 @@ from ovshim.cache import Entry, StoreError
 from ovshim.job import Job
 from ovshim.reasons import Reason
 from ovshim.record import Record
+from ovshim.signals import raise_heard
 from ovshim.signature import sizes_of
 from ovshim.values import holds_nan
 
@@ -56,6 +57,7 @@ def head_of(job: Job, record: Record) -> dict[str, Any]:
 
 def keep_verdict(job: Job, family: str, why: Reason) -> None:
     """Let no process look for again what is so for good."""
+    raise_heard()
     if why.code not in _FOR_GOOD or job.weights_moved() or is_of_nan(job, why):
         return
     exact = why.code in _OF_SIZES

@@ -27,6 +27,7 @@ from ovshim.plan import Plan
 from ovshim.preflight import Look, look
 from ovshim.reasons import Reason, reason
 from ovshim.shapes import dynamic_dims
+from ovshim.signals import heard
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 from ovshim.values import holds_nan
 from ovshim.waiting import look_at
@@ -282,7 +283,7 @@ class Planner:
         return job.ahead is not None and job.ahead.early is not None
 
     def _make(self, family: Family, job: Job) -> Plan:
-        with Building():
+        with heard(), Building():
             plan = _built(job)
             code = "" if plan.reason is None else plan.reason.code
             passing = code in _PASSING

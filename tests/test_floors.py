@@ -24,6 +24,7 @@ FLOORS: dict[str, set[str]] = {
         "pace",
         "reasons",
         "shortage",
+        "signals",
         "version",
     },
     "1": {

@@ -29,6 +29,7 @@ from ovshim.cache.entry import (
 )
 from ovshim.cache.files import Lease
 from ovshim.cache.place import directory_of, largest, usable
+from ovshim.signals import raise_heard
 
 _log = logging.getLogger("ovshim")
 
@@ -267,7 +268,10 @@ class Store:
         return Entry(entry.path, entry.family, entry.variant, files.unseal(sealed))
 
     def discard(self, entry: Entry) -> None:
-        """Takes an entry out of the store, in use or not; who has its files open keeps them."""
+        """Takes an entry out of the store, in use or not; who has its files open keeps them.
+
+        Raises what a signal handler has raised: it says nothing of an entry."""
+        raise_heard()
         moved = self.set_aside(entry.path)
         if moved is not None:
             upkeep.erase(moved)

@@ -23,6 +23,7 @@ from ovshim import garbage
 from ovshim.guards import ValueGuard
 from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import Reason
+from ovshim.signals import raise_heard
 from ovshim.signature import Kind, Pattern, TensorLeaf, flatten, unflatten_call
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def capture(request: Request) -> Captured:
         try:
             return dynamo.capture(request)
         except CaptureError as refused:
+            raise_heard()
             if not refused.harmless:
                 raise
             return traced.capture(request, refused)

@@ -133,7 +133,7 @@ def _rounding_mode(division: Any) -> bool:
 def _is_size(value: Any) -> bool:
     """Whether it is a whole number, as sizes are tensors while they are traced."""
     kind = value.type()
-    return kind.scalarType() == "Long" and kind.sizes() == []
+    return bool(kind.scalarType() == "Long" and kind.sizes() == [])
 
 
 def _watched(request: Request) -> Generation | None:

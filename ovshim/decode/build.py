@@ -46,6 +46,7 @@ from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_data, known_data, processor_of
 from ovshim.reasons import Reason, reason
 from ovshim.shortage import SHORTAGE
+from ovshim.signals import raise_heard
 from ovshim.signature import flatten_call, kind_of
 
 __all__ = ["build"]
@@ -148,6 +149,7 @@ class _Build:
         self.job.check_time()
 
     def _keep_verdict(self, family: str, why: Reason) -> None:
+        raise_heard()
         if why.code not in _FOR_GOOD or self.job.weights_moved():
             return
         record = StepRecord(processor=processor_of(why))

@@ -37,6 +37,7 @@ from ovshim.plan import OutOfRangeError
 from ovshim.planner import unfit
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
+from ovshim.signals import heard
 from ovshim.signature import flatten_call, kind_of
 from ovshim.tally import Tally
 from ovshim.values import compile_value_check
@@ -351,7 +352,7 @@ class Room:
         job.lenient = lenient
         if self.options.background:
             job.pause = pause
-        with Building():
+        with heard(), Building():
             made = build(job, self.original, self._manner, shown)
         if made.reason is not None and made.reason.code == "stale":
             self._family.put_off()  # it changed under the build: there is nothing to keep

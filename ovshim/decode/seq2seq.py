@@ -35,7 +35,7 @@ _KNOWN = frozenset(
 _ENCODED = {"last_hidden_state", "pooler_output"}
 
 
-class Encoded(BaseModelOutput):
+class Encoded(BaseModelOutput):  # type: ignore[misc]
     """An encoder's output as decoders take it; mixtures of experts hand on what theirs was of."""
 
     router_logits = None

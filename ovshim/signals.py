@@ -1,0 +1,82 @@
+"""What the program's own signal handlers raise while a plan is made: a timeout by SIGALRM, the soft
+limit of a task queue.
+
+Such an exception comes out of whatever line the main thread has reached, and torch's code, the
+module's and ours catch whatever comes there. So the handlers are asked, and what one of them has
+raised ends the build after all, as KeyboardInterrupt does. To ask every exception that is caught
+where it comes from would be a line in each of a hundred places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["heard", "raise_heard"]
+
+_Handler = Callable[[int, Any], Any]
+
+# Of the build that the main thread is about; None: it is about none.
+_raised: list[Exception] | None = None
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """What signal handlers raise inside may be caught by anybody: it is raised again at the end."""
+    global _raised
+    if _raised is not None or not _is_main():
+        yield
+        return
+    raised: list[Exception] = []
+    _raised = raised
+    noting = _note(raised)
+    try:
+        yield
+    except Exception:
+        raise_heard()
+        raise
+    else:
+        raise_heard()
+    finally:
+        _raised = None
+        for number, (handler, ours) in noting.items():
+            if signal.getsignal(number) is ours:  # else the module has installed its own
+                signal.signal(number, handler)
+        raised.clear()  # its traceback leads here
+
+
+def raise_heard() -> None:
+    """Raise what a signal handler has raised since the build began: asked before anything is kept
+    of a failure, and now and then."""
+    if _raised and _is_main():
+        raise _raised[0]
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _note(raised: list[Exception]) -> dict[int, tuple[_Handler, _Handler]]:
+    """Have the handlers note what they raise; by signal, each and what stands in its place."""
+    noting: dict[int, tuple[_Handler, _Handler]] = {}
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        # Nobody catches a KeyboardInterrupt.
+        if callable(handler) and handler is not signal.default_int_handler:
+            noting[number] = handler, _noting(handler, raised)
+            signal.signal(number, noting[number][1])
+    return noting
+
+
+def _noting(handler: _Handler, raised: list[Exception]) -> _Handler:
+    def note(number: int, frame: Any) -> Any:
+        try:
+            return handler(number, frame)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    return note
