@@ -181,3 +181,53 @@ def test_a_minimum_of_what_was_cast_is_of_integers() -> None:
     module = Function(places).eval()
     fast = ovshim.accelerate(module, X * 9, prefer="openvino", cache_dir=False)
     check(fast, module, X.flip(0) * 9)
+
+
+def _of_two(x: Tensor) -> Tensor:
+    return x.exp() / x.exp().sum(-1, keepdim=True)
+
+
+def _of_one(x: Tensor) -> Tensor:
+    e = torch.exp(x)
+    return torch.div(e, torch.sum(e, dim=1)[:, None])
+
+
+def _inverted(x: Tensor) -> Tensor:
+    e = x.exp()
+    return (1 / e.sum(1, keepdim=True)) * e
+
+
+def _less_the_largest_of_all(x: Tensor) -> Tensor:
+    e = (x - x.max()).exp()
+    return e / e.sum(1, keepdim=True)
+
+
+BY_HAND = {
+    "of two exponentials": _of_two,
+    "of one exponential": _of_one,
+    "of an inverse": _inverted,
+    "less the largest of all": _less_the_largest_of_all,
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_softmax_by_hand_overflows_as_eagers(name: str) -> None:
+    module = Function(BY_HAND[name]).eval()
+    fast = ovshim.accelerate(module, X, prefer="openvino", cache_dir=False)
+    check(fast, module, X.flip(0))
+    with torch.no_grad():
+        for edge in (95.0, -125.0):
+            x = X + torch.tensor([[0.0], [edge], [0.0]])
+            torch.testing.assert_close(fast(x), module(x), equal_nan=True)
+    assert fast.ovshim.stats()["openvino"] == 1
+
+
+def test_a_softmax_less_the_largest_is_served() -> None:
+    def stable(x: Tensor) -> tuple[Tensor, ...]:
+        e, f = (x - x.amax(-1, True)).exp(), torch.exp(x - x.max(dim=1, keepdim=True).values)
+        return e / e.sum(1, keepdim=True), f / f.sum(-1, True)
+
+    module = Function(stable).eval()
+    fast = ovshim.accelerate(module, X, prefer="openvino", cache_dir=False)
+    for edge in (95.0, -125.0):
+        check(fast, module, X + torch.tensor([[0.0], [edge], [0.0]]))

@@ -69,6 +69,9 @@ FLOATS = torch.tensor([-3.3, -0.4, 0.0, 0.3, 0.77, 12.5])
 WHOLE = torch.arange(1.0, 101.0)[:, None]
 PLACES = torch.arange(6)
 PLANE = torch.randn(1, 2, 9, 8)
+# Where it is their logarithm that is compared: values that are small, and right to their own size.
+NEAR_0 = torch.cat([torch.logspace(-12, 0, 13), -torch.logspace(-12, -0.1, 13)])
+WIDE = torch.tensor([-80.0, -20.0, -8.0, -3.0, -0.1, 0.0, 0.1, 3.0, 8.0, 20.0, 86.0])
 
 
 def compared(operation: Callable[[Any, Any], Any]) -> Case:
@@ -128,6 +131,11 @@ def odd(places: Tensor) -> Tensor:
     return torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1.5, -2.0])[places]
 
 
+def sizes_of(x: Tensor) -> Tensor:
+    """What shows whether small values are right to their own size."""
+    return x.abs().log()
+
+
 # By the module of the entry and the name of its first target.
 CASES = {
     "attention/scaled_dot_product_attention": case(
@@ -172,9 +180,32 @@ CASES = {
     "integers/ge": compared(operator.ge),
     "integers/cumsum": case(lambda x: (x > 0).cumsum(0), FLOATS),
     "integers/prod": case(lambda x: x.int().prod(0), FLOATS),
-    "operators/softplus": case(lambda x: F.softplus(x, 2.0, 5.0), FLOATS * 5),
+    "exponentials/softplus": case(
+        lambda x: (F.softplus(x).log(), F.softplus(x, 2.0, 5.0), 1 / F.softplus(x, 0.5)), WIDE
+    ),
+    "exponentials/log_sigmoid": case(
+        lambda x: ((-F.logsigmoid(x)).log(), F.logsigmoid(x * 10)), WIDE
+    ),
+    "exponentials/log1p": case(
+        lambda x: (sizes_of(torch.log1p(x)), (x * 20).exp().log1p(), (x * 1e9).abs().log1p()),
+        NEAR_0,
+    ),
+    "exponentials/log1p_": case(written(lambda x: sizes_of(x.log1p_())), NEAR_0),
+    "exponentials/expm1": case(
+        lambda x: (sizes_of(torch.expm1(x)), sizes_of(torch.special.expm1(x * 40))), NEAR_0
+    ),
+    "exponentials/expm1_": case(written(lambda x: sizes_of(x.expm1_())), NEAR_0),
+    "exponentials/log": case(
+        lambda x: (
+            (1 + x.exp()).log(),
+            torch.log2(torch.exp(x) + 1.0),
+            x.exp().add_(1).log_(),
+            x.exp().add(torch.ones_like(x)).log10(),
+        ),
+        WIDE,
+        WIDE + 10,
+    ),
     "operators/round": case(lambda x: (x.round(decimals=1), torch.round(x, decimals=-1)), FLOATS),
-    "operators/log_sigmoid": case(F.logsigmoid, FLOATS * 100),
     "operators/mean": case(lambda x: x[:, 8:].mean(1), torch.randn(2, 8)),
     "operators/avg_pool1d": pooled(F.avg_pool1d, 1),
     "operators/avg_pool2d": pooled(F.avg_pool2d, 2),
@@ -240,6 +271,16 @@ CASES = {
         lambda x, y: F.cosine_similarity(x, y[:, None], dim=-1),
         (torch.randn(3, 4), torch.randn(2, 4)),
         (torch.zeros(3, 4), torch.randn(2, 4)),
+    ),
+    "missing/pairwise_distance": case(
+        lambda x, y: (
+            F.pairwise_distance(x, y),
+            F.pairwise_distance(x, y[0], p=1, eps=1e-3, keepdim=True),
+            nn.PairwiseDistance(torch.inf)(x[:, None], y),
+        ),
+        (torch.randn(3, 4), torch.randn(3, 4)),
+        (torch.ones(3, 4), torch.ones(3, 4)),
+        (torch.ones(3, 4), torch.ones(3, 4) + 1e-5),
     ),
     "missing/bilinear": case(
         lambda x, y: F.bilinear(x, y, torch.ones(5, 3, 4), torch.ones(5)),

@@ -2,9 +2,9 @@
 
 Eager raises where integers are divided by zero, and keeps 64 bits of an integer made of a float;
 OpenVINO answers with some number, and saturates at 32 (`overflows` asks about other results of
-integers, `nans` about what is no number, `masked_rows` about attention to nothing). Which values
-come there only the graph knows: like an index out of its table (`ranges`), they make the call go
-to eager.
+integers, `nans` about what is no number, `masked_rows` about attention to nothing, `softmaxes`
+about such as are written by hand). Which values come there only the graph knows: like an index out
+of its table (`ranges`), they make the call go to eager.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ovshim.capture import masked_rows, nans, overflows
+from ovshim.capture import masked_rows, nans, overflows, softmaxes
 from ovshim.capture.magnitudes import CASTS, magnitude
 from ovshim.capture.rewrites.entry import INTEGERS, VERDICT, argument, tensor_of
 
@@ -44,7 +44,8 @@ def check_domains(module: fx.GraphModule, owns: Callable[[fx.Node], bool]) -> No
         if divisor is not None:
             _ask(graph, node, nans.has_no_zero, divisor)
         masked = masked_rows.question(node, owns)
-        for fits in (overflows.question(node), nans.domain(node), masked):
+        by_hand = softmaxes.question(node)
+        for fits in (overflows.question(node), nans.domain(node), masked, by_hand):
             if fits is not None:
                 _ask(graph, node, *fits)
         for made in nans.chosen(node):

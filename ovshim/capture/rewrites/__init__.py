@@ -4,6 +4,7 @@
     attention   rows of a mask that hide everything
     division    quotients, how they are rounded
     integers    types that wrap, numbers beyond float32
+    exponentials  and logarithms next to 1
     operators   arguments that are ignored, ties, edges
     missing     operators that OpenVINO has no counterpart for
     products    sums of products among them
@@ -27,6 +28,7 @@ from ovshim.capture.rewrites import (
     attention,
     bags,
     division,
+    exponentials,
     integers,
     layout,
     losses,
@@ -46,6 +48,7 @@ _ROOMS = (
     attention,
     division,
     integers,
+    exponentials,
     operators,
     missing,
     products,

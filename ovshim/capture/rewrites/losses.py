@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ovshim.capture.rewrites import exponentials
 from ovshim.capture.rewrites.entry import Function, Rewrite, argument, tensor_of
 
 __all__ = ["TABLE"]
@@ -50,7 +51,7 @@ def huber_loss(
 def soft_margin_loss(
     x: torch.Tensor, target: torch.Tensor, *, reduction: str = "mean"
 ) -> torch.Tensor:
-    return _reduced(torch.log1p(torch.exp(-target * x)), reduction)
+    return _reduced(exponentials.log1p(torch.exp(-target * x).abs()), reduction)
 
 
 def kl_div(
@@ -74,7 +75,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    unlikely = F.softplus(-x)
+    unlikely = exponentials.softplus(-x)
     if pos_weight is not None:
         unlikely = (1 + (pos_weight - 1) * target) * unlikely
     loss = (1 - target) * x + unlikely

@@ -199,6 +199,13 @@ def cosine_similarity(
     return made
 
 
+def pairwise_distance(
+    x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> torch.Tensor:
+    made: torch.Tensor = torch.linalg.vector_norm(x1 - x2 + eps, p, -1, keepdim)
+    return made
+
+
 def bilinear(
     x1: torch.Tensor, x2: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -299,5 +306,6 @@ TABLE = (
     Rewrite((F.softshrink,), _of_floats(softshrink), _NONE),
     Rewrite((F.hardshrink, torch.hardshrink), _of_floats(hardshrink), _NONE),
     Rewrite((F.cosine_similarity, torch.cosine_similarity), _of_floats(cosine_similarity), _NONE),
+    Rewrite((F.pairwise_distance,), _of_floats(pairwise_distance), "has another sign of eps"),
     Rewrite((F.bilinear,), _of_floats(bilinear), _NONE),
 )

@@ -30,16 +30,6 @@ _INDICES = (torch.int64, torch.int32)
 # --- functions of one value -------------------------------------------------------------------
 
 
-def softplus(x: torch.Tensor, beta: float = 1, threshold: float = 20) -> torch.Tensor:
-    scaled = x * beta
-    return torch.where(scaled > threshold, x, F.softplus(scaled) / beta)
-
-
-def _softplus(node: Node) -> Function | None:
-    usual = argument(node, 1, "beta", 1) == 1 and argument(node, 2, "threshold", 20) == 20
-    return None if usual else softplus
-
-
 def rounded(x: torch.Tensor, *, decimals: int = 0) -> torch.Tensor:
     scale = float(10 ** abs(decimals))
     if decimals < 0:
@@ -51,10 +41,6 @@ def _round(node: Node) -> Function | None:
     floats = tensor_of(node)
     usual = not node.kwargs.get("decimals") or floats is None or "out" in node.kwargs
     return None if usual or not floats.dtype.is_floating_point else rounded  # type: ignore[union-attr]
-
-
-def log_sigmoid(x: torch.Tensor) -> torch.Tensor:
-    return -F.softplus(-x)
 
 
 # --- reductions -------------------------------------------------------------------------------
@@ -253,9 +239,7 @@ _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "great
 _LOGICAL = ("greater_equal", "not_equal", "logical_and", "logical_or", "logical_xor", "logical_not")
 
 TABLE = (
-    Rewrite((F.softplus,), _softplus, "ignores beta and threshold"),
     Rewrite((torch.round, "round"), _round, "ignores the number of decimals"),
-    Rewrite((F.logsigmoid,), always(log_sigmoid), "is -inf from -88 down"),
     Rewrite((torch.mean, "mean"), _mean, "of nothing is 0, eager's NaN"),
     *(
         Rewrite((pool,), _average_pool(dims), "counts padding that a last window does not cover")
