@@ -14,6 +14,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from ovshim.imports import apart, import_apart
+
 __all__ = ["binding", "package"]
 
 _log = logging.getLogger("ovshim")
@@ -27,18 +29,12 @@ _alone: ModuleType | None = None
 
 def binding() -> Any:
     """The binding, loaded at the first call. ImportError without OpenVINO."""
-    global _alone
     if _alone is not None:
         return _alone
     # On Windows it is the package that says where its libraries are.
-    if _PACKAGE not in sys.modules and sys.platform != "win32":
-        try:
-            # The locks that imports of both take, in their order: nobody meets half a module.
-            with _bootstrap._ModuleLockManager(_PACKAGE), _bootstrap._ModuleLockManager(_BINDING):
-                if sys.modules.keys().isdisjoint((_PACKAGE, _BINDING)):
-                    _alone = _loaded()
-        except Exception:  # whatever is new in Python, or where it was installed
-            _log.debug("OpenVINO's binding is not loaded by itself", exc_info=True)
+    # An interrupt would leave half of it.
+    if _PACKAGE not in sys.modules and sys.platform != "win32" and not apart(_load):
+        _load()
     if _alone is None:
         package()  # first: its error is the one that users know
         return importlib.import_module(_BINDING)
@@ -50,7 +46,19 @@ def package() -> Any:
     # The telemetry package forks and calls out on every conversion; without it
     # openvino.tools.ovc falls back to a stub of its own.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import_apart(_PACKAGE)
     return importlib.import_module(_PACKAGE)
+
+
+def _load() -> None:
+    global _alone
+    try:
+        # The locks that imports of both take, in their order: nobody meets half a module.
+        with _bootstrap._ModuleLockManager(_PACKAGE), _bootstrap._ModuleLockManager(_BINDING):
+            if sys.modules.keys().isdisjoint((_PACKAGE, _BINDING)):
+                _alone = _loaded()
+    except Exception:  # whatever is new in Python, or where it was installed
+        _log.debug("OpenVINO's binding is not loaded by itself", exc_info=True)
 
 
 def _loaded() -> ModuleType:

@@ -27,6 +27,7 @@ from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import look_out, unrecordable
 from ovshim.rest import Rest
+from ovshim.signals import let_through
 from ovshim.signature import describe, flatten_call, sizes_of
 from ovshim.special_mode import function_modes, in_special_mode, mode_reason
 from ovshim.tally import Tally
@@ -151,6 +152,7 @@ class Dispatcher:
             try:
                 answer = served.answer(tensors)
             except NOT_ANSWERED as raised:
+                let_through(raised)
                 # A traceback would keep this frame, and the tensors in it.
                 failure = raised.with_traceback(None)
             else:

@@ -20,6 +20,7 @@ import torch
 
 from ovshim import runtime
 from ovshim.infer import Engine, EngineDead
+from ovshim.signals import let_through
 from ovshim.slots import Array, Slot
 
 __all__ = ["SingleThreadEngine", "either", "engine_for"]
@@ -81,6 +82,7 @@ class SingleThreadEngine(Engine):
             if failed and self.repeats:  # if it is what is to be given, it is so again
                 arrays, failed = run(slot, _OTHER_MARK)
         except Exception as error:
+            let_through(error)
             self._failed(slot, str(error))
             raise EngineDead(self.dead) from error
         del bound  # needed until here

@@ -19,6 +19,7 @@ FLOORS: dict[str, set[str]] = {
         "options",
         "checks",
         "errors",
+        "imports",
         "inherited",
         "lazy",
         "pace",

@@ -1,20 +1,25 @@
-"""Signal handlers of the program that raise while a plan is made: the call ends with that."""
+"""What signal handlers of the program raise ends the call that they come upon,
+and cuts no import short."""
 
+import functools
 import importlib
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checks import check, eager_reasons, plans
+from checks import check, eager_reasons, plans, run_python, standing
 from modules import Mlp, make
 
 import ovshim
-from ovshim.signals import heard, raise_heard
+from ovshim.imports import import_apart
+from ovshim.signals import heard, let_through, raise_heard
 
-SIGNAL = signal.SIGUSR1
+# There is one on every system.
+SIGNAL = signal.SIGTERM
 
 
 class TooLateError(Exception):
@@ -116,3 +121,129 @@ def test_it_is_the_first_that_counts() -> None:
     with pytest.raises(TooLateError) as raised:
         swallow()
     assert raised.value is caught[0]
+
+
+class Handlers:
+    def method(self, number: int, frame: Any) -> None:
+        raise TooLateError
+
+    __call__ = method
+
+
+FORMS = [too_late, Handlers().method, Handlers(), functools.partial(Handlers().method)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_told_from_other_exceptions(form: Any) -> None:
+    signal.signal(SIGNAL, form)
+    with pytest.raises(TooLateError) as raised:
+        signal.raise_signal(SIGNAL)
+    with pytest.raises(TooLateError):
+        let_through(raised.value)
+    let_through(TooLateError())
+    try:
+        int("no number")
+    except ValueError as error:
+        let_through(error)
+    signal.signal(SIGNAL, too_late)
+
+
+@pytest.mark.parametrize("threads", [None, 1])
+def test_an_inference_that_it_comes_upon_ends_no_graph(
+    threads: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino", cache_dir=tmp_path, threads=threads)
+    (plan,) = standing(fast)
+    left = iter((1,))
+    with monkeypatch.context() as patch, torch.inference_mode():
+        for engine in filter(None, (plan.served.engine, plan.served.engine.exact)):
+
+            def interrupted(*args: Any, infer: Any = engine._infer) -> Any:
+                if next(left, 0):
+                    signal.raise_signal(SIGNAL)
+                return infer(*args)
+
+            patch.setattr(engine, "_infer", interrupted)
+        with pytest.raises(TooLateError):
+            fast(torch.randn(3, 8))
+    check(fast, module, x)
+    assert not eager_reasons(fast)
+
+
+# Imports
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="no signal is sent to a thread there")
+
+INTERRUPTED = """
+import signal, sys, threading
+def interrupted(number, frame):
+    raise KeyboardInterrupt
+class Strike:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            sys.meta_path.remove(self)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+signal.signal(signal.SIGTERM, interrupted)
+import torch, ovshim
+from modules import Mlp, make
+fast, x = ovshim.accelerate(make(Mlp), prefer="openvino"), torch.randn(3, 8)
+sys.meta_path.insert(0, Strike())
+with torch.inference_mode():
+    try:
+        fast(x)
+        print("not raised")
+    except KeyboardInterrupt:
+        print("raised", end=" ")
+    compiled = torch.compile(torch.nn.Linear(8, 2), backend="eager")
+    print(*compiled(x).shape, end=" ")
+    for _ in range(3):
+        fast(x)
+print(ovshim.explain(fast).to_dict()["calls"]["openvino"])
+"""
+
+
+@POSIX
+def test_an_interrupt_leaves_no_package_half_imported() -> None:
+    told = run_python(INTERRUPTED, "torch._dynamo.output_graph")
+    assert told.split() == ["raised", "3", "2", "2"]
+
+
+@POSIX
+def test_an_import_apart_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "interrupted_here.py").write_text(
+        "import signal, threading, time\n"
+        f"signal.pthread_kill(threading.main_thread().ident, {int(SIGNAL)})\n"
+        "time.sleep(0.1)\n"
+        "whole = True\n"
+    )
+    with pytest.raises(TooLateError):
+        import_apart("interrupted_here")
+    assert sys.modules.pop("interrupted_here").whole
+
+
+def test_what_an_import_apart_raises_is_left_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_here.py").write_text("raise ValueError\n")
+    import_apart("broken_here", "json.decoder")
+    assert "broken_here" not in sys.modules
+
+
+def test_a_package_that_is_being_imported_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same thread: it would wait for itself."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "beginning_here"
+    package.mkdir()
+    (package / "inner.py").write_text("")
+    (package / "__init__.py").write_text(
+        "from ovshim.imports import import_apart\n"
+        "import_apart('beginning_here.inner', 'beginning_here')\n"
+    )
+    __import__("beginning_here")
+    for name in ("beginning_here", "beginning_here.inner"):
+        sys.modules.pop(name, None)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ovshim import garbage
 from ovshim.guards import ValueGuard
+from ovshim.imports import import_apart
 from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import Reason
 from ovshim.signals import raise_heard
@@ -33,6 +34,25 @@ __all__ = ["TRACE_LOCK", "CaptureError", "Captured", "FlatModule", "Request", "c
 
 # torch's tracer and Dynamo keep process-wide state: of four concurrent conversions three failed.
 TRACE_LOCK = threading.RLock()
+
+
+# What is imported for a first capture, some of it in its midst: an interrupt that leaves half of
+# torch._dynamo behind would take torch.compile from the whole process.
+_USED = (
+    "torch._dynamo.convert_frame",
+    "torch._dynamo.polyfills.loader",
+    "torch._dynamo.dce_extra_outputs",
+    "torch._export.passes.replace_view_ops_with_view_copy_ops_pass",
+    "torch._higher_order_ops.passes.inline_invoke_subgraph",
+    "torch.fx.experimental.validator",
+    "torch.onnx.operators",
+    "sympy.assumptions.wrapper",
+    "sympy.tensor.tensor",
+    "openvino._offline_transformations",
+    "openvino.frontend.pytorch.ts_decoder",
+    "ovshim.capture.dynamo",
+    "ovshim.capture.traced",
+)
 
 
 class CaptureError(Exception):
@@ -120,9 +140,10 @@ def capture(request: Request) -> Captured:
         from ovshim.capture import onnx
 
         return onnx.capture(request)
-    from ovshim.capture import dynamo, traced
-
     with TRACE_LOCK, garbage.apart(), torch.autocast("cpu", enabled=False):
+        import_apart(*_USED)
+        from ovshim.capture import dynamo, traced
+
         try:
             return dynamo.capture(request)
         except CaptureError as refused:

@@ -7,9 +7,11 @@ the class that `logging` makes loggers of: neither leaves this file.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +23,7 @@ import torch
 
 from ovshim import runtime
 from ovshim.errors import OptionError
+from ovshim.imports import apart
 from ovshim.precision import graphs
 
 if TYPE_CHECKING:
@@ -182,9 +185,14 @@ def _hidden(bar: Any) -> Any:
 def _imported() -> Any:
     # First, so that its telemetry finds the stub in the place of what calls out.
     runtime.openvino()
+    if "nncf" in sys.modules or not apart(_import):
+        _import()
+    return importlib.import_module("nncf")
+
+
+def _import() -> None:
     before = logging.getLoggerClass()
     try:
-        import nncf
+        importlib.import_module("nncf")
     finally:
         logging.setLoggerClass(before)
-    return nncf
