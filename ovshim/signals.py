@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -21,6 +23,8 @@ from typing import Any
 __all__ = ["heard", "let_through", "raise_heard"]
 
 _Handler = Callable[[int, Any], Any]
+
+_OURS = os.path.dirname(__file__) + os.sep
 
 # Of the build that the main thread is about; None: it is about none.
 _raised: list[Exception] | None = None
@@ -60,14 +64,13 @@ def raise_heard() -> None:
 
 def let_through(error: Exception) -> None:
     """Raise an exception again that comes out of a signal handler; else do nothing."""
-    if not _is_main():
-        return
-    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    at = error.__traceback__
-    while at is not None:
-        if at.tb_frame.f_code in handlers:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    theirs = {frame.f_code for frame in frames if not frame.f_code.co_filename.startswith(_OURS)}
+    # As a rule there is nobody's code but ours in it, and OpenVINO's that is not Python's.
+    if theirs and _is_main():
+        handlers = map(_code_of, map(signal.getsignal, signal.valid_signals()))
+        if not theirs.isdisjoint(handlers):
             raise error
-        at = at.tb_next
 
 
 def _code_of(handler: Any) -> CodeType | None:
