@@ -119,14 +119,15 @@ def _made_alike(job: Job) -> bool:
     """Whether a first call makes the same attributes of other data: the user's first call, which
     is to make them, is not the example. Asked before a capture; what an entry is of, was asked."""
     of_example = _made(job)
-    try:
-        return _alike_value(of_example, _made(job, _others(job)))
-    except Exception as error:  # as of a text without the places of its images
-        log.debug("eager refuses other integers: %s", error)
-        return _alike_value(of_example, _made(job, _others(job, floats_alone=True)))
+    for floats_alone in (False, True):
+        try:
+            return _alike_value(of_example, _made(job, _others(job, floats_alone)))
+        except Exception as error:  # as of a text without the places of its images
+            log.debug("eager refuses other values: %s", error)
+    return False
 
 
-def _others(job: Job, floats_alone: bool = False) -> list[Any]:
+def _others(job: Job, floats_alone: bool) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
     kept = [floats_alone and not tensor.is_floating_point() for tensor in job.tensors]
     return job.leaves_with(
