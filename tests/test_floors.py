@@ -97,6 +97,7 @@ FLOORS: dict[str, set[str]] = {
         "tally",
         "tiny",
         "dispatch",
+        "unplanned",
         "plan",
         "planner",
         "families",
