@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable
 
+from ovshim.signals import comes_here
+
 __all__ = ["apart", "import_apart"]
 
 # The last thread, and what tells that it has done its work. (To be interrupted in `join` would let
@@ -31,7 +33,7 @@ def import_apart(*names: str) -> None:
                 importlib.import_module(name)
 
     # What this thread itself is importing would never come to its end while it waits.
-    if _is_main() and not _is_waited_for(names):
+    if comes_here() and not _is_waited_for(names):
         apart(work)
 
 
@@ -39,7 +41,7 @@ def apart(work: Callable[[], None]) -> bool:
     """Do a work in another thread, and wait for it; what it raises is lost. Where this is not the
     main thread, or no thread can be started: False, and nothing done."""
     global _last
-    if not _is_main():
+    if not comes_here():
         return False
     done = threading.Event()
 
@@ -65,10 +67,6 @@ def apart(work: Callable[[], None]) -> bool:
         done.wait()
         raise
     return True
-
-
-def _is_main() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _is_whole(name: str) -> bool:

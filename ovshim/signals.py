@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
-__all__ = ["heard", "let_through", "raise_heard"]
+__all__ = ["comes_here", "heard", "let_through", "raise_heard"]
 
 _Handler = Callable[[int, Any], Any]
 
@@ -34,7 +34,7 @@ _raised: list[Exception] | None = None
 def heard() -> Iterator[None]:
     """What signal handlers raise inside may be caught by anybody: it is raised again at the end."""
     global _raised
-    if _raised is not None or not _is_main():
+    if _raised is not None or not comes_here():
         yield
         return
     raised: list[Exception] = []
@@ -58,16 +58,17 @@ def heard() -> Iterator[None]:
 def raise_heard() -> None:
     """Raise what a signal handler has raised since the build began: asked before anything is kept
     of a failure, and now and then."""
-    if _raised and _is_main():
+    if _raised and comes_here():
         raise _raised[0]
 
 
 def let_through(error: Exception) -> None:
     """Raise an exception again that comes out of a signal handler; else do nothing."""
+    raise_heard()  # in a build what is installed are our own
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     theirs = {frame.f_code for frame in frames if not frame.f_code.co_filename.startswith(_OURS)}
     # As a rule there is nobody's code but ours in it, and OpenVINO's that is not Python's.
-    if theirs and _is_main():
+    if theirs and comes_here():
         handlers = map(_code_of, map(signal.getsignal, signal.valid_signals()))
         if not theirs.isdisjoint(handlers):
             raise error
@@ -82,7 +83,8 @@ def _code_of(handler: Any) -> CodeType | None:
     return getattr(function or type(handler).__call__, "__code__", None)
 
 
-def _is_main() -> bool:
+def comes_here() -> bool:
+    """Whether this thread is the one that Python runs signal handlers in."""
     return threading.current_thread() is threading.main_thread()
 
 

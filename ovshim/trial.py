@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovshim.inputs import redraw
+from ovshim.inputs import once_each, redraw
 from ovshim.job import BuildStopped, Job
 from ovshim.modes import Operators
 from ovshim.preflight import Look, look
@@ -129,13 +129,12 @@ def _made_alike(job: Job) -> bool:
 
 def _others(job: Job, floats_alone: bool) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
-    kept = [floats_alone and not tensor.is_floating_point() for tensor in job.tensors]
-    return job.leaves_with(
-        [
-            tensor.clone() if keep else redraw(tensor, generator)
-            for tensor, keep in zip(job.tensors, kept, strict=True)
-        ]
-    )
+
+    def other(_: int, tensor: torch.Tensor) -> torch.Tensor:
+        kept = floats_alone and not tensor.is_floating_point()
+        return tensor.clone() if kept else redraw(tensor, generator)
+
+    return job.leaves_with(once_each(job.tensors, other))
 
 
 def _made(job: Job, leaves: Sequence[Any] | None = None) -> dict[str, Any]:

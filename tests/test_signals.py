@@ -148,6 +148,18 @@ def test_it_is_told_from_other_exceptions(form: Any) -> None:
     signal.signal(SIGNAL, too_late)
 
 
+def test_within_a_build_the_noted_one_is_let_through() -> None:
+    def inferred() -> None:
+        with heard():
+            with pytest.raises(TooLateError) as raised:
+                signal.raise_signal(SIGNAL)
+            let_through(raised.value)
+            pytest.fail("it was taken for an engine's")
+
+    with pytest.raises(TooLateError):
+        inferred()
+
+
 @pytest.mark.parametrize("threads", [None, 1])
 def test_an_inference_that_it_comes_upon_ends_no_graph(
     threads: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -15,13 +15,13 @@ from torch import fx
 
 from ovshim.capture.magnitudes import is_of_floats, name_of
 from ovshim.capture.rewrites.entry import argument, tensor_of
+from ovshim.capture.rewrites.exponentials import EXPONENTIALS
 
 __all__ = ["question"]
 
 _DIVIDE = frozenset({"div", "div_", "divide", "truediv", "itruediv", "true_divide"})
 _MULTIPLY = frozenset({"mul", "mul_", "imul", "multiply"})
 _INVERT = frozenset({"reciprocal", "pow"})
-_EXPONENTIALS = frozenset({"exp", "exp_"})
 _SUBTRACT = frozenset({"sub", "sub_", "isub", "subtract"})
 _MAXIMA = frozenset({"max", "amax", "logsumexp"})
 _PASS = frozenset(
@@ -49,7 +49,7 @@ def question(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _exponent(x: Any) -> fx.Node | None:
     """What `x` is the exponential of."""
-    of = argument(x, 0, "input") if isinstance(x, fx.Node) and name_of(x) in _EXPONENTIALS else None
+    of = argument(x, 0, "input") if isinstance(x, fx.Node) and name_of(x) in EXPONENTIALS else None
     return of if isinstance(of, fx.Node) else None
 
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ovshim.capture.magnitudes import is_of_floats, name_of
 from ovshim.capture.rewrites.entry import Function, Rewrite, always, in_place, value_of
 
-__all__ = ["TABLE", "softplus"]
+__all__ = ["EXPONENTIALS", "TABLE", "softplus"]
 
 
 def log1p(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _of_floats(function: Function) -> Any:
 
 def _log1p(node: Node) -> Function | None:
     function: Function | None = _of_floats(log1p)(node)
-    if function is not None and name_of(node.args[0]) in _EXPONENTIALS:  # type: ignore[arg-type]
+    if function is not None and name_of(node.args[0]) in EXPONENTIALS:  # type: ignore[arg-type]
         node.args = (_apart(node, node.args[0]), *node.args[1:])
     return function
 
@@ -99,7 +99,7 @@ def _log(node: Node) -> None:
 
 def _apart(node: Node, x: Any) -> Any:
     """An exponential that `node` takes, with an absolute value in between, which is the same."""
-    if not isinstance(x, Node) or name_of(x) not in _EXPONENTIALS:
+    if not isinstance(x, Node) or name_of(x) not in EXPONENTIALS:
         return x
     with node.graph.inserting_before(node):
         made = node.graph.call_function(torch.abs, (x,))
@@ -107,7 +107,7 @@ def _apart(node: Node, x: Any) -> Any:
     return made
 
 
-_EXPONENTIALS = frozenset({"exp", "exp_"})
+EXPONENTIALS = frozenset({"exp", "exp_"})
 _SUMS = frozenset({"add", "iadd", "add_"})
 _LOGARITHMS = (torch.log, "log", "log_", torch.log2, "log2", torch.log10, "log10")
 _ROUNDS = "rounds small values away"
