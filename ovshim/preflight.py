@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ovshim.attributes import Attributes, tensors_of
+from ovshim.containers import is_cache, opened
 from ovshim.modes import Drawing, Writes, without_drawing
 from ovshim.random_generators import GeneratorStates, drawn_by, watched
 from ovshim.reasons import Reason, reason
@@ -62,7 +63,7 @@ class Look:
 
     Attributes:
         leaves, structure: the flattened output.
-        containers: the lists, dicts and other mutable objects that hold the leaves.
+        containers: the lists, dicts and caches that hold the leaves.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
         sources: see `sources`.
         seconds: how long the call took.
@@ -293,16 +294,17 @@ def _index_of(leaf: Any, inputs: Sequence[torch.Tensor]) -> int | None:
 
 
 def _containers(output: Any) -> list[Any]:
-    """The mutable containers within an output. One that comes back from a second call is not made
-    by the call: it belongs to somebody, and must stay what it is."""
-    met: list[Any] = []
-
-    def visit(node: Any) -> bool:
-        if not isinstance(node, (torch.Tensor, tuple, str, int, float, type(None))):
-            met.append(node)
-        return False
-
-    pytree.tree_flatten(output, is_leaf=visit)
+    """The lists, dicts and caches within an output. One that comes back from a second call is not
+    made by the call: it belongs to somebody, and must stay what it is."""
+    met = [output] if isinstance(output, (list, dict)) or is_cache(type(output)) else []
+    inside = opened(output, caches=True)
+    if inside is not None:
+        held = inside.values(output)
+    else:
+        held = pytree.tree_flatten(output, is_leaf=lambda one: one is not output)[0]
+    for one in held:
+        if one is not output:  # as a leaf is of itself
+            met += _containers(one)
     return met
 
 
@@ -316,6 +318,8 @@ def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
         of_steps = name.startswith("transformers.") and name.endswith("Cache")
         more = ", of which there is none with use_cache=False" if of_steps else ""
         return reason("unknown-leaf", f"the output holds a {name}{more}")
+    if len({id(held) for held in found.containers}) < len(found.containers):
+        return reason("aliases-input", "the output holds one list, dict or cache twice")
     tensors = [leaf for leaf in found.leaves if isinstance(leaf, torch.Tensor)]
     for tensor in tensors:
         unfit = type(tensor) is not torch.Tensor or tensor.layout is not torch.strided

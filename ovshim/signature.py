@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from ovshim.containers import Opened, opened
+
 __all__ = [
     "Const",
     "Kind",
@@ -61,34 +63,37 @@ class UnknownLeafError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """Containers of a value: torch's own spec, and behind it the dataclasses that torch's registry
-    does not know, each with the structure of its fields (torch's registry is global: putting
-    users' classes there would change what torch.export does with them)."""
+    """Containers of a value: torch's own spec, and by leaf of that the objects behind it that are
+    looked into (`containers`), each with the structure of its values."""
 
     spec: pytree.TreeSpec
-    nested: tuple[tuple[int, type, tuple[str, ...], Structure], ...] = ()
+    nested: tuple[tuple[int, Opened, Structure], ...] = ()
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{cls.__qualname__}@{i}: {sub}" for i, cls, _, sub in self.nested)
+        inner = ", ".join(f"{o.cls.__qualname__}@{i}: {sub}" for i, o, sub in self.nested)
         text = " ".join(str(self.spec).split())
         return f"{text} {{{inner}}}" if inner else text
 
 
-def flatten(value: Any) -> tuple[list[Any], Structure]:
-    """Leaves of a nested value, in order, and what is needed to build it again."""
+def flatten(value: Any, caches: bool = True) -> tuple[list[Any], Structure]:
+    """Leaves of a nested value, in order, and what is needed to build it again.
+
+    Args:
+        caches: see `containers.opened`.
+    """
     leaves, spec = pytree.tree_flatten(value)
-    if not any(map(_is_private_container, leaves)):
+    found = [opened(leaf, caches) for leaf in leaves]
+    if not any(found):
         return leaves, Structure(spec)
     flat: list[Any] = []
     nested = []
-    for i, leaf in enumerate(leaves):
-        if not _is_private_container(leaf):
+    for i, (leaf, inside) in enumerate(zip(leaves, found, strict=True)):
+        if inside is None:
             flat.append(leaf)
             continue
-        names = tuple(f.name for f in dataclasses.fields(leaf))
-        sub_leaves, sub = flatten([getattr(leaf, name) for name in names])
+        sub_leaves, sub = flatten(inside.values(leaf), caches)
         flat.extend(sub_leaves)
-        nested.append((i, type(leaf), names, sub))
+        nested.append((i, inside, sub))
     return flat, Structure(spec, tuple(nested))
 
 
@@ -98,38 +103,20 @@ def unflatten(leaves: Sequence[Any], structure: Structure) -> Any:
 
 
 def _unflatten(leaves: Iterator[Any], structure: Structure) -> Any:
-    nested = {i: (cls, names, sub) for i, cls, names, sub in structure.nested}
+    nested = {i: (inside, sub) for i, inside, sub in structure.nested}
     top = []
     for i in range(structure.spec.num_leaves):
         if i in nested:
-            cls, names, sub = nested[i]
-            top.append(_make_dataclass(cls, names, _unflatten(leaves, sub)))
+            inside, sub = nested[i]
+            top.append(inside.make(_unflatten(leaves, sub)))
         else:
             top.append(next(leaves))
     return pytree.tree_unflatten(top, structure.spec)
 
 
-def _make_dataclass(cls: type, names: Sequence[str], values: Sequence[Any]) -> Any:
-    # Not cls(**fields): __post_init__ ran when the module made its own and must not run twice.
-    made: Any = object.__new__(cls)
-    for name, value in zip(names, values, strict=True):
-        object.__setattr__(made, name, value)
-    return made
-
-
-def _is_private_container(leaf: Any) -> bool:
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-        return False
-    names = {f.name for f in dataclasses.fields(leaf)}
-    held = getattr(leaf, "__dict__", None)
-    if any(not hasattr(leaf, name) for name in names):
-        return False
-    return held is None or held.keys() <= names
-
-
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
     """Leaves of a call."""
-    return flatten((args, dict(kwargs)))
+    return flatten((args, dict(kwargs)), caches=False)
 
 
 def unflatten_call(
@@ -279,7 +266,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _leaf_names(structure: Structure) -> list[str]:
     count = structure.spec.num_leaves + sum(
-        len(_leaf_names(sub)) - 1 for _, _, _, sub in structure.nested
+        len(_leaf_names(sub)) - 1 for _, _, sub in structure.nested
     )
     names = [str(i) for i in range(count)]
     try:

@@ -44,9 +44,8 @@ def seen_twice(job: Job) -> Look:
         raise BuildStopped(reason("eager-refuses", f"{type(error).__name__}: {error}")) from error
     if second.reason is not None:
         return second
-    kept = {id(held) for held in first.containers} & {id(held) for held in second.containers}
-    if any(id(held) in kept for held in first.containers if isinstance(held, (list, dict))):
-        raise BuildStopped(reason("aliases-input", "two calls gave the same list or dict"))
+    if {id(held) for held in first.containers} & {id(held) for held in second.containers}:
+        raise BuildStopped(reason("aliases-input", "two calls gave the same list, dict or cache"))
     if not alike(first, second):
         raise BuildStopped(reason("nondeterministic"))
     first.sources = second.sources  # the first may be a call of the user's, in inference mode

@@ -29,6 +29,7 @@ FLOORS: dict[str, set[str]] = {
         "version",
     },
     "1": {
+        "containers",
         "signature",
         "matcher",
         "example",

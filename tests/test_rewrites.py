@@ -390,6 +390,14 @@ CASES |= {
     "layout/getattr": case(lambda x: (x.mT @ x, x.mH + 1), torch.randn(2, 3, 4)),
     "layout/fliplr": case(torch.fliplr, torch.randn(3, 4)),
     "layout/flipud": case(torch.flipud, torch.randn(3, 4)),
+    "layout/cat": case(
+        lambda x: (
+            torch.cat([torch.tensor([]), x[None], x[None] * 2], dim=-1),
+            torch.cat((x[:0], x)),
+            torch.cat(tensors=[x.new_zeros(0), x[:, None]], dim=1),
+        ),
+        FLOATS,
+    ),
     "layout/column_stack": case(
         lambda x: (torch.column_stack([x, x * 2]), torch.column_stack([x[:, None], x])), FLOATS
     ),

@@ -61,7 +61,7 @@ def _input_names(kind: Kind, call: Callable[..., Any]) -> list[str]:
 def _leaf_names(structure: Structure, otherwise: str) -> list[str]:
     """The name of every leaf of an output."""
     count = structure.spec.num_leaves + sum(
-        len(_leaf_names(sub, otherwise)) - 1 for _, _, _, sub in structure.nested
+        len(_leaf_names(sub, otherwise)) - 1 for _, _, sub in structure.nested
     )
     found = [f"{otherwise}_{i}" if count > 1 else otherwise for i in range(count)]
     _name(unflatten(list(range(count)), structure), "", found)

@@ -85,7 +85,7 @@ def structure_to_json(structure: Structure, *, records: bool = True) -> Any:
 
     Raises `Unportable`.
     """
-    nested = {i: (cls, names, sub) for i, cls, names, sub in structure.nested}
+    nested = {i: (inside, sub) for i, inside, sub in structure.nested}
     leaf = itertools.count()
 
     def record(cls: type, names: Sequence[str], nodes: list[Any]) -> Any:
@@ -100,8 +100,9 @@ def structure_to_json(structure: Structure, *, records: bool = True) -> Any:
             i = next(leaf)
             if i not in nested:
                 return "*"
-            cls, names, sub = nested[i]
-            return record(cls, names, structure_to_json(sub, records=records)[1])
+            inside, sub = nested[i]
+            nodes = structure_to_json(sub, records=records)[1]
+            return record(inside.cls, inside.names, nodes)
         nodes = [node(child) for child in spec.children()]
         kind = spec.type
         if kind in _PLAIN:
@@ -161,12 +162,14 @@ def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
 def _record(name: str, fields: tuple[str, ...], absent: tuple[str, ...]) -> Any:
     # What was None in the original is None here.
     namespace = dict.fromkeys(absent)
-    return dataclasses.make_dataclass(name, fields, bases=(Fields,), namespace=namespace, eq=False)
+    # With a field of its own each: methods of `Fields` would be the defaults of their names.
+    own = [(field, Any, dataclasses.field()) for field in fields]
+    return dataclasses.make_dataclass(name, own, bases=(Fields,), namespace=namespace, eq=False)
 
 
 def _identifier(name: Any) -> str:
     plain = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
-    if not plain or name.startswith("_"):
+    if not plain or name.startswith("__"):
         raise ValueError(f"{name!r} is no name of a field")
     return str(name)
 

@@ -15,8 +15,9 @@ def steps_of(source: Any) -> tuple[str, str, tuple[Step, ...]] | None:
     from torch._dynamo import source as sources
 
     path: list[Step] = []
+    same = (sources.NNModuleSource, sources.SkipGuardSource)  # what they are around
     while not isinstance(source, (sources.LocalSource, sources.GlobalSource)):
-        steps = () if isinstance(source, sources.NNModuleSource) else _steps(source, sources)
+        steps = () if isinstance(source, same) else _steps(source, sources)
         if steps is None:
             return None
         path += reversed(steps)

@@ -305,13 +305,16 @@ def _asked(guard: Any) -> Iterator[tuple[Any, Test | None]]:
     """The sources that a guard of Dynamo's looks at, and the test of ours for it."""
     from torch._dynamo import source as sources
 
-    kind, source = guard.create_fn_name(), guard.originating_source
-    if isinstance(source, (sources.ConstDictKeySource, sources.NonSerializableSetGetItemSource)):
-        yield source.base, "keys"
-    elif kind not in _ELSEWHERE:
-        yield source, _TESTS.get(kind)
+    kind, asked = guard.create_fn_name(), [guard.originating_source]
     if kind == "DUPLICATE_INPUT":
-        yield guard.create_fn.keywords["source_b"], "same"
+        asked.append(guard.create_fn.keywords["source_b"])
+    for source in asked:
+        if isinstance(
+            source, (sources.ConstDictKeySource, sources.NonSerializableSetGetItemSource)
+        ):
+            yield source.base, "keys"
+        elif kind not in _ELSEWHERE:
+            yield source, _TESTS.get(kind)
 
 
 def _unknown(guard: Any) -> Exception:

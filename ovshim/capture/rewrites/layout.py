@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ovshim.capture.rewrites.entry import Function, Rewrite, always, argument, tensor_of
+from ovshim.capture.rewrites.entry import Function, Rewrite, always, argument, dtype_of, tensor_of
 
 __all__ = ["TABLE"]
 
@@ -72,6 +72,21 @@ def diag_embed(x: torch.Tensor) -> torch.Tensor:
 def _diag_embed(node: Node) -> Function | None:
     usual = len(node.args) == 1 and not node.kwargs
     return diag_embed if usual else None
+
+
+def _without_empty(node: Node) -> None:
+    """Beside tensors of any rank one of shape (0,) counts for nothing: a cache's start."""
+    tensors = argument(node, 0, "tensors")
+    if not isinstance(tensors, (list, tuple)) or len({dtype_of(x) for x in (node, *tensors)}) != 1:
+        return
+    kept = [x for x in tensors if not _is_nothing(tensor_of(x))]
+    if 0 < len(kept) < len(tensors):
+        given = {name: value for name, value in node.kwargs.items() if name != "tensors"}
+        node.args, node.kwargs = (kept, *node.args[1:]), given
+
+
+def _is_nothing(fake: torch.Tensor | None) -> bool:
+    return fake is not None and fake.dim() == 1 and statically_known_true(fake.shape[0] == 0)
 
 
 def msort(x: torch.Tensor) -> torch.Tensor:
@@ -136,6 +151,7 @@ TABLE = (
     Rewrite((getattr,), _attribute, _NONE),
     Rewrite((torch.fliplr, "fliplr"), always(fliplr), _NONE),
     Rewrite((torch.flipud, "flipud"), always(flipud), _NONE),
+    Rewrite((torch.cat,), _without_empty, "concatenates what is of one rank"),
     Rewrite((torch.column_stack,), always(column_stack), _NONE),
     Rewrite((torch.select_scatter, "select_scatter"), always(select_scatter), _NONE),
     Rewrite((torch.slice_scatter, "slice_scatter"), always(slice_scatter), _NONE),

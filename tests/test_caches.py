@@ -1,0 +1,201 @@
+"""Key-value caches that transformers' models make and hand out where nobody says `use_cache=False`:
+outputs like others, with the class and the attributes that eager's have."""
+
+import copy
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from checks import check, counts, plans, same, served
+from language_models import CONFIGS, ENCODER_DECODERS, WINDOW
+from torch import nn
+
+import ovshim
+
+SOURCES = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(5, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def base(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    made: nn.Module = hf.AutoModel.from_config(CONFIGS[name]()).eval()
+    return made
+
+
+def accelerated(module: nn.Module, **example: Any) -> Any:
+    fast = ovshim.accelerate(module, example_kwargs=example, prefer="openvino")
+    assert [plan["path"] for plan in plans(fast)] == ["openvino"], plans(fast)
+    return fast
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_a_decoder_without_a_head_hands_out_its_cache(name: str) -> None:
+    module = base(name)
+    fast = accelerated(module, input_ids=ids(2, 6))
+    output = check(fast, module, input_ids=ids(2, 6, seed=1))
+    assert type(output.past_key_values) is hf.DynamicCache
+    check(fast, module, input_ids=ids(3, 6))
+
+
+def test_lengths_beyond_a_window_are_cut_as_eager_cuts_them() -> None:
+    module = base("mistral")
+    long = ids(2, WINDOW + 5)
+    output = check(accelerated(module, input_ids=long), module, input_ids=long)
+    layer = output.past_key_values.layers[0]
+    assert layer.keys.shape[2] == WINDOW - 1
+    assert layer.cumulative_length == WINDOW + 5
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_with_a_decoder_hands_out_both_caches(name: str) -> None:
+    torch.manual_seed(0)
+    module = ENCODER_DECODERS[name]().eval()
+    fast = accelerated(module, input_ids=SOURCES, decoder_input_ids=ids(2, 5))
+    output = check(fast, module, input_ids=SOURCES.flip(0), decoder_input_ids=ids(2, 5, seed=2))
+    assert type(output.past_key_values) is hf.EncoderDecoderCache
+    assert output.past_key_values.is_updated == {0: True, 1: True}
+
+
+def test_a_loss_of_a_language_model() -> None:
+    torch.manual_seed(0)
+    module = hf.AutoModelForCausalLM.from_config(CONFIGS["qwen2"]()).eval()
+    fast = accelerated(module, input_ids=ids(2, 6), labels=ids(2, 6))
+    check(fast, module, input_ids=ids(2, 6, 3), labels=ids(2, 6, 3))
+
+
+def test_a_cache_belongs_to_the_caller() -> None:
+    module = base("llama")
+    fast = accelerated(module, input_ids=ids(2, 6))
+    with torch.inference_mode():
+        expected, one, other = (f(input_ids=ids(2, 6)) for f in (module, fast, fast))
+        assert one.past_key_values is not other.past_key_values
+        assert one.past_key_values.layers is not other.past_key_values.layers
+        one.past_key_values.layers[0].keys.zero_()
+        one.past_key_values.layers.clear()
+        same(other, expected)
+        with served(fast, "openvino"):
+            same(fast(input_ids=ids(2, 6)), expected)
+
+
+def test_eager_goes_on_with_a_cache_that_a_plan_has_made() -> None:
+    module = base("llama")
+    fast = accelerated(module, input_ids=ids(2, 6))
+    with torch.inference_mode():
+        caches = [f(input_ids=ids(2, 6)).past_key_values for f in (module, fast)]
+        expected = module(input_ids=ids(2, 1), past_key_values=caches[0])
+        with served(fast, "eager", "unknown-leaf"), pytest.warns(ovshim.FallbackWarning):
+            same(fast(input_ids=ids(2, 1), past_key_values=caches[1]), expected)
+        same(vars(caches[1]), vars(caches[0]))
+        same(pickle.loads(pickle.dumps(copy.deepcopy(caches[1]))), caches[0])
+
+
+def test_gradients_go_through_a_cache() -> None:
+    module = base("llama")
+    fast = accelerated(module, input_ids=ids(2, 6))
+    fast(input_ids=ids(2, 6))  # of which the plan with gradients is made
+    found = []
+    for one in (module, fast):
+        module.zero_grad()
+        output = one(input_ids=ids(2, 6))
+        layer = output.past_key_values.layers[1]
+        (output.last_hidden_state.sum() + layer.keys.square().sum() + layer.values.sum()).backward()
+        found.append({name: p.grad.clone() for name, p in module.named_parameters()})
+    assert counts(fast)["openvino"] == 1, ovshim.explain(fast)
+    same(found[1], found[0])
+
+
+class Keeps(nn.Module):
+    """A module with a cache of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.how = how
+        self.cache = hf.DynamicCache()
+        self.cache.update(torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4), 0)
+
+    def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
+        y = self.linear(x)
+        made = hf.DynamicCache()
+        if self.how == "same":
+            return y, self.cache
+        if self.how == "layers":
+            made.layers = self.cache.layers
+            return y, made
+        made.update(y[None, None], y[None, None] + 1, 0)
+        if self.how == "strange":
+            made.keeper = self
+        return (y, made, made) if self.how == "twice" else (y, made)
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ("same", "aliases-input"),
+        ("layers", "aliases-input"),
+        ("twice", "aliases-input"),
+        ("strange", "unknown-leaf"),
+    ],
+)
+def test_what_is_not_the_calls_own_stays_what_it_is(how: str, code: str) -> None:
+    module = Keeps(how).eval()
+    x = torch.randn(3, 4)
+    with pytest.warns(ovshim.FallbackWarning):
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+    [plan] = plans(fast)
+    assert plan["reason"]["code"] == code
+    assert plan["path"] != "openvino"
+    with torch.inference_mode():
+        output, expected = fast(x), module(x)
+    same(output[0], expected[0])
+    assert (output[1] is module.cache) == (expected[1] is module.cache)
+    assert (output[1].layers is module.cache.layers) == (expected[1].layers is module.cache.layers)
+    assert (output[1] is output[-1]) == (expected[1] is expected[-1])
+
+
+def test_a_cache_that_a_call_fills() -> None:
+    module = Keeps("new").eval()
+    x = torch.randn(3, 4)
+    check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+
+
+@dataclasses.dataclass
+class Named:
+    """With names that an artifact's own records have for methods."""
+
+    keys: torch.Tensor
+    items: torch.Tensor
+    _private: torch.Tensor
+
+
+class NamesFields(nn.Module):
+    def forward(self, x: torch.Tensor) -> Named:
+        return Named(x + 1, x * 2, x - 1)
+
+
+def test_an_artifact_gives_a_cache_as_its_fields(tmp_path: Path) -> None:
+    module = base("gemma3")
+    long = ids(2, WINDOW + 5)
+    accelerated(module, input_ids=long).ovshim.save(tmp_path / "artifact")
+    with torch.inference_mode():
+        output = ovshim.load(tmp_path / "artifact")(input_ids=long)
+        expected = module(input_ids=long)
+    pairs = zip(output.past_key_values.layers, expected.past_key_values.layers, strict=True)
+    for one, other in pairs:
+        assert vars(one).keys() == vars(other).keys()
+        same(one.keys, other.keys)
+        same(vars(one).get("_sliding_window_tensor"), vars(other).get("_sliding_window_tensor"))
+
+
+def test_an_artifact_gives_fields_of_any_name(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    ovshim.accelerate(NamesFields().eval(), x, prefer="openvino").ovshim.save(tmp_path / "artifact")
+    output = ovshim.load(tmp_path / "artifact")(x)
+    same((output.keys, output["items"], output._private), (x + 1, x * 2, x - 1))
