@@ -14,7 +14,14 @@ from ovshim import early, runtime
 from ovshim.checks import no_module
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
-from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
+from ovshim.options import (
+    OptionFields,
+    Options,
+    enabled_in_environment,
+    for_part,
+    quantizes,
+    resolve,
+)
 from ovshim.scripted import is_frozen
 from ovshim.shapes import check_names
 
@@ -233,13 +240,20 @@ def _divided(job: Job, plan: Plan) -> Plan:
 
 
 def _equip(module: nn.Module, options: Options) -> None:
-    from ovshim.bound import install
+    """Put our callables in front of a module's methods. Its encoder, where it generates with one,
+    is a module of its own to `generate()`, and accelerated as one."""
+    from ovshim.bound import install, installed
+    from ovshim.decode import encoder_of
     from ovshim.handle import Handle
 
     for name in options.methods:
         install(module, name, Maker(name, options))
     # Not setattr: a module of the user's may have a __setattr__ of its own.
     module.__dict__["ovshim"] = Handle(module, options)
+    encoder = encoder_of(module) if "forward" in options.methods else None
+    of_encoder = None if encoder is None or installed(encoder) else for_part(options)
+    if encoder is not None and of_encoder is not None:
+        _equip(encoder, of_encoder)
 
 
 def _decorator(options: Options) -> Callable[[C], C]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from torch import nn
 
 from ovshim.bound import installed
 from ovshim.builder import wait_for
+from ovshim.decode import encoder_of
 from ovshim.dispatch import Dispatcher
 from ovshim.errors import ArtifactError, OptionError
 from ovshim.example import as_call
@@ -55,7 +57,11 @@ class Handle:
 
     def report(self) -> Report:
         """How the module has been served so far; `ovshim.explain(fast)` is the same."""
-        return report_of(type(self._module).__qualname__, self.options, self._dispatchers)
+        encoder = self._encoder
+        return dataclasses.replace(
+            report_of(type(self._module).__qualname__, self.options, self._dispatchers),
+            encoder=None if encoder is None else encoder.report(),
+        )
 
     def stats(self) -> dict[str, int]:
         """Number of calls by path."""
@@ -63,7 +69,7 @@ class Handle:
 
     def reset_stats(self) -> None:
         """Set every counter of calls back to 0."""
-        for dispatcher in self._dispatchers:
+        for dispatcher in self._all_dispatchers:
             dispatcher.tally.reset()
 
     def refresh(self) -> None:
@@ -71,7 +77,7 @@ class Handle:
 
         Needed after a write that torch does not count: into `.data`, or a NumPy view.
         """
-        for dispatcher in self._dispatchers:
+        for dispatcher in self._all_dispatchers:
             dispatcher.refresh()
 
     def warm(self, *examples: Any) -> None:
@@ -91,7 +97,7 @@ class Handle:
 
         Returns whether that was so within `timeout` seconds; None: however long it takes.
         """
-        return wait_for((dispatcher.wait for dispatcher in self._dispatchers), timeout)
+        return wait_for((dispatcher.wait for dispatcher in self._all_dispatchers), timeout)
 
     def map(self, items: Iterable[Any], in_flight: int | None = None) -> Iterator[Any]:
         """The module's answers to `items`, in order, with several calls under way at once.
@@ -196,6 +202,18 @@ class Handle:
     def _dispatchers(self) -> Sequence[Dispatcher]:
         bound = installed(self._module).values()
         return [b.dispatcher for b in bound if isinstance(b.dispatcher, Dispatcher)]
+
+    @property
+    def _encoder(self) -> Handle | None:
+        """Of the encoder that `generate()` calls on its own, where it is accelerated."""
+        found = encoder_of(self._module)
+        handle = None if found is None else found.__dict__.get("ovshim")
+        return handle if isinstance(handle, Handle) else None
+
+    @property
+    def _all_dispatchers(self) -> Sequence[Dispatcher]:
+        encoder = self._encoder
+        return [*self._dispatchers, *(() if encoder is None else encoder._dispatchers)]
 
 
 def report_of(name: str, options: Options, dispatchers: Sequence[Dispatcher]) -> Report:

@@ -204,6 +204,21 @@ def quantizes(options: Options) -> bool:
     return bool(wanted & INTEGERS) or (asked == "auto" and options.calibration is not None)
 
 
+def for_part(options: Options) -> Options | None:
+    """The same for the `forward` of a submodule by itself; None where they are of the whole alone,
+    as calibration data and rules are."""
+    if options.precision not in (None, "fp32", "bf16", "fp16"):
+        return None
+    return dataclasses.replace(
+        options,
+        methods=("forward",),
+        dynamic_shapes=None,
+        strict=False,
+        inplace=False,
+        memory="shared",
+    )
+
+
 def enabled_in_environment() -> bool:
     """Whether the environment leaves ovshim on; `OVSHIM=0` switches it off.
 

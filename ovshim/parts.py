@@ -28,7 +28,7 @@ from ovshim.errors import OptionError
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import compile_matcher
-from ovshim.options import Options
+from ovshim.options import Options, for_part
 from ovshim.plan import Plan
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
@@ -118,9 +118,8 @@ def divide(job: Job, whole: Plan) -> Plan:
     divisible = slow or whole.reason.code in _DIVISIBLE
     if job.apart is not None and whole.reason.code == "random":
         divisible = False  # to compare two answers the generators of all threads would be set
-    # Calibration data and rules are of the whole: a part would want its own.
-    plain = job.options.precision in (None, "fp32", "bf16", "fp16")
-    if not divisible or not plain or job.options.strict or job.module.training:
+    of_whole = for_part(job.options) is None
+    if not divisible or of_whole or job.options.strict or job.module.training:
         return whole
     with own_modes(job.grad):
         try:
@@ -271,15 +270,9 @@ def _is_worth_it(job: Job, module: nn.Module, call: _Met) -> bool:
 
 def _is_served(job: Job, module: nn.Module, call: _Met, elsewhere: Sequence[Plan]) -> bool:
     """Whether a submodule has got a plan in OpenVINO; if not, it is as it was."""
-    options = dataclasses.replace(
-        job.options,
-        methods=("forward",),
-        dynamic_shapes=None,
-        strict=False,
-        inplace=False,
-        memory="shared",
-        max_build_seconds=max(job.seconds_left(), 1e-3),
-    )
+    options = for_part(job.options)
+    assert options is not None  # or nothing is divided
+    options = dataclasses.replace(options, max_build_seconds=max(job.seconds_left(), 1e-3))
     bound = install(module, "forward", _PartMaker(options, job.backward))
     dispatcher = bound.dispatcher
     assert isinstance(dispatcher, Dispatcher)

@@ -21,6 +21,7 @@ class Report:
         calls: number of calls by path: "openvino", "mixed", "eager".
         eager: number of calls that eager served, by reason code.
         plans: one record per plan, as `to_dict` gives it.
+        encoder: how the encoder was served that `generate()` calls on its own; None without one.
     """
 
     module: str
@@ -29,6 +30,7 @@ class Report:
     calls: Mapping[str, int]
     eager: Mapping[str, int]
     plans: Sequence[Mapping[str, Any]]
+    encoder: Report | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same for programs: plain dicts, lists, strings and numbers."""
@@ -39,6 +41,7 @@ class Report:
             "calls": dict(self.calls),
             "eager_reasons": dict(self.eager),
             "plans": [dict(plan) for plan in self.plans],
+            "encoder": None if self.encoder is None else self.encoder.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -51,6 +54,8 @@ class Report:
             lines += ["", *_plan_lines(plan)]
         if not self.plans:
             lines.append("  no plan yet")
+        if self.encoder is not None:
+            lines += ["", f"with the encoder {self.encoder}"]
         return "\n".join(lines)
 
     def html(self) -> str:

@@ -17,11 +17,12 @@ import language_models as lm
 import pytest
 import torch
 import transformers as hf
-from checks import counts, eager_reasons, falls_back, plans, quietly, run_python
+from checks import counts, eager_reasons, falls_back, plans, quietly, run_python, same
 from torch import Tensor, nn
 
 import ovshim
 from ovshim import floats, runtime
+from ovshim.bound import installed
 from ovshim.race import Finish
 
 # transformers' own, of arguments that its assisted decoding passes to itself.
@@ -477,6 +478,70 @@ def test_a_decoders_cache_may_be_looked_into(cache: Path) -> None:
     caches[1].crop(-2)
     same_caches(caches[0].self_attention_cache, caches[1].self_attention_cache)
     same_caches(caches[0].cross_attention_cache, caches[1].cross_attention_cache)
+
+
+# --- encoders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "vision"])
+def test_an_encoder_runs_in_openvino_as_well(name: str, cache: Path) -> None:
+    model, given = lm.make_encoder_decoder(name)
+    fast = accelerated(model, cache_dir=cache)
+    expected = model.generate(**given, do_sample=False, max_new_tokens=3)
+    for _ in range(3):
+        found = fast.generate(**given, do_sample=False, max_new_tokens=3)
+        assert torch.equal(found, expected)
+    told = ovshim.explain(fast).to_dict()["encoder"]
+    assert told["calls"] == {"openvino": 2, "mixed": 0, "eager": 1}
+    assert told["module"] == type(model.get_encoder()).__qualname__
+    assert f"with the encoder {told['module']}" in str(ovshim.explain(fast))
+    assert not installed(model.get_encoder())  # the user's own stays as it was
+    fast.ovshim.reset_stats()
+    assert counts(fast.get_encoder())["openvino"] == 0
+    fast.ovshim.refresh()
+    assert not plans(fast.get_encoder())
+
+
+def test_copies_take_their_encoder_along(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("t5")
+    fast = accelerated(model, cache_dir=cache)
+    fast.generate(**given, max_new_tokens=2)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        for _ in range(2):
+            copied.generate(**given, max_new_tokens=2)
+        assert ovshim.explain(copied).to_dict()["encoder"]["calls"]["openvino"] == 1
+    assert ovshim.explain(fast).to_dict()["encoder"]["calls"]["openvino"] == 0
+
+
+def test_an_encoder_that_is_accelerated_keeps_its_own_options(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("t5")
+    encoder = ovshim.accelerate(model.get_encoder(), inplace=True, prefer="eager", cache_dir=cache)
+    fast = accelerated(model, inplace=True, cache_dir=cache)
+    fast.generate(**given, max_new_tokens=2)
+    assert encoder.ovshim.options.prefer == "eager"
+    assert ovshim.explain(fast).to_dict()["encoder"]["eager_reasons"] == {"prefer-eager": 1}
+
+
+def test_an_encoder_is_left_alone_where_the_options_are_of_the_whole(cache: Path) -> None:
+    model, _ = lm.make_encoder_decoder("t5")
+    for options in ({"precision": "int8_weights"}, {"methods": ("generate",)}):
+        fast = ovshim.accelerate(model, cache_dir=cache, **options)
+        assert ovshim.explain(fast).to_dict()["encoder"] is None
+        assert not installed(fast.get_encoder())
+
+
+def test_an_encoder_of_other_weights_is_not_the_old_one(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("t5")
+    fast = accelerated(model, cache_dir=cache)
+    for _ in range(2):
+        fast.generate(**given, max_new_tokens=2)
+    with torch.no_grad():
+        for weight in model.get_encoder().parameters():
+            weight.mul_(-1.5)
+    for _ in range(2):
+        expected = generate(model, **given, do_sample=False, output_logits=True)
+        found = generate(fast, **given, do_sample=False, output_logits=True)
+        same(found.logits, expected.logits)
 
 
 # --- what is left to eager --------------------------------------------------------------------

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ovshim.decode.room import Room
     from ovshim.tally import Tally
 
-__all__ = ["NOT_OURS", "room_for"]
+__all__ = ["NOT_OURS", "encoder_of", "room_for"]
 
 log = logging.getLogger("ovshim")
 
@@ -56,6 +56,20 @@ def room_for(
     except Exception as error:  # whatever a configuration of the user's own makes of questions
         log.debug("%s is not decoded: %s", type(module).__qualname__, error)
         return None
+
+
+def encoder_of(module: nn.Module) -> nn.Module | None:
+    """What `generate()` calls on its own before the first step; None where there is no encoder."""
+    if not _generates(module):
+        return None
+    try:
+        generating: Any = module
+        found = generating.get_encoder() if generating.config.is_encoder_decoder else None
+    except Exception as error:  # see `room_for`
+        log.debug("%s has no encoder: %s", type(module).__qualname__, error)
+        return None
+    is_part = any(found is inner for inner in module.modules() if inner is not module)
+    return found if is_part else None
 
 
 def _generates(module: nn.Module) -> bool:
