@@ -44,6 +44,17 @@ def test_a_decoder_without_a_head_hands_out_its_cache(name: str) -> None:
     check(fast, module, input_ids=ids(3, 6))
 
 
+def test_a_state_space_model_hands_out_its_states() -> None:
+    """Its code asks libraries for versions, by functions that are marked as constant."""
+    torch.manual_seed(0)
+    config = hf.MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)
+    module = hf.MambaModel(config).eval()
+    fast = accelerated(module, input_ids=ids(2, 6))
+    assert plans(fast)[0]["route"] == "dynamo"
+    output = check(fast, module, input_ids=ids(3, 6, seed=1))
+    assert output.cache_params.layers[0].recurrent_states[0].shape == (3, 32, 4)
+
+
 def test_lengths_beyond_a_window_are_cut_as_eager_cuts_them() -> None:
     module = base("mistral")
     long = ids(2, WINDOW + 5)

@@ -11,12 +11,14 @@ __all__ = ["key_step", "steps_of", "storable"]
 
 
 def steps_of(source: Any) -> tuple[str, str, tuple[Step, ...]] | None:
-    """("local" | "global", name, steps) of a chain of sources; None for sorts without a path."""
+    """("local" | "global" | "import", name, steps) of a chain of sources; None for sorts without a
+    path."""
     from torch._dynamo import source as sources
 
     path: list[Step] = []
     same = (sources.NNModuleSource, sources.SkipGuardSource)  # what they are around
-    while not isinstance(source, (sources.LocalSource, sources.GlobalSource)):
+    ends = (sources.LocalSource, sources.GlobalSource, sources.ImportSource)
+    while not isinstance(source, ends):
         steps = () if isinstance(source, same) else _steps(source, sources)
         if steps is None:
             return None
@@ -24,6 +26,8 @@ def steps_of(source: Any) -> tuple[str, str, tuple[Step, ...]] | None:
         source = source.base
     if isinstance(source, sources.LocalSource):
         return "local", source.local_name, tuple(reversed(path))
+    if isinstance(source, sources.ImportSource):
+        return "import", source.module_name, tuple(reversed(path))
     return "global", source.global_name, tuple(reversed(path))
 
 

@@ -198,14 +198,14 @@ class Sources:
         """What Dynamo reads without a guard that would tell when it changes."""
         if isinstance(found, np.ndarray):
             raise _unknown(guard)  # its shape is written to in place
-        if isinstance(found, types.FunctionType):
+        # A library says of its own that they answer the same for as long as a process lives.
+        if isinstance(found, types.FunctionType) and is_users(found):
             # Its names are guarded in the module that it says it is of.
             names, name = found.__globals__, found.__globals__.get("__name__")
             spaces = getattr(sys.modules.get(str(name)), "__dict__", None), self.roots["globals"]
             elsewhere = name is not None and not any(names is space for space in spaces)
-            if (
-                is_users(found) and elsewhere and not _is_namedtuples(found.__globals__)
-            ) or hasattr(found, "_dynamo_marked_constant"):
+            marked = hasattr(found, "_dynamo_marked_constant")
+            if marked or (elsewhere and not _is_namedtuples(found.__globals__)):
                 raise _unknown(guard)
 
     def _is_covered(
@@ -242,7 +242,9 @@ class Sources:
         scope, name, path = steps
         try:
             if scope == "global" and name in self.imports:
-                return walk(f"import:{self.imports[name]}", path, self.roots)
+                scope, name = "import", self.imports[name]
+            if scope == "import":
+                return walk(f"import:{name}", path, self.roots)
             base = (self.locals if scope == "local" else self.roots["globals"])[name]
             return walk("base", path, {"base": base})
         except (BadGuardError, KeyError):
@@ -261,6 +263,8 @@ class Sources:
         return None if stored is None else (path[0], stored)
 
     def _rooted(self, scope: str, name: str, path: tuple[Step, ...]) -> Path | None:
+        if scope == "import":
+            return f"import:{name}", path
         if scope == "global":
             if _BUILTINS.fullmatch(name):
                 return "import:builtins", (*(("attr", key) for _, key in path[:1]), *path[1:])
