@@ -13,6 +13,7 @@ import transformers as hf
 from checks import check, counts, plans, same, served
 from language_models import CONFIGS, ENCODER_DECODERS, WINDOW
 from torch import nn
+from transformers import cache_utils
 
 import ovshim
 
@@ -94,6 +95,30 @@ def test_eager_goes_on_with_a_cache_that_a_plan_has_made() -> None:
             same(fast(input_ids=ids(2, 1), past_key_values=caches[1]), expected)
         same(vars(caches[1]), vars(caches[0]))
         same(pickle.loads(pickle.dumps(copy.deepcopy(caches[1]))), caches[0])
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [(hf.DynamicCache, "__init__"), (cache_utils.DynamicLayer, "update"), (hf.Cache, "update")],
+)
+def test_a_method_of_caches_that_is_patched(
+    cls: type, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = base("llama")
+    fast = accelerated(module, input_ids=ids(2, 6))
+    check(fast, module, input_ids=ids(2, 6, seed=1))
+    before = getattr(cls, method)
+
+    def patched(cache: Any, *args: Any, **kwargs: Any) -> Any:
+        given = before(cache, *args, **kwargs)
+        cache.patched = True
+        return given if given is None else (given[0] * 2, given[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, method, patched)
+        check(fast, module, input_ids=ids(2, 6, seed=2), path="eager", reason="stale")
+        check(fast, module, input_ids=ids(2, 6, seed=3))
+    check(fast, module, input_ids=ids(2, 6, seed=4), path=None)
 
 
 def test_gradients_go_through_a_cache() -> None:
