@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from checks import check, counts, plans, same, served
-from language_models import CONFIGS, ENCODER_DECODERS, WINDOW
+from language_models import CONFIGS, ENCODER_DECODERS, WINDOW, make
 from torch import nn
 from transformers import cache_utils
 
@@ -119,6 +119,23 @@ def test_a_method_of_caches_that_is_patched(
         check(fast, module, input_ids=ids(2, 6, seed=2), path="eager", reason="stale")
         check(fast, module, input_ids=ids(2, 6, seed=3))
     check(fast, module, input_ids=ids(2, 6, seed=4), path=None)
+
+
+def test_a_method_of_caches_that_is_patched_between_two_conversations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = make("llama")
+    fast = ovshim.accelerate(module, prefer="openvino")
+    told: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(fast.generate(ids(2, 6), **told), module.generate(ids(2, 6), **told))  # type: ignore[operator]
+    before = cache_utils.DynamicLayer.update
+
+    def patched(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        return before(layer, keys * 0, values * -3, *args, **kwargs)
+
+    monkeypatch.setattr(cache_utils.DynamicLayer, "update", patched)
+    for _ in range(2):
+        assert torch.equal(fast.generate(ids(2, 6), **told), module.generate(ids(2, 6), **told))  # type: ignore[operator]
 
 
 def test_gradients_go_through_a_cache() -> None:
