@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,8 +58,11 @@ class Assumptions(Protocol):
     def route(self) -> str: ...
 
 
-def generation_of(job: Job, record: Assumptions) -> Generation:
+def generation_of(job: Job, record: Assumptions, classes: Iterable[type] = ()) -> Generation:
     """The module as it is now, and what the graph read beside it.
+
+    Args:
+        classes: see `Generation`.
 
     Raises:
         BuildStopped: nobody could tell when a weight changes.
@@ -69,7 +72,9 @@ def generation_of(job: Job, record: Assumptions) -> Generation:
     try:
         # An ONNX model has no code, and what OpenVINO reads of it neither.
         follow = record.route.startswith("traced")
-        return Generation(job.module, record.value_guards, roots, record.code, job.grad, follow)
+        return Generation(
+            job.module, record.value_guards, roots, record.code, job.grad, follow, classes
+        )
     except ValueError as error:
         raise BuildStopped(reason("untracked-weights", str(error))) from error
     except UnwatchableError as error:

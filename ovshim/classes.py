@@ -14,18 +14,21 @@ from typing import Any
 
 from torch import nn
 
+from ovshim.containers import is_of_caches
+
 __all__ = ["classes_of", "is_users", "snapshot"]
 
 _LIBRARIES = frozenset({"torch", "numpy", "transformers", "ovshim", "openvino"})
 
 
 def classes_of(modules: Iterable[nn.Module], objects: Iterable[Any]) -> list[type]:
-    """The user's classes among those of the modules, of what their attributes hold, and `objects`
-    (classes themselves, or objects of them), each once, with the user's classes above them."""
+    """The user's classes, and those of caches, among those of the modules, of what their attributes
+    hold, and `objects` (classes themselves, or objects of them), each once, with those above."""
     held = [value for module in modules for value in module.__dict__.values()]
     things = (*modules, *held, *objects)
     each = dict.fromkeys(x if isinstance(x, type) else type(x) for x in things)
-    return list(dict.fromkeys(b for cls in each for b in cls.__mro__ if is_users(b)))
+    above = (base for cls in each for base in cls.__mro__)
+    return list(dict.fromkeys(b for b in above if is_users(b) or is_of_caches(b)))
 
 
 def snapshot(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:

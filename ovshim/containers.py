@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Opened", "is_cache", "opened"]
+__all__ = ["Opened", "is_cache", "is_of_caches", "opened"]
 
 _CACHES = "transformers.cache_utils"
 # Those whose whole state is in their attributes, and with whom no other thread or stream works.
@@ -47,6 +47,12 @@ class Opened:
     names: tuple[str, ...]
     classes: tuple[tuple[str, type], ...] = ()
     order: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def mutable(self) -> bool:
+        """Whether such an object may be written to."""
+        settings = getattr(self.cls, "__dataclass_params__", None)
+        return settings is None or not settings.frozen
 
     def values(self, of: Any) -> list[Any]:
         """The values of such an object, in order."""
@@ -91,6 +97,11 @@ def is_cache(cls: type) -> bool:
     if cls.__module__ != _CACHES or cls.__qualname__ not in _CACHE_CLASSES:
         return False
     return getattr(sys.modules.get(_CACHES), cls.__qualname__, None) is cls
+
+
+def is_of_caches(cls: type) -> bool:
+    """Whether it stands where those classes do: they and what is above them."""
+    return cls.__module__ == _CACHES
 
 
 def _opened_cache(value: Any) -> Opened | None:

@@ -68,6 +68,7 @@ class Generation:
         code: qualified names of the functions that were captured; None: it is not known which.
         grad: whether it matters which tensors require grad.
         follow: whether the guards do not say what was read, so that all that could be is watched.
+        classes: further ones whose code was captured, of objects that no guard leads to.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
@@ -85,6 +86,7 @@ class Generation:
         code: Collection[str] | None = None,
         grad: bool = False,
         follow: bool = False,
+        classes: Iterable[type] = (),
     ) -> None:
         self._module = module
         # Those of the tree, and others that the graph runs: out of lists, globals, other objects.
@@ -111,7 +113,7 @@ class Generation:
         functions += [value for value in values if isinstance(value, types.FunctionType)]
         self._reached = Reached(self._modules, functions) if follow else Reached((), ())
         self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
-        classes = (*self._watch.classes, *self._reached.classes)
+        classes = (*self._watch.classes, *self._reached.classes, *classes)
         self._classes = snapshot(classes_of(self._modules, classes))
         reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
         whole = self._watch.reads_environment

@@ -12,6 +12,7 @@ import io
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ovshim.attributes import Attributes, tensors_of
-from ovshim.containers import is_cache, opened
+from ovshim.containers import opened
 from ovshim.modes import Drawing, Writes, without_drawing
 from ovshim.random_generators import GeneratorStates, drawn_by, watched
 from ovshim.reasons import Reason, reason
@@ -63,7 +64,7 @@ class Look:
 
     Attributes:
         leaves, structure: the flattened output.
-        containers: the lists, dicts and caches that hold the leaves.
+        containers: the objects that hold the leaves and may be written to.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
         sources: see `sources`.
         seconds: how long the call took.
@@ -294,10 +295,11 @@ def _index_of(leaf: Any, inputs: Sequence[torch.Tensor]) -> int | None:
 
 
 def _containers(output: Any) -> list[Any]:
-    """The lists, dicts and caches within an output. One that comes back from a second call is not
-    made by the call: it belongs to somebody, and must stay what it is."""
-    met = [output] if isinstance(output, (list, dict)) or is_cache(type(output)) else []
+    """What within an output may be written to, tensors aside. What comes back from a second call is
+    not made by the call: it belongs to somebody, and must stay what it is."""
     inside = opened(output, caches=True)
+    mutable = isinstance(output, (list, dict, deque)) or (inside is not None and inside.mutable)
+    met = [output] if mutable else []
     if inside is not None:
         held = inside.values(output)
     else:
@@ -319,7 +321,7 @@ def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
         more = ", of which there is none with use_cache=False" if of_steps else ""
         return reason("unknown-leaf", f"the output holds a {name}{more}")
     if len({id(held) for held in found.containers}) < len(found.containers):
-        return reason("aliases-input", "the output holds one list, dict or cache twice")
+        return reason("aliases-input", "the output holds one object twice")
     tensors = [leaf for leaf in found.leaves if isinstance(leaf, torch.Tensor)]
     for tensor in tensors:
         unfit = type(tensor) is not torch.Tensor or tensor.layout is not torch.strided

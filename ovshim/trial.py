@@ -45,7 +45,7 @@ def seen_twice(job: Job) -> Look:
     if second.reason is not None:
         return second
     if {id(held) for held in first.containers} & {id(held) for held in second.containers}:
-        raise BuildStopped(reason("aliases-input", "two calls gave the same list, dict or cache"))
+        raise BuildStopped(reason("aliases-input", "two calls gave the same object"))
     if not alike(first, second):
         raise BuildStopped(reason("nondeterministic"))
     first.sources = second.sources  # the first may be a call of the user's, in inference mode

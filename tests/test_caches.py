@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers as hf
 from checks import check, counts, plans, same, served
-from language_models import CONFIGS, ENCODER_DECODERS, WINDOW
+from language_models import CONFIGS, ENCODER_DECODERS, WINDOW, make
 from torch import nn
+from transformers import cache_utils
 
 import ovshim
 
@@ -105,6 +106,47 @@ def test_eager_goes_on_with_a_cache_that_a_plan_has_made() -> None:
             same(fast(input_ids=ids(2, 1), past_key_values=caches[1]), expected)
         same(vars(caches[1]), vars(caches[0]))
         same(pickle.loads(pickle.dumps(copy.deepcopy(caches[1]))), caches[0])
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [(hf.DynamicCache, "__init__"), (cache_utils.DynamicLayer, "update"), (hf.Cache, "update")],
+)
+def test_a_method_of_caches_that_is_patched(
+    cls: type, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = base("llama")
+    fast = accelerated(module, input_ids=ids(2, 6))
+    check(fast, module, input_ids=ids(2, 6, seed=1))
+    before = getattr(cls, method)
+
+    def patched(cache: Any, *args: Any, **kwargs: Any) -> Any:
+        given = before(cache, *args, **kwargs)
+        cache.patched = True
+        return given if given is None else (given[0] * 2, given[1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, method, patched)
+        check(fast, module, input_ids=ids(2, 6, seed=2), path="eager", reason="stale")
+        check(fast, module, input_ids=ids(2, 6, seed=3))
+    check(fast, module, input_ids=ids(2, 6, seed=4), path=None)
+
+
+def test_a_method_of_caches_that_is_patched_between_two_conversations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = make("llama")
+    fast = ovshim.accelerate(module, prefer="openvino")
+    told: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(fast.generate(ids(2, 6), **told), module.generate(ids(2, 6), **told))  # type: ignore[operator]
+    before = cache_utils.DynamicLayer.update
+
+    def patched(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        return before(layer, keys * 0, values * -3, *args, **kwargs)
+
+    monkeypatch.setattr(cache_utils.DynamicLayer, "update", patched)
+    for _ in range(2):
+        assert torch.equal(fast.generate(ids(2, 6), **told), module.generate(ids(2, 6), **told))  # type: ignore[operator]
 
 
 def test_gradients_go_through_a_cache() -> None:
@@ -210,3 +252,19 @@ def test_an_artifact_gives_fields_of_any_name(tmp_path: Path) -> None:
     ovshim.accelerate(NamesFields().eval(), x, prefer="openvino").ovshim.save(tmp_path / "artifact")
     output = ovshim.load(tmp_path / "artifact")(x)
     same((output.keys, output["items"], output._private), (x + 1, x * 2, x - 1))
+
+
+@dataclasses.dataclass
+class Hidden:
+    __hidden__: torch.Tensor
+
+
+class HidesField(nn.Module):
+    def forward(self, x: torch.Tensor) -> Hidden:
+        return Hidden(x + 1)
+
+
+def test_what_no_artifact_can_name_is_not_saved(tmp_path: Path) -> None:
+    fast: Any = ovshim.accelerate(HidesField().eval(), torch.randn(3, 4), prefer="openvino")
+    with pytest.raises(ovshim.ArtifactError, match="__hidden__"):
+        fast.ovshim.save(tmp_path / "artifact")

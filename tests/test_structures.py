@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import enum
 import types
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import Any, NamedTuple
 
 import pytest
@@ -434,6 +434,38 @@ def test_a_module_that_returns_its_only_input() -> None:
         x = torch.randn(3, 8)
         with served(fast, None), torch.inference_mode():
             assert fast(x) is x
+
+
+@pytest.mark.parametrize("make_own", [list, dict, deque, lambda: Batch(torch.zeros(1))])
+def test_what_a_module_keeps_is_handed_out_itself(make_own: Any) -> None:
+    own = make_own()
+    with falls_back("aliases-input"):
+        module, fast = of(lambda self, x: (self.linear(x), own))
+    x = torch.randn(3, 8)
+    with torch.inference_mode():
+        assert fast(x)[1] is module(x)[1] is own
+
+
+@pytest.mark.parametrize("make_own", [lambda y: [y], lambda y: deque([y]), Batch])
+def test_one_object_twice_stays_one(make_own: Any) -> None:
+    def twice(self: Any, x: Tensor) -> Any:
+        made = make_own(self.linear(x))
+        return made, made
+
+    with falls_back("aliases-input"):
+        _, fast = of(twice)
+    with torch.inference_mode():
+        one, other = fast(torch.randn(3, 8))
+    assert one is other
+
+
+def test_frozen_objects_may_stand_twice() -> None:
+    def twice(self: Any, x: Tensor) -> Any:
+        made = Frozen(self.linear(x), (x * 2, 1))
+        return made, made
+
+    module, fast = of(twice)
+    check(fast, module, torch.randn(3, 8))
 
 
 def test_a_view_of_an_input_is_not_owned_by_another() -> None:

@@ -92,6 +92,9 @@ def structure_to_json(structure: Structure, *, records: bool = True) -> Any:
         if not records:
             raise Unportable(f"an argument of class {cls.__qualname__}")
         known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else ()
+        for name in (*names, *known):
+            if not _is_identifier(name):
+                raise Unportable(f"a field named {name!r}")
         absent = sorted(set(known) - set(names))
         return ["record", cls.__name__, list(names), nodes, absent]
 
@@ -168,10 +171,14 @@ def _record(name: str, fields: tuple[str, ...], absent: tuple[str, ...]) -> Any:
 
 
 def _identifier(name: Any) -> str:
-    plain = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
-    if not plain or name.startswith("__"):
+    if not _is_identifier(name):
         raise ValueError(f"{name!r} is no name of a field")
     return str(name)
+
+
+def _is_identifier(name: Any) -> bool:
+    plain = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    return plain and not name.startswith("__")
 
 
 # --- kinds of calls -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from ovshim import runtime
 from ovshim.assemble import generation_of
@@ -54,6 +55,8 @@ __all__ = ["build"]
 log = logging.getLogger("ovshim")
 
 _PRECISIONS = COMPRESSED | {"fp32", "bf16", "fp16"}
+# Of the caches that a step is captured with, which are our own objects. (With those above them.)
+_CLASSES = (DynamicCache, DynamicSlidingWindowLayer, EncoderDecoderCache)
 _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before", "proof-failed"})
 
 
@@ -167,7 +170,7 @@ class _Build:
         for entry in job.store.entries(family):
             try:
                 record = StepRecord.of_entry(entry, self._ranks())
-                generation = generation_of(job, record)
+                generation = generation_of(job, record, _CLASSES)
             except (BadGuardError, GuardFailedError, KeyError, TypeError, ValueError) as error:
                 log.info("the entry %s is passed over: %s", entry.path, error)
                 continue
@@ -214,7 +217,7 @@ class _Build:
         self._refuse_overflow(None)
         with job.stage("capture"), TRACE_LOCK:
             model, record = self._captured()
-            generation = generation_of(job, record)
+            generation = generation_of(job, record, _CLASSES)
         if job.precision in COMPRESSED:
             from ovshim.precision import graphs, quantize
 
