@@ -66,6 +66,7 @@ class Look:
         containers: the lists, dicts and caches that hold the leaves.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
         sources: see `sources`.
+        overlaps: pairs of leaves, tensors that have memory in common.
         seconds: how long the call took.
         undo: puts attributes back to what they were before the call.
         made: attributes that are not what they were before the call, by path.
@@ -77,6 +78,7 @@ class Look:
     containers: list[Any]
     given: list[int | None]
     sources: list[Sources | None]
+    overlaps: tuple[tuple[int, int], ...] = ()
     seconds: float
     reason: Reason | None = None
     undo: Callable[[], None]
@@ -141,6 +143,8 @@ def _describe(found: Look, output: Any, inputs: Sequence[torch.Tensor], world: _
     found.reason = found.reason or _unfit_output(
         found, [*inputs, *(tensor for _, tensor, _ in world.tensors)]
     )
+    if found.reason is None:
+        found.overlaps = tuple(_overlaps(found.leaves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,17 +330,23 @@ def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
         if unfit or not tensor.is_cpu or tensor.is_quantized or tensor.is_complex():
             what = f"a {type(tensor).__qualname__} of {tensor.dtype} on {tensor.device}"
             return reason("special-tensor", f"the output holds {what}")
-    shared: dict[int, list[torch.Tensor]] = {}
-    for tensor in {id(t): t for t in tensors}.values():
-        others = shared.setdefault(_storage(tensor), [])
-        if _storage(tensor) and any(_overlap(tensor, other) for other in others):
-            return reason("aliases-input", "two outputs overlap in memory")
-        others.append(tensor)
     owned = {_storage(tensor) for tensor in taken}
     for leaf, given in zip(found.leaves, found.given, strict=True):
         if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:
             return reason("aliases-input")
     return None
+
+
+def _overlaps(leaves: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    shared: dict[int, list[int]] = {}
+    known: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or id(leaf) in known or not _storage(leaf):
+            continue
+        known.add(id(leaf))
+        others = shared.setdefault(_storage(leaf), [])
+        yield from ((j, i) for j in others if _overlap(leaf, leaves[j]))
+        others.append(i)
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

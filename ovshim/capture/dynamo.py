@@ -34,6 +34,7 @@ from ovshim.capture import (
 )
 from ovshim.capture.domains import check_domains
 from ovshim.capture.hush import hushed
+from ovshim.capture.overlaps import Overlaps
 from ovshim.capture.ranges import check_ranges
 from ovshim.capture.refusals import (
     SizesRefusedError,
@@ -121,6 +122,7 @@ def _finish(
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
     refuse_contents(graph, sources)
+    overlaps = Overlaps(graph, request)
     check_domains(graph, sources.owns)
     rewrites.apply(graph)
     if common.shape_env.deferred_runtime_asserts:
@@ -139,7 +141,8 @@ def _finish(
     inputs = request.kind.distinct
     tensors = [request.leaves[i] for i in inputs]
     places = [request.kind.tensors.index(i) for i in inputs]
-    flat = FlatModule(request, run, lambda: checked.in_range)
+    views_among = functools.partial(overlaps.views_among, checked)
+    flat = FlatModule(request, run, lambda: checked.in_range, views_among)
     traced = frontend.trace(flat, tensors)
     origin = _origins(request, graph) if request.marked else None
     model, reader = readers.read(traced, tensors, [pattern[t] for t in places], origin)
@@ -155,6 +158,7 @@ def _finish(
         code,
         checked=checked.in_range is not None,
         any_mode=not any(map(_asks_for_mode, traced_code)),
+        views=flat.views,
     )
 
 
