@@ -97,7 +97,8 @@ def look(
     Args:
         restore: put buffers, generators, and the parameters that this thread writes to, back to
             what they were, because this is a trial and not a call of the user's, which keeps every
-            effect it has. Attributes are the caller's business (`Look.undo`).
+            effect it has. Attributes are the caller's business (`Look.undo`), unless the module
+            raises.
         apart: the module is a copy that nobody else has, and other threads go on meanwhile. The
             generators are theirs too: they are neither compared nor put back. An operator that
             would draw from torch's is not run, and this thread is watched for Python's. (What
@@ -120,6 +121,10 @@ def look(
     except Drawing:
         output = None
         found.reason = reason("random")
+    except BaseException:
+        if restore or apart:
+            found.undo()
+        raise
     finally:
         found.seconds = time.perf_counter() - started
         found.reason = found.reason or world.difference(call if restore else None, apart)
