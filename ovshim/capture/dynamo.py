@@ -32,6 +32,7 @@ from ovshim.capture import (
     readers,
     rewrites,
 )
+from ovshim.capture.assertions import are_asked, ask_instead
 from ovshim.capture.domains import check_domains
 from ovshim.capture.hush import hushed
 from ovshim.capture.overlaps import Overlaps
@@ -121,11 +122,12 @@ def _finish(
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
+    asked = ask_instead(graph)
     refuse_contents(graph, sources)
     overlaps = Overlaps(graph, request)
     check_domains(graph, sources.owns)
     rewrites.apply(graph)
-    if common.shape_env.deferred_runtime_asserts:
+    if not are_asked(common.shape_env.deferred_runtime_asserts, asked):
         # A number taken out of a tensor was used as if it were known: torch.compile would check it
         # while the graph runs.
         raise CaptureError(reason("value-dependent", "a value is read out of a tensor"))
