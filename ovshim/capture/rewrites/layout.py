@@ -146,7 +146,7 @@ def _circular(node: Node) -> Function | None:
 
 
 _NONE = "has no counterpart"
-_BY_VALUES = "decides by values how many rows are moved, which may be none or too many"
+_BY_VALUES = "takes no mask that is larger, and fails where there are too few values"
 
 
 def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
