@@ -20,7 +20,7 @@ from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
 from ovshim.plan import Graph, Plan, Served
-from ovshim.preflight import Look
+from ovshim.preflight import Look, Sources
 from ovshim.proof import prove_values
 from ovshim.ran import warnings_of
 from ovshim.reached import UnwatchableError
@@ -34,6 +34,7 @@ from ovshim.single import engine_for
 from ovshim.tiny import add_exact, fastest
 from ovshim.values import compile_value_check, usual
 from ovshim.verdict import decide
+from ovshim.views import Views, refusal
 from ovshim.wanted import settings_of
 
 __all__ = [
@@ -168,10 +169,14 @@ def served_by(
     if any(i >= len(seen.leaves) for i in record.outputs):
         raise BuildStopped(reason("proof-failed", "eager's output has another structure"))
     number = {id(seen.leaves[i]): n for n, i in enumerate(record.outputs)}
+    _refuse_overlaps(record, seen)
     outputs = []
     for i, (leaf, given) in enumerate(zip(seen.leaves, seen.given, strict=True)):
         if given is not None:
             outputs.append(Output(given=given))
+        elif i in record.views:
+            view = record.views[i]
+            outputs.append(Output(computed=record.outputs.index(view.of), view=view))
         elif isinstance(leaf, torch.Tensor) and id(leaf) in number:
             outputs.append(Output(computed=number[id(leaf)]))
         elif i in record.outputs:
@@ -190,9 +195,24 @@ def served_by(
     return Served(engine, inputs, made, tuple(outputs), seen.structure, record.checked, recorder)
 
 
-def eager_of(job: Job) -> Eager:
-    """What the job's graph is compared with."""
-    return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance)
+def _refuse_overlaps(record: Record, seen: Look) -> None:
+    """Raise BuildStopped where eager's outputs have memory in common that the graph's would not, or
+    the views among them another place in autograd's graph."""
+    why = refusal(seen.overlaps, record.views)
+    if why is not None:
+        raise BuildStopped(why)
+    for leaf, view in record.views.items():
+        without = seen.sources[leaf] is None and seen.sources[view.of] is None
+        if not without and seen.sources[leaf] != Sources((), (), (view.of,)):
+            raise BuildStopped(reason("aliases-input", "a view of another output, computed apart"))
+    below = {i for source in seen.sources if source is not None for i in source.outputs}
+    if below & set(record.views):
+        raise BuildStopped(reason("aliases-input", "an output is computed from a view of one"))
+
+
+def eager_of(job: Job, views: Views) -> Eager:
+    """What the job's graph is compared with, of whose outputs these are taken of others."""
+    return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance, views)
 
 
 def matcher_of(
@@ -212,7 +232,7 @@ def _add_exact(job: Job, served: Served, record: Record, entry: Entry | None, so
 
     def prove(exact: Served) -> None:
         draws = 1 if job.lowering is not None and job.lowering.samples is not None else 3
-        prove_values(eager_of(job), exact, job.tensors, job.check_time, draws)
+        prove_values(eager_of(job, record.views), exact, job.tensors, job.check_time, draws)
 
     add_exact(job, served, record, entry, compiled, prove)
 

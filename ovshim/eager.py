@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ovshim.signature import Kind, Structure, TensorLeaf, flatten, unflatten_call
-from ovshim.verify import Mismatch, compare, relative_errors, sample_error
+from ovshim.verify import Mismatch, compare, compare_views, relative_errors, sample_error
+from ovshim.views import Views
 
 __all__ = ["LOW_TOLERANCE", "Answer", "Eager"]
 
@@ -23,6 +24,7 @@ log = logging.getLogger("ovshim")
 _OWN_DTYPE_MARGIN = 1.5
 # Where a module in bf16 or fp16 has no upcast that runs: the options' default for those.
 LOW_TOLERANCE = 0.03
+_NONE: Views = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Eager:
     Args:
         tolerance: largest relative L2 error; None for a module in bf16 or fp16 that runs in its
             own precision: then the fp32 upcast of the module is the measure.
+        views: which leaves of the output candidates take of others.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class Eager:
         kind: Kind,
         leaves: Sequence[Any],
         tolerance: float | None,
+        views: Views = _NONE,
     ) -> None:
         self.call = call
         self.kind = kind
         self.leaves = leaves
         self.tolerance = tolerance
+        self.views = views
         self._upcast: Callable[..., Any] | None = None
         if tolerance is None:
             exact = copy.deepcopy(module).float()
@@ -83,6 +88,7 @@ class Eager:
         Raises:
             Mismatch: it is not what eager answers.
         """
+        compare_views(answer.leaves, self.views)
         if answer.exact is None or self.tolerance is not None:
             allowed = LOW_TOLERANCE if self.tolerance is None else self.tolerance
             return compare(answer.leaves, answer.structure, candidate, allowed)

@@ -158,7 +158,7 @@ def _proved(
     with job.stage("proof"):
         served = served_by(job, engine, record, generation, seen, small)
         tensors = [leaf for leaf in small if isinstance(leaf, torch.Tensor)]
-        eager = eager_of(job)
+        eager = eager_of(job, record.views)
         computed = None if begun is None else begun.answer(small)
         answer = served.answer if computed is None else _answer_of(served, computed)
         error = _error_of(job, eager, served, answer, tensors, seen)
@@ -250,7 +250,9 @@ def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tu
     assert job.lowering is not None
     samples = job.lowering.to_prove_with(record.pattern)
     sizes = (record.pattern, record.size_guards)
-    found = proof.prove(eager_of(job), served, job.tensors, *sizes, job.check_time, samples)
+    found = proof.prove(
+        eager_of(job, record.views), served, job.tensors, *sizes, job.check_time, samples
+    )
     record = record.proved(found, sizes_of(job.leaves), job.hint)
     kept = {**entry.manifest["proof"], **record.proof(job.precision)}
     return record, job.store.amend(entry, "proof", kept)

@@ -28,6 +28,7 @@ from ovshim.signature import (
     text_of,
     unflatten,
 )
+from ovshim.views import View
 
 __all__ = [
     "Builder",
@@ -233,11 +234,12 @@ def _generic_matcher(kind: Kind, pattern: Pattern, size_guards: Sequence[str]) -
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Where one leaf of an output comes from: a tensor that the graph computed (`computed`, by
-    index; as a Python int if it is a `number`), a tensor of the call itself (`given`, by index), or
-    a constant."""
+    index; as a Python int if it is a `number`, or what is taken of it as a `view`), a tensor of the
+    call itself (`given`, by index), or a constant."""
 
     computed: int | None = None
     number: bool = False
+    view: View | None = None
     given: int | None = None
     value: Any = None
 
@@ -252,6 +254,9 @@ def compile_builder(structure: Structure, leaves: Sequence[Output]) -> Builder:
     for i, leaf in enumerate(leaves):
         if leaf.computed is not None:
             name = f"computed[{leaf.computed}]"
+            if leaf.view is not None:
+                scope[f"take{i}"] = leaf.view.taken
+                name = f"take{i}({name})"
             names.append(f"int({name})" if leaf.number else name)
         elif leaf.given is not None:
             names.append(f"given[{leaf.given}]")

@@ -82,7 +82,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         BuildStopped: it does not come to a plan that is proved.
     """
     with job.stage("capture"), TRACE_LOCK:
-        captured = _captured(job, rung, _wanted(seen))
+        captured = _captured(job, rung, seen)
         record = Record.of_capture(captured, seen.leaves, rung, job.dynamic)
         guards = proof.tied(record.pattern, record.size_guards, sizes_of(job.leaves))
         record = dataclasses.replace(record, size_guards=guards)
@@ -113,7 +113,7 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     return plan_of(job, served, record, generation, "off" if entry is None else "miss", entry)
 
 
-def _captured(job: Job, rung: Rung, outputs: tuple[int, ...]) -> Captured:
+def _captured(job: Job, rung: Rung, seen: Look) -> Captured:
     dims = {
         "asked": job.dynamic,
         "all": tuple(frozenset(range(tensor.dim())) for tensor in job.tensors),
@@ -121,7 +121,16 @@ def _captured(job: Job, rung: Rung, outputs: tuple[int, ...]) -> Captured:
     }[rung.sizes]
     try:
         marked = job.lowering is not None and job.lowering.marked
-        request = Request(job.module, job.call, job.kind, job.copies(), dims, outputs, marked)
+        request = Request(
+            module=job.module,
+            call=job.call,
+            kind=job.kind,
+            leaves=job.copies(),
+            dynamic=dims,
+            outputs=_wanted(seen),
+            marked=marked,
+            overlaps=seen.overlaps,
+        )
         return capture(request)
     except CaptureError as refused:
         raise BuildStopped(refused.reason) from refused
@@ -188,7 +197,7 @@ def _served_and_proved(
             with job.stage("proof"):
                 served = served_by(job, engine, record, generation, seen, job.copies())
                 sizes = (record.pattern, record.size_guards)
-                eager = eager_of(job)
+                eager = eager_of(job, record.views)
                 found = proof.prove(eager, served, job.tensors, *sizes, job.check_time, samples)
         except DiedOfSizesError as died:
             log.info("%s: %s", type(job.module).__qualname__, died)

@@ -21,6 +21,7 @@ from ovshim.reasons import Reason
 from ovshim.signature import Kind, Pattern, Structure, describe, fits
 from ovshim.unmet import Unmet
 from ovshim.values import ValueCheck
+from ovshim.views import Views
 
 if TYPE_CHECKING:
     from ovshim.generation import Generation
@@ -91,6 +92,11 @@ class Served:
         if self.inputs is not None or self.checked:
             return lambda given: builder(compute(given), given)
         return lambda given: builder(engine.run(given), given)
+
+    @property
+    def views(self) -> Views:
+        """Which leaves of the output are taken of others."""
+        return {i: output.view for i, output in enumerate(self.outputs) if output.view is not None}
 
     def compute(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the graph computes of them: `builder` makes the output of it.

@@ -30,6 +30,7 @@ from ovshim.shapes import dynamic_dims
 from ovshim.signals import heard
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 from ovshim.values import holds_nan
+from ovshim.views import copied_together
 from ovshim.waiting import look_at
 
 __all__ = ["Given", "Planner", "known_kind", "unfit"]
@@ -240,8 +241,10 @@ class Planner:
         seen = look(self.module, call, tensors, restore=False)
         # The user gets the originals and may write to them: what is kept are copies.
         with torch.inference_mode(False):
+            together = {id(seen.leaves[i]) for pair in seen.overlaps for i in pair}
             tensors = [leaf for leaf in seen.leaves if isinstance(leaf, torch.Tensor)]
-            copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
+            copies = {id(x): x.detach().clone() for x in tensors if id(x) not in together}
+            copies |= copied_together([x for x in tensors if id(x) in together])
         seen.leaves = [copies[id(x)] if isinstance(x, torch.Tensor) else x for x in seen.leaves]
         return output[0], seen
 

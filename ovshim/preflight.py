@@ -67,6 +67,7 @@ class Look:
         containers: the objects that hold the leaves and may be written to.
         given: for each leaf, the index of the input tensor that it is (the same object), or None.
         sources: see `sources`.
+        overlaps: pairs of leaves, tensors that have memory in common.
         seconds: how long the call took.
         undo: puts attributes back to what they were before the call.
         made: attributes that are not what they were before the call, by path.
@@ -78,6 +79,7 @@ class Look:
     containers: list[Any]
     given: list[int | None]
     sources: list[Sources | None]
+    overlaps: tuple[tuple[int, int], ...] = ()
     seconds: float
     reason: Reason | None = None
     undo: Callable[[], None]
@@ -96,7 +98,8 @@ def look(
     Args:
         restore: put buffers, generators, and the parameters that this thread writes to, back to
             what they were, because this is a trial and not a call of the user's, which keeps every
-            effect it has. Attributes are the caller's business (`Look.undo`).
+            effect it has. Attributes are the caller's business (`Look.undo`), unless the module
+            raises.
         apart: the module is a copy that nobody else has, and other threads go on meanwhile. The
             generators are theirs too: they are neither compared nor put back. An operator that
             would draw from torch's is not run, and this thread is watched for Python's. (What
@@ -119,6 +122,10 @@ def look(
     except Drawing:
         output = None
         found.reason = reason("random")
+    except BaseException:
+        if restore or apart:
+            found.undo()
+        raise
     finally:
         found.seconds = time.perf_counter() - started
         found.reason = found.reason or world.difference(call if restore else None, apart)
@@ -142,6 +149,8 @@ def _describe(found: Look, output: Any, inputs: Sequence[torch.Tensor], world: _
     found.reason = found.reason or _unfit_output(
         found, [*inputs, *(tensor for _, tensor, _ in world.tensors)]
     )
+    if found.reason is None:
+        found.overlaps = tuple(_overlaps(found.leaves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,17 +337,23 @@ def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
         if unfit or not tensor.is_cpu or tensor.is_quantized or tensor.is_complex():
             what = f"a {type(tensor).__qualname__} of {tensor.dtype} on {tensor.device}"
             return reason("special-tensor", f"the output holds {what}")
-    shared: dict[int, list[torch.Tensor]] = {}
-    for tensor in {id(t): t for t in tensors}.values():
-        others = shared.setdefault(_storage(tensor), [])
-        if _storage(tensor) and any(_overlap(tensor, other) for other in others):
-            return reason("aliases-input", "two outputs overlap in memory")
-        others.append(tensor)
     owned = {_storage(tensor) for tensor in taken}
     for leaf, given in zip(found.leaves, found.given, strict=True):
         if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:
             return reason("aliases-input")
     return None
+
+
+def _overlaps(leaves: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    shared: dict[int, list[int]] = {}
+    known: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or id(leaf) in known or not _storage(leaf):
+            continue
+        known.add(id(leaf))
+        others = shared.setdefault(_storage(leaf), [])
+        yield from ((j, i) for j in others if _overlap(leaf, leaves[j]))
+        others.append(i)
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

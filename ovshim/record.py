@@ -16,6 +16,7 @@ from ovshim.guards import ValueGuard, checked_size_guard, from_json, sizes_hold,
 from ovshim.reasons import TABLE, Reason
 from ovshim.shapes import Dims
 from ovshim.signature import Kind, Pattern, TensorLeaf, describe, fits
+from ovshim.views import View, Views
 
 if TYPE_CHECKING:
     from ovshim.capture import Captured
@@ -63,6 +64,7 @@ class Record:
         route, rung: how it was captured, and by which rung of the ladder it was built.
         checked: whether the graph's last output says whether all indices were in range.
         any_mode: whether it would be the same with grad mode switched over.
+        views: leaves of the output that are taken of computed ones.
         code: qualified names of the functions that were captured; None: not known.
         pinned: (tensor, dimension) whose other sizes the capture or the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
@@ -88,6 +90,7 @@ class Record:
     dtypes: tuple[torch.dtype, ...]
     checked: bool = False
     any_mode: bool = False
+    views: Views = dataclasses.field(default_factory=dict)
     code: tuple[str, ...] | None = None
     rung: Rung = Rung()
     pinned: frozenset[tuple[int, int]] = frozenset()
@@ -124,6 +127,7 @@ class Record:
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
             checked=captured.checked,
             any_mode=captured.any_mode,
+            views=captured.views,
             code=captured.code,
             pinned=frozenset(fixed),
             rung=rung,
@@ -185,6 +189,7 @@ class Record:
             "outputs": list(self.outputs),
             "checked": self.checked,
             "any_mode": self.any_mode,
+            "views": [[leaf, *view.to_json()] for leaf, view in self.views.items()],
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
             "lowered": dict(self.lowered),
@@ -231,6 +236,7 @@ class Record:
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
             checked=bool(graph["checked"]),
             any_mode=bool(graph["any_mode"]),
+            views={int(leaf): View.from_json(view) for leaf, *view in graph["views"]},
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=rungs[graph["rung"][0]],

@@ -15,7 +15,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten, sizes_of
 from ovshim.tally import Tally
 from ovshim.unmet import Unmet
-from ovshim.verify import Mismatch, compare
+from ovshim.verify import Mismatch, compare, compare_views
 
 __all__ = ["NOT_ANSWERED", "Answering", "Asked", "take_turn"]
 
@@ -127,7 +127,9 @@ def _compared(by: Answering, asked: Asked, lane: Lane, unmet: Unmet | None) -> A
     try:
         answer = asked.served.answer(tensors)
         with torch.no_grad():
-            compare(*flatten(expected), answer, plan.tolerance)
+            leaves, structure = flatten(expected)
+            compare(leaves, structure, answer, plan.tolerance)
+            compare_views(leaves, asked.served.views)
     except OutOfRangeError:
         by.tally.note(_OUT_OF_RANGE)
         return expected

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 from ovshim.signature import Structure, flatten
+from ovshim.views import Views
 
-__all__ = ["Mismatch", "compare", "compare_flat", "relative_errors", "sample_error"]
+__all__ = [
+    "Mismatch",
+    "compare",
+    "compare_flat",
+    "compare_views",
+    "relative_errors",
+    "sample_error",
+]
 
 
 class Mismatch(Exception):
@@ -58,6 +66,20 @@ def compare_flat(
         elif type(mine) is not type(other) or repr(mine) != repr(other):
             raise Mismatch(f"output {i} is {other!r}, eager's {mine!r}")
     return worst
+
+
+def compare_views(leaves: Sequence[Any], views: Views) -> None:
+    """Raise Mismatch where eager's output does not have these views among its leaves."""
+    for leaf, view in views.items():
+        mine, other = leaves[leaf], view.taken(leaves[view.of])
+        if _memory(mine) != _memory(other):
+            raise Mismatch(f"output {leaf} is not taken of output {view.of} as it is in the graph")
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    # Along a dimension of one element there are no steps.
+    steps = [(n, step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, steps
 
 
 def _tensor_error(i: int, mine: torch.Tensor, other: Any, tolerance: float) -> float:

@@ -38,6 +38,7 @@ FLOORS: dict[str, set[str]] = {
         "classes",
         "guards",
         "values",
+        "views",
         "watch",
         "stays",
         "building",

@@ -260,6 +260,9 @@ CASES = {
     "missing/isfinite": case(torch.isfinite, SMALL),
     "missing/sgn": case(torch.sgn, FLOATS),
     "missing/diag": case(lambda x: x.diag(-1), torch.randn(4, 3)),
+    "missing/_is_all_true": case(
+        lambda x: (torch._is_all_true(x > 0), torch._is_all_true(x > -9)), torch.randn(3, 4)
+    ),
     "missing/isin": case(
         lambda x: (torch.isin(x, torch.tensor([1, 5])), torch.isin(x, 3, invert=True)), NEIGHBOURS
     ),
@@ -418,6 +421,10 @@ CASES |= {
     "layout/take": case(
         lambda x, i: x.take(i) + torch.take(x * 2, i),
         (torch.randn(3, 4), torch.tensor([[0, 5], [11, -1]])),
+    ),
+    "layout/masked_scatter": case(
+        lambda x, mask, y: x.masked_scatter(mask, y),
+        (torch.randn(3, 4), torch.rand(2, 3, 4) > 0.5, torch.randn(5, 5)),
     ),
     "layout/interpolate": case(
         lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"), PLANE

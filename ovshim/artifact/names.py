@@ -29,7 +29,8 @@ def names_of(
         return graph.names
     inputs = _input_names(kind, call)
     leaves = _leaf_names(graph.structure, "output")
-    places = {o.computed: leaves[i] for i, o in enumerate(graph.outputs) if o.computed is not None}
+    whole = {i: o.computed for i, o in enumerate(graph.outputs) if o.view is None}
+    places = {n: leaves[i] for i, n in whole.items() if n is not None}
     outputs = [places.get(n, f"output_{n}") for n in range(len(graph.dtypes))]
     taken = _distinct([*(inputs[i] for i in kind.tensors), *outputs])
     count = len(kind.tensors)

@@ -35,6 +35,7 @@ from ovshim.signature import Kind, Pattern, TensorLeaf, sizes_of
 from ovshim.single import engine_for
 from ovshim.values import compile_value_check, usual
 from ovshim.verify import Mismatch, compare
+from ovshim.views import View
 from ovshim.wanted import Placement
 
 __all__ = ["read"]
@@ -177,7 +178,8 @@ def _output(stored: Mapping[str, Any], computed: int, given: int) -> Output:
         index = whole(stored["computed"])
         if index >= computed:
             raise ValueError(f"there is no computed tensor {index}")
-        return Output(computed=index, number=bool(stored["number"]))
+        view = None if stored["view"] is None else View.from_json(stored["view"])
+        return Output(computed=index, number=bool(stored["number"]), view=view)
     if "given" in stored:
         index = whole(stored["given"])
         if index >= given:

@@ -148,7 +148,7 @@ def _written(
         "inputs": None if served.inputs is None else list(served.inputs),
         "structure": structure_to_json(graph.structure),
         "outputs": [
-            {"computed": o.computed, "number": o.number}
+            {"computed": o.computed, "number": o.number, "view": o.view and o.view.to_json()}
             if o.computed is not None
             else {"given": o.given}
             if o.given is not None
@@ -201,7 +201,8 @@ def _cases(
     graph, served = plan.graph, plan.served
     assert graph is not None
     assert served is not None
-    eager = Eager(module, "forward", call, plan.kind, graph.leaves, plan.tolerance)
+    views = {} if plan.served is None else plan.served.views
+    eager = Eager(module, "forward", call, plan.kind, graph.leaves, plan.tolerance, views)
     generator = torch.Generator().manual_seed(0)
     spent = 0
     for n, sizes in enumerate(sorted(graph.met, key=amount)):

@@ -26,6 +26,7 @@ from ovshim.onnx_module import OnnxModule
 from ovshim.reasons import Reason
 from ovshim.signals import raise_heard
 from ovshim.signature import Kind, Pattern, TensorLeaf, flatten, unflatten_call
+from ovshim.views import Views, refusal
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -84,6 +85,7 @@ class Request:
             numbers, which it computes where they depend on sizes.
         marked: whether the graph's operations are to say which module they come from
             (`names`).
+        overlaps: pairs of leaves of the output that have memory in common.
     """
 
     module: nn.Module
@@ -93,6 +95,7 @@ class Request:
     dynamic: tuple[frozenset[int], ...]
     outputs: tuple[int, ...]
     marked: bool = False
+    overlaps: tuple[tuple[int, int], ...] = ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -117,6 +120,7 @@ class Captured:
         code: qualified names of the functions that were captured; None: not known.
         checked: whether the model has one more output: whether all indices were in range.
         any_mode: whether it would be the same with grad mode switched over.
+        views: leaves of the output that are taken of `outputs`.
     """
 
     model: ov.Model
@@ -128,14 +132,23 @@ class Captured:
     code: tuple[str, ...] | None = None
     checked: bool = False
     any_mode: bool = False
+    views: Views = dataclasses.field(default_factory=dict)
 
 
 def capture(request: Request) -> Captured:
     """Capture by the first route that can.
 
     Raises:
-        CaptureError: none can.
+        CaptureError: none can, or outputs have memory in common in a way that is not known.
     """
+    captured = _captured(request)
+    overlap = refusal(request.overlaps, captured.views)
+    if overlap is not None:
+        raise CaptureError(overlap)
+    return captured
+
+
+def _captured(request: Request) -> Captured:
     if isinstance(request.module, OnnxModule):
         from ovshim.capture import onnx
 
@@ -164,9 +177,11 @@ class FlatModule(nn.Module):
     Args:
         run: what is called, with the rebuilt arguments.
         in_range: gives, after a run, the tensor that says whether all indices were in range.
+        views_among: gives, after a run, which leaves of its output are views of others.
 
     Attributes:
         outputs: after a call: those of the requested leaves that are computed.
+        views: after a call: those that are taken of `outputs`.
     """
 
     def __init__(
@@ -174,6 +189,7 @@ class FlatModule(nn.Module):
         request: Request,
         run: Callable[..., Any],
         in_range: Callable[[], torch.Tensor | None] = lambda: None,
+        views_among: Callable[[Sequence[Any]], Views] = lambda leaves: {},
     ) -> None:
         super().__init__()
         scripted = any(isinstance(m, torch.jit.ScriptModule) for m in request.module.modules())
@@ -181,9 +197,11 @@ class FlatModule(nn.Module):
         self.module = request.module if scripted else _weights_of(request.module)
         self._run = run
         self._in_range = in_range
+        self._views_among = views_among
         self._request = request
         self.training = False
         self.outputs: tuple[int, ...] = ()
+        self.views: Views = {}
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         request = self._request
@@ -195,7 +213,9 @@ class FlatModule(nn.Module):
         args, kwargs = unflatten_call(leaves, request.kind.structure)
         results, _ = flatten(self._run(*args, **kwargs))
         # A number that depends on sizes is a tensor while it is traced; others are constants.
-        self.outputs = tuple(i for i in request.outputs if isinstance(results[i], torch.Tensor))
+        self.views = self._views_among(results)
+        computed = [i for i in request.outputs if isinstance(results[i], torch.Tensor)]
+        self.outputs = tuple(i for i in computed if i not in self.views)
         verdict = self._in_range()
         return (*(results[i] for i in self.outputs), *([] if verdict is None else [verdict]))
 

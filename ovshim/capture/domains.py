@@ -28,6 +28,7 @@ _DIVISIONS = {operator.floordiv, operator.mod, torch.floor_divide, torch.remaind
 _DIVISION_METHODS = {"floor_divide", "remainder", "fmod", "floor_divide_", "remainder_", "fmod_"}
 _ROUNDED = {torch.div, torch.divide, torch.true_divide, "div", "divide", "div_"}
 _ELEMENT_BY_ELEMENT = {operator.add, torch.add, torch.min, torch.minimum, torch.max, torch.maximum}
+_SCATTERED = ((0, "input"), (1, "mask"), (2, "source"))
 _OF_SIZES_ALONE = {torch.full_like, torch.zeros_like, torch.ones_like}
 
 
@@ -40,6 +41,8 @@ def check_domains(module: fx.GraphModule, owns: Callable[[fx.Node], bool]) -> No
     graph = module.graph
     for node in list(graph.nodes):
         magnitude(node)  # in this order, so that none has to ask for a long chain before it
+        if _scatters(node):
+            _ask(graph, node, _has_enough, *(argument(node, n, name) for n, name in _SCATTERED))
         divisor = _integer_divisor(node)
         if divisor is not None:
             _ask(graph, node, nans.has_no_zero, divisor)
@@ -67,6 +70,16 @@ def _ask(graph: fx.Graph, before: fx.Node, question: Any, *about: Any) -> None:
     with graph.inserting_before(before):
         asked = graph.call_function(question, about)
     asked.meta[VERDICT] = True
+
+
+def _scatters(node: fx.Node) -> bool:
+    method = node.op == "call_method" and node.target == "masked_scatter"
+    return method or node.target is torch.masked_scatter
+
+
+def _has_enough(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    whole = torch.logical_or(mask, torch.zeros_like(x, dtype=torch.bool))
+    return whole.to(torch.int32).sum(dtype=torch.int32) <= source.numel()
 
 
 def _fits_32_bits(x: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,10 @@ from ovshim.capture import (
     readers,
     rewrites,
 )
+from ovshim.capture.assertions import are_asked, ask_instead
 from ovshim.capture.domains import check_domains
 from ovshim.capture.hush import hushed
+from ovshim.capture.overlaps import Overlaps
 from ovshim.capture.ranges import check_ranges
 from ovshim.capture.refusals import (
     SizesRefusedError,
@@ -120,10 +122,12 @@ def _finish(
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
+    asked = ask_instead(graph)
     refuse_contents(graph, sources)
+    overlaps = Overlaps(graph, request)
     check_domains(graph, sources.owns)
     rewrites.apply(graph)
-    if common.shape_env.deferred_runtime_asserts:
+    if not are_asked(common.shape_env.deferred_runtime_asserts, asked):
         # A number taken out of a tensor was used as if it were known: torch.compile would check it
         # while the graph runs.
         raise CaptureError(reason("value-dependent", "a value is read out of a tensor"))
@@ -139,7 +143,8 @@ def _finish(
     inputs = request.kind.distinct
     tensors = [request.leaves[i] for i in inputs]
     places = [request.kind.tensors.index(i) for i in inputs]
-    flat = FlatModule(request, run, lambda: checked.in_range)
+    views_among = functools.partial(overlaps.views_among, checked)
+    flat = FlatModule(request, run, lambda: checked.in_range, views_among)
     traced = frontend.trace(flat, tensors)
     origin = _origins(request, graph) if request.marked else None
     model, reader = readers.read(traced, tensors, [pattern[t] for t in places], origin)
@@ -155,6 +160,7 @@ def _finish(
         code,
         checked=checked.in_range is not None,
         any_mode=not any(map(_asks_for_mode, traced_code)),
+        views=flat.views,
     )
 
 

@@ -9,7 +9,7 @@ one had, the call goes to eager, which raises the user's usual error.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,19 +28,22 @@ class Checked:
 
     Attributes:
         in_range: that output of the last run, a boolean tensor; None where nothing is checked.
+        outputs: the others of the last run.
     """
 
     def __init__(self, graph: fx.GraphModule, checked: bool) -> None:
         self._graph = graph
         self._checked = checked
         self.in_range: torch.Tensor | None = None
+        self.outputs: Sequence[Any] = ()
 
     def __call__(self, *args: Any) -> Any:
         # Not by a call: torch would print what the graph raises, with the line of its code.
         outputs = self._graph.forward(*args)
         if self._checked:
             self.in_range = outputs[-1]
-            return outputs[:-1]
+            outputs = outputs[:-1]
+        self.outputs = outputs
         return outputs
 
 

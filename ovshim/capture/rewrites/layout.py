@@ -146,6 +146,23 @@ def _circular(node: Node) -> Function | None:
 
 
 _NONE = "has no counterpart"
+_BY_VALUES = "takes no mask that is larger, and fails where there are too few values"
+
+
+def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    whole = torch.logical_or(mask, torch.zeros_like(x, dtype=torch.bool))
+    place = torch.cumsum(whole.reshape(-1).to(torch.int32), 0, dtype=torch.int32) - 1
+    values = source.reshape(-1)
+    # Where there are fewer values than places, the call goes to eager (`domains`).
+    taken = values[place.clamp(min=0).clamp(max=values.shape[0] - 1)]
+    return torch.where(whole, taken.reshape(whole.shape), x)
+
+
+def _masked_scatter(node: Node) -> Function | None:
+    source = tensor_of(argument(node, 2, "source"))
+    some = source is not None and statically_known_true(source.numel() > 0)
+    return masked_scatter if some else None
+
 
 TABLE = (
     Rewrite((getattr,), _attribute, _NONE),
@@ -158,6 +175,7 @@ TABLE = (
     Rewrite((torch.diag_embed, "diag_embed"), _diag_embed, _NONE),
     Rewrite((torch.msort, "msort"), always(msort), _NONE),
     Rewrite((torch.take, "take"), _take, _NONE),
+    Rewrite((torch.masked_scatter, "masked_scatter"), _masked_scatter, _BY_VALUES),
     # By way of ONNX, torch's exporter damages memory where there is no batch.
     Rewrite((torch._C._nn.pad,), _circular, "has no counterpart for circular"),
     Rewrite((F.interpolate,), _nearest_exact, "has no counterpart for nearest-exact"),

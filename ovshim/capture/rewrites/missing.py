@@ -301,6 +301,7 @@ TABLE = (
     Rewrite((torch.diag, "diag"), _of_matrices, _NONE),
     Rewrite((torch.trapz, torch.trapezoid), _evenly_spaced, _NONE),
     Rewrite((torch.isin,), always(isin), _NONE),
+    Rewrite((torch._is_all_true, "_is_all_true"), always(torch.all), _NONE),
     Rewrite((F.threshold, torch.threshold), _of_floats(threshold), _NONE),
     Rewrite((torch.threshold_,), _of_floats(in_place(threshold)), _NONE),
     Rewrite((F.softshrink,), _of_floats(softshrink), _NONE),

@@ -1,0 +1,92 @@
+"""Tensors of an output that lie in the memory of another one: who writes to one writes to both.
+
+No graph gives such tensors. So it gives the other one, and of that they are taken as eager takes
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ovshim.reasons import Reason, reason
+
+__all__ = ["View", "Views", "copied_together", "refusal"]
+
+Part = int | tuple[int, int | None]
+"""Of one dimension: the place that is selected, or where a slice begins and where it ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How one tensor is taken of another.
+
+    Attributes:
+        of: which leaf of the output that is.
+        parts: what is taken of each of its dimensions.
+        order: which of those that are left the view's dimensions are.
+    """
+
+    of: int
+    parts: tuple[Part, ...]
+    order: tuple[int, ...]
+
+    def taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It, of such a tensor."""
+        key = tuple(part if isinstance(part, int) else slice(*part) for part in self.parts)
+        return tensor[key].permute(self.order)
+
+    def to_json(self) -> list[Any]:
+        """As a manifest holds it."""
+        return [self.of, list(self.parts), list(self.order)]
+
+    @staticmethod
+    def from_json(stored: Sequence[Any]) -> View:
+        """The view that a manifest holds. Raises where it holds none."""
+        of, parts, order = stored
+        return View(_whole(of), tuple(map(_part, parts)), tuple(map(_whole, order)))
+
+
+Views = Mapping[int, View]
+"""By leaf of an output: how it is taken of another one, which is none of these."""
+
+
+def _part(stored: Any) -> Part:
+    if not isinstance(stored, list):
+        return _whole(stored)
+    start, stop = stored
+    return _whole(start), None if stop is None else _whole(stop)
+
+
+def _whole(stored: Any) -> int:
+    if type(stored) is not int:
+        raise ValueError(f"{stored!r} is no whole number")
+    return stored
+
+
+def refusal(overlaps: Iterable[tuple[int, int]], views: Views) -> Reason | None:
+    """Why an output is eager's two leaves of which overlap; None where views make them so."""
+    for one, other in overlaps:
+        if _owner(one, views) != _owner(other, views):
+            return reason("aliases-input", "two outputs overlap in memory")
+    return None
+
+
+def copied_together(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Copies by the tensors' ids. What these have in common of their memory, the copies have."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        copy = storages.get(storage.data_ptr()) or storage.clone()  # type: ignore[no-untyped-call]
+        storages[storage.data_ptr()] = copy
+        place = tensor.storage_offset(), tensor.size(), tensor.stride()
+        copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(copy, *place)
+    return copies
+
+
+def _owner(leaf: int, views: Views) -> int:
+    return views[leaf].of if leaf in views else leaf
