@@ -216,15 +216,22 @@ def _check_precision(module: nn.Module, options: Options) -> None:
 
 class Maker:
     """Makes the dispatcher of a method: what a `BoundMethod` carries along, in copies and pickles,
-    so that each module gets a dispatcher of its own."""
+    so that each module gets a dispatcher of its own.
 
-    def __init__(self, method: str, options: Options) -> None:
+    Args:
+        along: whether nobody has asked for this module, but for the one that generates with it.
+    """
+
+    along = False  # in pickles of before it is missing
+
+    def __init__(self, method: str, options: Options, along: bool = False) -> None:
         self.method = method
         self.options = options
+        self.along = along
 
     def __getstate__(self) -> dict[str, Any]:
         # Loaders with workers and functions defined on the spot do not pickle; their items do.
-        return {"method": self.method, "options": self.options.portable()}
+        return {**vars(self), "options": self.options.portable()}
 
     def __call__(self, module: nn.Module, original: Callable[..., Any]) -> Dispatcher:
         from ovshim.dispatch import Dispatcher
@@ -239,21 +246,41 @@ def _divided(job: Job, plan: Plan) -> Plan:
     return divide(job, plan)
 
 
-def _equip(module: nn.Module, options: Options) -> None:
+def _equip(module: nn.Module, options: Options, along: bool = False) -> None:
     """Put our callables in front of a module's methods. Its encoder, where it generates with one,
-    is a module of its own to `generate()`, and accelerated as one."""
-    from ovshim.bound import install, installed
+    is a module of its own to `generate()`, and accelerated as one.
+
+    Args:
+        along: as in `Maker`.
+    """
+    from ovshim.bound import install
     from ovshim.decode import encoder_of
     from ovshim.handle import Handle
 
     for name in options.methods:
-        install(module, name, Maker(name, options))
+        install(module, name, Maker(name, options, along))
     # Not setattr: a module of the user's may have a __setattr__ of its own.
     module.__dict__["ovshim"] = Handle(module, options)
     encoder = encoder_of(module) if "forward" in options.methods else None
-    of_encoder = None if encoder is None or installed(encoder) else for_part(options)
-    if encoder is not None and of_encoder is not None:
-        _equip(encoder, of_encoder)
+    if encoder is not None and _is_left_to_us(encoder):
+        of_encoder = for_part(options)
+        if of_encoder is not None:
+            _equip(encoder, of_encoder, along=True)
+
+
+def _is_left_to_us(encoder: nn.Module) -> bool:
+    """Whether nobody has accelerated it by itself. What it has by options that its model was
+    accelerated with before is taken away."""
+    from ovshim.bound import installed, uninstall
+
+    bound = installed(encoder)
+    if not all(isinstance(b.make, Maker) and b.make.along for b in bound.values()):
+        return False
+    for name in bound:
+        uninstall(encoder, name)
+    if bound:
+        encoder.__dict__.pop("ovshim", None)
+    return True
 
 
 def _decorator(options: Options) -> Callable[[C], C]:

@@ -206,12 +206,14 @@ def quantizes(options: Options) -> bool:
 
 def for_part(options: Options) -> Options | None:
     """The same for the `forward` of a submodule by itself; None where they are of the whole alone,
-    as calibration data and rules are."""
+    as rules are. Calibration data are calls of the whole, and stay with it."""
     if options.precision not in (None, "fp32", "bf16", "fp16"):
         return None
     return dataclasses.replace(
         options,
         methods=("forward",),
+        calibration=None,
+        transform=None,
         dynamic_shapes=None,
         strict=False,
         inplace=False,

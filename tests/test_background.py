@@ -393,6 +393,29 @@ def test_dropout_that_is_off_draws_nothing() -> None:
     check(fast, module, x)
 
 
+def test_a_trace_takes_no_numbers_back_that_others_have_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    run, drawn = InstructionTranslator.run, []
+
+    def beside_a_thread_that_draws(self: InstructionTranslator) -> None:
+        drawing = threading.Thread(target=lambda: drawn.append(torch.rand(2)))
+        drawing.start()
+        drawing.join()
+        run(self)
+
+    monkeypatch.setattr(InstructionTranslator, "run", beside_a_thread_that_draws)
+    module, x = make(Mlp), torch.ones(3, 8)
+    torch.manual_seed(5)
+    expected = torch.rand(20)
+    torch.manual_seed(5)
+    ovshim.accelerate(module, x, cache_dir=False, prefer="openvino")
+    assert drawn
+    assert torch.equal(torch.cat([*drawn, torch.rand(2)]), expected[: 2 * len(drawn) + 2])
+
+
 @pytest.mark.slow
 def test_a_thread_that_draws_meanwhile_loses_nothing(gate: Gate) -> None:
     """Neither is its stream set back, nor is the module taken for one that draws."""

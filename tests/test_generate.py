@@ -522,6 +522,33 @@ def test_an_encoder_that_is_accelerated_keeps_its_own_options(cache: Path) -> No
     assert ovshim.explain(fast).to_dict()["encoder"]["eager_reasons"] == {"prefer-eager": 1}
 
 
+def test_an_encoder_has_the_options_that_its_model_was_given_last(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("t5")
+    fast = pickle.loads(pickle.dumps(accelerated(model, cache_dir=cache)))
+    again = ovshim.accelerate(fast, prefer="eager", cache_dir=cache)
+    again.generate(**given, max_new_tokens=2)
+    assert again.get_encoder().ovshim.options.prefer == "eager"
+    assert ovshim.explain(again).to_dict()["encoder"]["eager_reasons"] == {"prefer-eager": 1}
+    assert fast.get_encoder().ovshim.options.prefer == "openvino"
+    ovshim.accelerate(fast, inplace=True, precision="int8_weights", cache_dir=cache)
+    assert ovshim.explain(fast).to_dict()["encoder"] is None
+    assert not installed(fast.get_encoder())
+    assert "ovshim" not in fast.get_encoder().__dict__
+
+
+@pytest.mark.filterwarnings("ignore::ovshim.PrecisionWarning")  # where there is no unit for it
+def test_calibration_data_of_a_model_are_none_of_its_encoder(cache: Path) -> None:
+    model, given = lm.make_encoder_decoder("t5")
+    ids = given["inputs"]
+    data = [{"input_ids": ids, "decoder_input_ids": ids[:, :2]}]
+    fast = accelerated(model, cache_dir=cache, precision="fp16", calibration=data)
+    for _ in range(2):
+        fast.generate(**given, max_new_tokens=2)
+    told = ovshim.explain(fast).to_dict()["encoder"]
+    assert told["calls"] == {"openvino": 1, "mixed": 0, "eager": 1}
+    assert told["eager_reasons"] == {"building": 1}
+
+
 def test_an_encoder_is_left_alone_where_the_options_are_of_the_whole(cache: Path) -> None:
     model, _ = lm.make_encoder_decoder("t5")
     for options in ({"precision": "int8_weights"}, {"methods": ("generate",)}):

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -204,6 +205,7 @@ def _configured() -> Iterator[list[str]]:
     effects: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(spared())
+        stack.enter_context(_generator_left_alone())
         stack.enter_context(get_metrics_context())
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
         stack.enter_context(
@@ -225,6 +227,23 @@ def _configured() -> Iterator[list[str]]:
         seen = stack.enter_context(hushed())
         yield effects
         effects += [text for text in seen if "side effects" in text]
+
+
+@contextlib.contextmanager
+def _generator_left_alone() -> Iterator[None]:
+    """After a trace Dynamo puts torch's generator back to where it stood before, over all that
+    other threads have drawn meanwhile. A trace computes nothing, and so draws nothing."""
+    put_back, tracing = torch.random.set_rng_state, threading.get_ident()
+
+    def unless_traced(new_state: torch.Tensor) -> None:
+        if threading.get_ident() != tracing:
+            put_back(new_state)
+
+    torch.random.set_rng_state = unless_traced
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state = put_back
 
 
 def _qualname(call: Callable[..., Any]) -> str:

@@ -65,10 +65,10 @@ def encoder_of(module: nn.Module) -> nn.Module | None:
     try:
         generating: Any = module
         found = generating.get_encoder() if generating.config.is_encoder_decoder else None
+        is_part = any(found is inner for inner in module.modules() if inner is not module)
     except Exception as error:  # see `room_for`
         log.debug("%s has no encoder: %s", type(module).__qualname__, error)
         return None
-    is_part = any(found is inner for inner in module.modules() if inner is not module)
     return found if is_part else None
 
 
