@@ -26,9 +26,13 @@ def obstacle(module: nn.Module) -> Reason | None:
         return reason("training")
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return reason("inner-hooks", "hooks for all modules")
-    for name, inner in module.named_modules():
-        if inner is module:
-            continue
+    try:
+        below = [(name, inner) for name, inner in module.named_modules() if inner is not module]
+    except (
+        TypeError
+    ) as error:  # for a set; with __eq__ there may be no __hash__
+        return reason("capture-failed", str(error))
+    for name, inner in below:
         if are_called(inner._forward_hooks) or inner._forward_pre_hooks:
             return reason("inner-hooks", name)
         if not is_plain(inner) and getattr(inner, "training", False):

@@ -1142,3 +1142,18 @@ def test_a_trace_that_fails_prints_nothing(capfd: pytest.CaptureFixture[str]) ->
         )
     assert "torch.jit.trace" in plans(fast)[0]["reason"]["message"]
     assert capfd.readouterr() == ("", "")
+
+
+class Compared(nn.Linear):
+    """No set takes it: a class with `__eq__` has no `__hash__` of its own."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def test_a_module_that_no_set_takes_is_eagers() -> None:
+    module = Compared(8, 4).eval()
+    x = torch.randn(3, 8)
+    with falls_back("capture-failed"):
+        fast = ovshim.accelerate(module, x)
+    check(fast, module, x, path="eager", reason="capture-failed")
