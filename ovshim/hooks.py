@@ -28,9 +28,7 @@ def obstacle(module: nn.Module) -> Reason | None:
         return reason("inner-hooks", "hooks for all modules")
     try:
         below = [(name, inner) for name, inner in module.named_modules() if inner is not module]
-    except (
-        TypeError
-    ) as error:  # for a set; with __eq__ there may be no __hash__
+    except TypeError as error:  # for a set; with __eq__ there may be no __hash__
         return reason("capture-failed", str(error))
     for name, inner in below:
         if are_called(inner._forward_hooks) or inner._forward_pre_hooks:

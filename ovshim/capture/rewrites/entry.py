@@ -21,6 +21,7 @@ __all__ = [
     "argument",
     "dtype_of",
     "in_place",
+    "of_floats",
     "tensor_of",
     "value_of",
     "wrapping",
@@ -59,6 +60,18 @@ class Rewrite:
 def always(function: Function) -> Callable[[Node], Function | None]:
     """Every call is replaced, but one that writes its result elsewhere."""
     return lambda node: None if "out" in node.kwargs else function
+
+
+def of_floats(function: Function) -> Callable[[Node], Function | None]:
+    """Calls on floats alone, and for their own dtype. Of integers sums and products wrap, and have
+    operators of their own for it."""
+
+    def choose(node: Node) -> Function | None:
+        dtypes = [dtype_of(x) for x in node.all_input_nodes]
+        floats = all(dtype is not None and dtype.is_floating_point for dtype in dtypes)
+        return function if floats and not node.kwargs.keys() & {"out", "dtype"} else None
+
+    return choose
 
 
 def value_of(node: Any) -> Any:

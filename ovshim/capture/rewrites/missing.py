@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ovshim.capture.rewrites.entry import Function, Rewrite, always, dtype_of, in_place, wrapping
+from ovshim.capture.rewrites.entry import (
+    Function,
+    Rewrite,
+    always,
+    dtype_of,
+    in_place,
+    of_floats,
+    wrapping,
+)
 from ovshim.capture.rewrites.sizes import larger, smaller
 
 __all__ = ["TABLE"]
@@ -127,7 +135,7 @@ def trapezoid(y: torch.Tensor, *, dx: float = 1.0, dim: int = -1) -> torch.Tenso
 
 def _evenly_spaced(node: Node) -> Function | None:
     usual = len(node.args) == 1 and "x" not in node.kwargs and "y" not in node.kwargs
-    return _of_floats(trapezoid)(node) if usual else None
+    return of_floats(trapezoid)(node) if usual else None
 
 
 def positive(x: torch.Tensor) -> torch.Tensor:
@@ -245,15 +253,6 @@ def _real(node: Node) -> Function | None:
     return None if dtype is None or dtype.is_complex else torch.sign
 
 
-def _of_floats(function: Function) -> Any:
-    def choose(node: Node) -> Function | None:
-        dtypes = [dtype_of(x) for x in node.all_input_nodes]
-        floats = all(dtype is not None and dtype.is_floating_point for dtype in dtypes)
-        return function if floats and not node.kwargs.keys() & {"out", "dtype"} else None
-
-    return choose
-
-
 def _of_integers(function: Function) -> Any:
     def choose(node: Node) -> Function | None:
         dtype = dtype_of(node.args[0])
@@ -293,7 +292,7 @@ _ANY = (
 _INTEGERS = (("isnan", differs_from_itself), ("isinf", differs_from_itself))
 
 TABLE = (
-    *(Rewrite((getattr(torch, n), n), _of_floats(f), _NONE) for n, f in _FLOATS),
+    *(Rewrite((getattr(torch, n), n), of_floats(f), _NONE) for n, f in _FLOATS),
     *(Rewrite((getattr(torch, n), n), always(f), _NONE) for n, f in _ANY),
     *(Rewrite((getattr(torch, n), n), _of_integers(f), _NONE) for n, f in _INTEGERS),
     Rewrite((torch.isfinite, "isfinite"), _of_integers(equals_itself), _NONE),
@@ -302,11 +301,11 @@ TABLE = (
     Rewrite((torch.trapz, torch.trapezoid), _evenly_spaced, _NONE),
     Rewrite((torch.isin,), always(isin), _NONE),
     Rewrite((torch._is_all_true, "_is_all_true"), always(torch.all), _NONE),
-    Rewrite((F.threshold, torch.threshold), _of_floats(threshold), _NONE),
-    Rewrite((torch.threshold_,), _of_floats(in_place(threshold)), _NONE),
-    Rewrite((F.softshrink,), _of_floats(softshrink), _NONE),
-    Rewrite((F.hardshrink, torch.hardshrink), _of_floats(hardshrink), _NONE),
-    Rewrite((F.cosine_similarity, torch.cosine_similarity), _of_floats(cosine_similarity), _NONE),
-    Rewrite((F.pairwise_distance,), _of_floats(pairwise_distance), "has another sign of eps"),
-    Rewrite((F.bilinear,), _of_floats(bilinear), _NONE),
+    Rewrite((F.threshold, torch.threshold), of_floats(threshold), _NONE),
+    Rewrite((torch.threshold_,), of_floats(in_place(threshold)), _NONE),
+    Rewrite((F.softshrink,), of_floats(softshrink), _NONE),
+    Rewrite((F.hardshrink, torch.hardshrink), of_floats(hardshrink), _NONE),
+    Rewrite((F.cosine_similarity, torch.cosine_similarity), of_floats(cosine_similarity), _NONE),
+    Rewrite((F.pairwise_distance,), of_floats(pairwise_distance), "has another sign of eps"),
+    Rewrite((F.bilinear,), of_floats(bilinear), _NONE),
 )

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ovshim.capture.rewrites.entry import Function, Rewrite, argument, dtype_of, tensor_of
+from ovshim.capture.rewrites.entry import Function, Rewrite, argument, of_floats, tensor_of
 
 __all__ = ["TABLE"]
 
@@ -107,20 +107,9 @@ def _kron(node: Node) -> Function | None:
     return kron if all(fake is not None and fake.dim() == 2 for fake in fakes) else None
 
 
-def _of_floats(function: Function) -> Any:
-    """Products of integers wrap in eager, and have operators of their own for it."""
-
-    def choose(node: Node) -> Function | None:
-        dtypes = [dtype_of(x) for x in node.all_input_nodes]
-        floats = all(dtype is not None and dtype.is_floating_point for dtype in dtypes)
-        return function if floats and "out" not in node.kwargs else None
-
-    return choose
-
-
 def _floats_too(choose: Any) -> Any:
-    of_floats = _of_floats(choose)
-    return lambda node: None if of_floats(node) is None else choose(node)
+    floats = of_floats(choose)
+    return lambda node: None if floats(node) is None else choose(node)
 
 
 _NONE = "has no counterpart"
@@ -128,10 +117,10 @@ _NONE = "has no counterpart"
 TABLE = (
     Rewrite((torch.tensordot,), _floats_too(_tensordot), _NONE),
     Rewrite((torch.inner, "inner"), _floats_too(_inner), _NONE),
-    Rewrite((torch.linalg.vecdot,), _of_floats(vecdot), _NONE),
-    Rewrite((torch.addmv, "addmv"), _of_floats(addmv), _NONE),
-    Rewrite((torch.addr, "addr"), _of_floats(addr), _NONE),
-    Rewrite((torch.addbmm, "addbmm"), _of_floats(addbmm), _NONE),
-    Rewrite((torch.linalg.multi_dot,), _of_floats(multi_dot), _NONE),
+    Rewrite((torch.linalg.vecdot,), of_floats(vecdot), _NONE),
+    Rewrite((torch.addmv, "addmv"), of_floats(addmv), _NONE),
+    Rewrite((torch.addr, "addr"), of_floats(addr), _NONE),
+    Rewrite((torch.addbmm, "addbmm"), of_floats(addbmm), _NONE),
+    Rewrite((torch.linalg.multi_dot,), of_floats(multi_dot), _NONE),
     Rewrite((torch.kron, "kron"), _floats_too(_kron), _NONE),
 )
