@@ -404,6 +404,11 @@ CASES |= {
     "layout/column_stack": case(
         lambda x: (torch.column_stack([x, x * 2]), torch.column_stack([x[:, None], x])), FLOATS
     ),
+    "layout/unfold": case(
+        lambda x: (x.unfold(1, 4, 3), x.unfold(-1, 2, 1) + 1, x.unfold(0, size=2, step=2)),
+        torch.randn(4, 13, 5),
+        torch.randn(7, 4, 5),
+    ),
     "layout/select_scatter": case(
         lambda x: (x.select_scatter(x[0] * 2, 0, 1), torch.select_scatter(x, x[:, 0], -1, 2)),
         torch.randn(3, 4),

@@ -93,6 +93,21 @@ def msort(x: torch.Tensor) -> torch.Tensor:
     return x.sort(0)[0]
 
 
+def unfold(x: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tensor:
+    dim = dimension % x.dim()
+    starts = torch.arange(0, x.shape[dim] - size + 1, step)
+    places = starts[:, None] + torch.arange(size)
+    windows = x.index_select(dim, places.reshape(-1)).unflatten(dim, (-1, size))
+    return windows.movedim(dim + 1, -1)
+
+
+def _unfold(node: Node) -> Function | None:
+    given = [argument(node, n, name) for n, name in enumerate(("dimension", "size", "step"), 1)]
+    x = tensor_of(node.args[0])
+    usual = all(isinstance(n, int) for n in given) and min(given[1:], default=0) > 0
+    return unfold if usual and x is not None and x.dim() > 0 else None
+
+
 def flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten()
 
@@ -175,6 +190,7 @@ TABLE = (
     Rewrite((torch.diag_embed, "diag_embed"), _diag_embed, _NONE),
     Rewrite((torch.msort, "msort"), always(msort), _NONE),
     Rewrite((torch.take, "take"), _take, _NONE),
+    Rewrite(("unfold",), _unfold, _NONE),
     Rewrite((torch.masked_scatter, "masked_scatter"), _masked_scatter, _BY_VALUES),
     # By way of ONNX, torch's exporter damages memory where there is no batch.
     Rewrite((torch._C._nn.pad,), _circular, "has no counterpart for circular"),
