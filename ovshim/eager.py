@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from ovshim.signature import Kind, Structure, TensorLeaf, flatten, unflatten_cal
 from ovshim.verify import Mismatch, compare, compare_views, relative_errors, sample_error
 from ovshim.views import Views
 
-__all__ = ["LOW_TOLERANCE", "Answer", "Eager"]
+__all__ = ["LOW_TOLERANCE", "Answer", "Candidate", "Eager"]
 
 log = logging.getLogger("ovshim")
 
@@ -34,6 +34,20 @@ class Answer:
     leaves: list[Any]
     structure: Structure
     exact: list[Any] | None
+
+
+class Candidate(Protocol):
+    """What is to answer as eager does.
+
+    Attributes:
+        checked: whether it finds out by itself that an index lies outside of its table.
+    """
+
+    @property
+    def checked(self) -> bool: ...
+
+    def answer(self, given: Sequence[torch.Tensor], /) -> Any:
+        """Its output for these tensors of a call."""
 
 
 class Eager:
@@ -69,6 +83,14 @@ class Eager:
         """Eager's output for these tensors. Raises what the module raises."""
         leaves, structure = flatten(self._run(self.call, tensors))
         return Answer(leaves, structure, self.exact(tensors))
+
+    def answer_or_none(self, tensors: Sequence[torch.Tensor]) -> Answer | None:
+        """The same; None where the module raises at values that it does not take."""
+        try:
+            return self.answer(tensors)
+        except Exception as error:  # whatever a user's module raises
+            log.debug("eager refuses redrawn values: %s", error)
+            return None
 
     def exact(self, tensors: Sequence[torch.Tensor]) -> list[Any] | None:
         """The fp32 upcast's output, where it is the measure."""

@@ -17,6 +17,7 @@ __all__ = [
     "resize",
     "resize_all",
     "small_leaves",
+    "uniform_masks",
 ]
 
 
@@ -90,6 +91,20 @@ def once_each(
         if id(tensor) not in made:
             made[id(tensor)] = make(t, tensor)
     return [made[id(tensor)] for tensor in tensors]
+
+
+def uniform_masks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The same with one value all over each mask: a module may look whether anything is hidden, and
+    go another way where nothing is. (transformers does, unless it is being traced.)"""
+    masks = {id(tensor) for tensor in tensors if _is_mask(tensor)}
+    for full in (torch.ones_like, torch.zeros_like) if masks else ():
+        yield [full(tensor) if id(tensor) in masks else tensor for tensor in tensors]
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.numel() < 2:
+        return False
+    return bool(tensor.min() >= 0) and bool(tensor.max() <= 1)
 
 
 def other_sizes(size: int) -> Iterator[int]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ovshim import pages
 from ovshim.buckets import open_groups
-from ovshim.eager import Answer, Eager
+from ovshim.eager import Answer, Candidate, Eager
 from ovshim.guards import sizes_hold
 from ovshim.infer import EngineDead
-from ovshim.inputs import other_sizes, redraw_all, resize_all
+from ovshim.inputs import other_sizes, redraw_all, resize_all, uniform_masks
+from ovshim.limits import integer_limits
 from ovshim.plan import OutOfRangeError
 from ovshim.signature import Pattern, flatten, sizes_of
-from ovshim.values import WIDEST
 from ovshim.verify import Mismatch, compare
 
 if TYPE_CHECKING:
@@ -42,9 +42,6 @@ __all__ = [
 log = logging.getLogger("ovshim")
 
 Sizes = tuple[tuple[int, ...], ...]
-
-# Integers beyond what float32 tells apart, and far from 32 bits.
-_MIDDLE = (-(2**25), 2**25)
 
 
 class ProofFailedError(Exception):
@@ -84,20 +81,6 @@ class Proof:
     limits: Mapping[int, tuple[int, int]]
 
 
-class Candidate(Protocol):
-    """What is to answer as eager does.
-
-    Attributes:
-        checked: whether it finds out by itself that an index lies outside of its table.
-    """
-
-    @property
-    def checked(self) -> bool: ...
-
-    def answer(self, given: Sequence[torch.Tensor], /) -> Any:
-        """Its output for these tensors of a call."""
-
-
 def prove(
     eager: Eager,
     served: Candidate,
@@ -125,6 +108,7 @@ def prove(
     worst = prove_values(eager, served, tensors, check_time, draws, generator)
     fitting = [sample for sample in samples if sizes_hold(size_guards, sizes_of(sample))]
     worst = max(worst, _prove_samples(eager, served, fitting, check_time))
+    worst = max(worst, _prove_masks(eager, served, tensors, check_time))
     met = [sizes_of(tensors)]
     pinned: set[tuple[int, int]] = set()
     pages.trim()  # at other sizes eager and OpenVINO take more than they did so far
@@ -138,7 +122,7 @@ def prove(
             worst = max(worst, error)
             met.append(sizes)
     check_time()
-    limits = _integer_limits(eager, served, tensors, fitting, generator)
+    limits = integer_limits(eager, served, tensors, fitting, generator)
     return Proof(worst, min(met, key=amount), tuple(met), frozenset(pinned), limits)
 
 
@@ -193,7 +177,7 @@ def _error_on(
         return eager.judge(answer, served.answer(values))
     except OutOfRangeError:
         tamer = [a if _may_be_mask(a) else b for a, b in zip(tensors, values, strict=True)]
-        other = _answer_or_none(eager, tamer)
+        other = eager.answer_or_none(tamer)
         if other is None:
             raise
         return eager.judge(other, served.answer(tamer))
@@ -201,6 +185,28 @@ def _error_on(
 
 def _may_be_mask(tensor: torch.Tensor) -> bool:
     return not tensor.dtype.is_floating_point or not bool(tensor.isfinite().all())
+
+
+def _prove_masks(
+    eager: Eager,
+    served: Candidate,
+    tensors: Sequence[torch.Tensor],
+    check_time: Callable[[], None],
+) -> float:
+    """The error with masks that hide nothing, and all there is, as far as eager and the candidate
+    take those."""
+    worst = 0.0
+    for values in uniform_masks(tensors):
+        check_time()
+        answer = eager.answer_or_none(values)
+        try:
+            if answer is not None:
+                worst = max(worst, eager.judge(answer, served.answer(values)))
+        except OutOfRangeError:
+            continue
+        except Mismatch as mismatch:
+            raise ProofFailedError(f"with masks of one value: {mismatch}") from mismatch
+    return worst
 
 
 def _prove_samples(
@@ -220,69 +226,6 @@ def _prove_samples(
         return eager.judge_samples(pairs) if pairs else 0.0
     except (Mismatch, OutOfRangeError) as mismatch:
         raise ProofFailedError(f"on calibration data: {mismatch}") from mismatch
-
-
-def _integer_limits(
-    eager: Eager,
-    served: Candidate,
-    tensors: Sequence[torch.Tensor],
-    samples: Sequence[Sequence[torch.Tensor]],
-    generator: torch.Generator,
-) -> dict[int, tuple[int, int]]:
-    """Which integer tensors must keep to the range that the example and the samples show.
-
-    Each is asked all over the range that a plan lets in. If eager refuses that, it is an index, and
-    the graph checks it itself (but a traced graph does not: then the example's range it is).
-    What the graph refuses itself (a sum that leaves 32 bits) needs no limit; it is asked less."""
-    limits = {}
-    for t, tensor in enumerate(tensors):
-        wide = tensor.dtype in (torch.int32, torch.int64) and tensor.numel() > 0
-        if not wide or any(tensor is earlier for earlier in tensors[:t]):
-            continue
-        seen = [tensor, *(sample[t] for sample in samples if sample[t].numel() > 0)]
-        least, most = int(min(x.min() for x in seen)), int(max(x.max() for x in seen))
-        wrong = False
-        for low, high in _ranges(least, most):
-            if (low, high) == _MIDDLE and wrong:
-                continue
-            drawn = torch.randint(low, high, tensor.shape, generator=generator)
-            drawn.view(-1)[:1], drawn.view(-1)[-1:] = low, high
-            values = [drawn.to(value.dtype) if value is tensor else value for value in tensors]
-            answer = _answer_or_none(eager, values)
-            if answer is None and served.checked:
-                break
-            agrees = answer is not None and _agrees(eager, served, answer, values)
-            if agrees:
-                if wrong:
-                    limits[t] = (low, high)
-                break
-            wrong = wrong or agrees is not None
-        else:
-            limits[t] = (least, most)
-    return limits
-
-
-def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges to try, from the widest to a little more than what the example shows."""
-    yield WIDEST
-    yield _MIDDLE
-    span = max(abs(least), abs(most), 1)
-    yield max(-4 * span, WIDEST[0]), min(4 * span, WIDEST[1])
-    yield least - span // 4 - 1, most + span // 4 + 1
-
-
-def _agrees(
-    eager: Eager, served: Candidate, answer: Answer, values: Sequence[torch.Tensor]
-) -> bool | None:
-    """None where the candidate says itself that it cannot answer."""
-    try:
-        eager.judge(answer, served.answer(values))
-    except OutOfRangeError:
-        return None
-    except Mismatch as error:
-        log.debug("wrong for wide integers: %s", error)
-        return False
-    return True
 
 
 def prove_small(
@@ -318,24 +261,16 @@ def redrawn(
     if generator is None:
         return eager.answer(tensors), list(tensors)
     drawn = redraw_all(tensors, generator)
-    answer = _answer_or_none(eager, drawn)
+    answer = eager.answer_or_none(drawn)
     if answer is not None:
         return answer, drawn
     values = list(tensors)
     for tensor in dict.fromkeys(map(id, tensors)):
         places = [t for t, known in enumerate(tensors) if id(known) == tensor]
         trial = [drawn[t] if t in places else value for t, value in enumerate(values)]
-        if _answer_or_none(eager, trial) is not None:
+        if eager.answer_or_none(trial) is not None:
             values = trial
     return eager.answer(values), values
-
-
-def _answer_or_none(eager: Eager, tensors: Sequence[torch.Tensor]) -> Answer | None:
-    try:
-        return eager.answer(tensors)
-    except Exception as error:  # whatever a user's module raises at values it does not take
-        log.debug("eager refuses redrawn values: %s", error)
-        return None
 
 
 def _prove_group(

@@ -106,6 +106,7 @@ FLOORS: dict[str, set[str]] = {
         "gradients",
         "recordable",
         "proof",
+        "limits",
         "wanted",
     },
     "4": {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import same
+from checks import falls_back, same
 from torch import Tensor, nn
 
 import ovshim
@@ -260,3 +260,30 @@ def test_a_mask_that_is_cut_for_the_short_proof(tmp_path: Path) -> None:
     fast = accelerated(late)
     (plan,) = ovshim.explain(fast).to_dict()["plans"]
     assert (plan["path"], plan["cache"]) == ("openvino", "hit")
+
+
+class LooksAtMask(nn.Module):
+    """Goes another way where nothing is hidden, but not while it is compiled, as transformers does:
+    of a graph nothing shows that there is another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.linear(x)
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return y * 2
+        return y * mask[:, :, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_another_way_where_nothing_is_hidden_is_noticed(dtype: torch.dtype) -> None:
+    module = LooksAtMask().eval()
+    x, mask = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=dtype)
+    mask[0, 3:] = 0
+    with falls_back("proof-failed"):
+        fast = ovshim.accelerate(module, (x, mask), prefer="openvino")
+    with torch.inference_mode():
+        for one in (mask, torch.ones_like(mask)):
+            same(fast(x, one), module(x, one))

@@ -97,8 +97,8 @@ def unfold(x: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tenso
     dim = dimension % x.dim()
     starts = torch.arange(0, x.shape[dim] - size + 1, step)
     places = starts[:, None] + torch.arange(size)
-    windows = x.index_select(dim, places.reshape(-1)).unflatten(dim, (-1, size))
-    return windows.movedim(dim + 1, -1)
+    windows = x.index_select(dim, places.reshape(-1))
+    return torch.unflatten(windows, dim, (-1, size)).movedim(dim + 1, -1)
 
 
 def _unfold(node: Node) -> Function | None:
