@@ -105,6 +105,24 @@ def test_masked_scatter_of_too_few() -> None:
     check(fast, module, x, mask, torch.randn(60))
 
 
+class Filled(nn.Module):
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        return x.masked_scatter(x > 0, source)
+
+
+def test_masked_scatter_of_more_than_float32_counts() -> None:
+    """OpenVINO counts in it, and takes 2 ** 24 + 1 for 2 ** 24."""
+    module = make(Filled)
+    both = {"x": {0: "places"}, "source": {0: "values"}}
+    example = torch.ones(3), torch.randn(4)
+    fast = ovshim.accelerate(module, example, prefer="openvino", dynamic_shapes=both)
+    check(fast, module, torch.ones(5), torch.randn(7))
+    many, source = torch.ones(2**24 + 1), torch.zeros(2**24)
+    check(fast, module, -many, source, path=None)
+    with pytest.raises(RuntimeError, match="source"), torch.inference_mode():
+        fast(many, source)
+
+
 class Remembering(nn.Module):
     """Notes its first call, and refuses some values after that, as models with images do."""
 
