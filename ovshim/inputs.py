@@ -17,6 +17,7 @@ __all__ = [
     "resize",
     "resize_all",
     "small_leaves",
+    "unmasked",
 ]
 
 
@@ -71,6 +72,22 @@ def resize(
 def redraw_all(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
     """`redraw` of each; tensors that are one stay one."""
     return once_each(tensors, lambda t, tensor: redraw(tensor, generator))
+
+
+def unmasked(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The tensors with masks that hide nothing; None where none hides some.
+
+    Libraries look whether there is anything to hide, but not while their code is captured."""
+    masks = {id(tensor) for tensor in tensors if _hides_some(tensor)}
+    if not masks:
+        return None
+    return once_each(tensors, lambda _, x: torch.ones_like(x) if id(x) in masks else x)
+
+
+def _hides_some(tensor: torch.Tensor) -> bool:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.numel():
+        return False
+    return int(tensor.min()) == 0 and int(tensor.max()) == 1
 
 
 def resize_all(

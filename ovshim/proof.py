@@ -19,7 +19,7 @@ from ovshim.buckets import open_groups
 from ovshim.eager import Answer, Eager
 from ovshim.guards import sizes_hold
 from ovshim.infer import EngineDead
-from ovshim.inputs import other_sizes, redraw_all, resize_all
+from ovshim.inputs import other_sizes, redraw_all, resize_all, unmasked
 from ovshim.plan import OutOfRangeError
 from ovshim.signature import Pattern, flatten, sizes_of
 from ovshim.values import WIDEST
@@ -171,7 +171,24 @@ def prove_values(
             worst = max(worst, _error_on(eager, served, tensors, *drawn))
         except (Mismatch, OutOfRangeError) as mismatch:
             raise ProofFailedError(f"on other values: {mismatch}") from mismatch
+    if draws > 1:
+        check_time()
+        worst = max(worst, _error_unmasked(eager, served, tensors))
     return worst
+
+
+def _error_unmasked(eager: Eager, served: Candidate, tensors: Sequence[torch.Tensor]) -> float:
+    """The error where no mask hides anything, as far as both answer that."""
+    values = unmasked(tensors)
+    answer = None if values is None else _answer_or_none(eager, values)
+    if values is None or answer is None:
+        return 0.0
+    try:
+        return eager.judge(answer, served.answer(values))
+    except OutOfRangeError:
+        return 0.0
+    except Mismatch as mismatch:
+        raise ProofFailedError(f"where nothing is masked: {mismatch}") from mismatch
 
 
 def _error_on(

@@ -146,3 +146,27 @@ def test_a_trial_that_raises_leaves_attributes_as_they_were(tmp_path: Path) -> N
     assert [plan["reason"] for plan in plans(fast)] == [None]
     with served(fast, "openvino"), torch.inference_mode():
         fast(torch.randn(3, 4), given[1])
+
+
+class Looking(nn.Module):
+    """Takes a shorter way where nothing is masked, which should be the same and is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.linear(x)
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return y.mean(1)
+        return (y * mask[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_the_proof_asks_where_nothing_is_masked(dtype: torch.dtype) -> None:
+    module = make(Looking)
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 1, 0]]).to(dtype)
+    with falls_back("proof-failed"):
+        fast = ovshim.accelerate(module, (x, mask), prefer="openvino")
+    check(fast, module, x, mask, path=None)
+    check(fast, module, x, torch.ones_like(mask), path=None)
