@@ -93,11 +93,18 @@ def once_each(
     return [made[id(tensor)] for tensor in tensors]
 
 
-def uniform_masks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def uniform_masks(
+    tensors: Sequence[torch.Tensor], hidden: bool = True
+) -> Iterator[list[torch.Tensor]]:
     """The same with one value all over each mask: a module may look whether anything is hidden, and
-    go another way where nothing is. (transformers does, unless it is being traced.)"""
+    go another way where nothing is. (transformers does, unless it is being traced.)
+
+    Args:
+        hidden: zeros as well, which mostly hide all there is.
+    """
     masks = {id(tensor) for tensor in tensors if _is_mask(tensor)}
-    for full in (torch.ones_like, torch.zeros_like) if masks else ():
+    fulls = (torch.ones_like, torch.zeros_like)[: 1 + hidden]
+    for full in fulls if masks else ():
         yield [full(tensor) if id(tensor) in masks else tensor for tensor in tensors]
 
 

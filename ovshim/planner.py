@@ -314,9 +314,11 @@ class Planner:
 
     def _publish(self) -> None:
         for grad in (False, True):
-            # Newest first: of two plans that fit, the later one was made for more sizes.
+            # Newest first: of two plans that fit, the later one was made for more sizes. But one of
+            # eager's, which is for all sizes, says nothing of those that others were proved for.
             families = self._families.in_mode(grad)
-            self._on_change(grad, tuple(p for f in families for p in reversed(f.plans)))
+            newest = [p for f in families for p in reversed(f.plans)]
+            self._on_change(grad, tuple(sorted(newest, key=lambda plan: plan.served is None)))
 
 
 def _built(job: Job) -> Plan:

@@ -105,6 +105,24 @@ def test_masked_scatter_of_too_few() -> None:
     check(fast, module, x, mask, torch.randn(60))
 
 
+class Filled(nn.Module):
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        return x.masked_scatter(x > 0, source)
+
+
+def test_masked_scatter_of_more_than_float32_counts() -> None:
+    """OpenVINO counts in it, and takes 2 ** 24 + 1 for 2 ** 24."""
+    module = make(Filled)
+    both = {"x": {0: "places"}, "source": {0: "values"}}
+    example = torch.ones(3), torch.randn(4)
+    fast = ovshim.accelerate(module, example, prefer="openvino", dynamic_shapes=both)
+    check(fast, module, torch.ones(5), torch.randn(7))
+    many, source = torch.ones(2**24 + 1), torch.zeros(2**24)
+    check(fast, module, -many, source, path=None)
+    with pytest.raises(RuntimeError, match="source"), torch.inference_mode():
+        fast(many, source)
+
+
 class Remembering(nn.Module):
     """Notes its first call, and refuses some values after that, as models with images do."""
 
@@ -128,3 +146,27 @@ def test_a_trial_that_raises_leaves_attributes_as_they_were(tmp_path: Path) -> N
     assert [plan["reason"] for plan in plans(fast)] == [None]
     with served(fast, "openvino"), torch.inference_mode():
         fast(torch.randn(3, 4), given[1])
+
+
+class Looking(nn.Module):
+    """Takes a shorter way where nothing is masked, which should be the same and is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.linear(x)
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return y.mean(1)
+        return (y * mask[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_the_proof_asks_where_nothing_is_masked(dtype: torch.dtype) -> None:
+    module = make(Looking)
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 1, 0]]).to(dtype)
+    with falls_back("proof-failed"):
+        fast = ovshim.accelerate(module, (x, mask), prefer="openvino")
+    check(fast, module, x, mask, path=None)
+    check(fast, module, x, torch.ones_like(mask), path=None)

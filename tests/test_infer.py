@@ -253,6 +253,15 @@ def test_a_model_without_inputs() -> None:
     assert engine.run([])[0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("queues", [True, False])
+def test_a_model_without_inputs_leaves_its_calls_to_another(queues: bool) -> None:
+    model = compiled(lambda: [ops.constant(np.arange(3, dtype=np.float32))])
+    engine, other = (Engine(model, [], [torch.float32]) for _ in range(2))
+    other.queues = queues
+    engine.leave([], other)
+    assert engine.run([])[0].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_an_output_that_is_an_input_or_another_output_has_its_own_memory(

@@ -128,6 +128,26 @@ def test_what_is_no_plain_view(outputs: Callable[[Tensor], Any]) -> None:
         assert memory(answer) == memory(module(x))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "batch", "length"),
+    [
+        (lambda y: (y[:, 0], y[:, -1]), 3, 1),
+        (lambda y: (y[:, 2], y[:, -2]), 3, 4),
+        (lambda y: (y[0], y[-1]), 1, 5),
+    ],
+)
+def test_outputs_that_overlap_at_another_size_alone(
+    outputs: Callable[[Tensor], Any], batch: int, length: int
+) -> None:
+    """The first and the last of several are two, and of one they are the same."""
+    with quietly():
+        module, fast = accelerated(outputs)
+        check(fast, module, torch.randn(3, 6, 8))
+        one, other = check(fast, module, torch.randn(batch, length, 8), path=None)
+    assert one.data_ptr() == other.data_ptr()
+    check(fast, module, torch.randn(3, 6, 8))
+
+
 def test_the_next_process_takes_them_alike(tmp_path: Path) -> None:
     for cache in ("miss", "hit"):
         torch.manual_seed(0)

@@ -23,6 +23,8 @@ from ovshim.capture.rewrites.entry import INTEGERS, VERDICT, argument, tensor_of
 __all__ = ["check_domains"]
 
 _LARGEST = 2147483647.0
+# OpenVINO sums up and compares integers in float32, which tells no more of them apart.
+_COUNTED = 2**24
 
 _DIVISIONS = {operator.floordiv, operator.mod, torch.floor_divide, torch.remainder, torch.fmod}
 _DIVISION_METHODS = {"floor_divide", "remainder", "fmod", "floor_divide_", "remainder_", "fmod_"}
@@ -79,7 +81,8 @@ def _scatters(node: fx.Node) -> bool:
 
 def _has_enough(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     whole = torch.logical_or(mask, torch.zeros_like(x, dtype=torch.bool))
-    return whole.to(torch.int32).sum(dtype=torch.int32) <= source.numel()
+    enough = whole.to(torch.int32).sum(dtype=torch.int32) <= source.numel()
+    return enough & (whole.numel() < _COUNTED)
 
 
 def _fits_32_bits(x: torch.Tensor) -> torch.Tensor:

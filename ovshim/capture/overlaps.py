@@ -35,6 +35,7 @@ class Overlaps:
         self._pairs = request.overlaps
         # Now and not when they are asked for: nobody may look at symbols while a graph is traced.
         self._views = _views_in(graph) if self._pairs else {}
+        _keep_apart(graph)
 
     def views_among(self, checked: Checked, leaves: Sequence[Any]) -> Views:
         """Which of the leaves that overlap are views of others, as far as that is certain.
@@ -75,6 +76,54 @@ def _views_in(graph: fx.GraphModule) -> dict[tuple[int, int], _Taken]:
             if taken is not None:
                 found[i, j] = taken
     return found
+
+
+def _keep_apart(graph: fx.GraphModule) -> None:
+    """Guard that outputs that lie beside each other in one memory do, as the first token and the
+    last of more than one."""
+    nodes = [node for node in graph.graph.nodes if _has_strides(_fake(node))]
+    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    known = dict.fromkeys(node for node in outputs if node in nodes)
+    for one, other in itertools.combinations(map(_fake, known), 2):
+        if not _is_shared(one, other):
+            continue
+        for whole in map(_fake, nodes):
+            taken = _taken(one, whole), _taken(other, whole)
+            if taken[0] is not None and taken[1] is not None:
+                _guard_apart(whole.shape, taken[0][0], taken[1][0])
+                break
+
+
+def _fake(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
+
+
+def _has_strides(fake: Any) -> bool:
+    return isinstance(fake, torch.Tensor) and fake.layout is torch.strided
+
+
+def _guard_apart(sizes: Sequence[Any], one: Sequence[Part], other: Sequence[Part]) -> None:
+    """Guard that these parts have nothing in common, unless they do in the example."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    ways = []
+    for size, part, its in zip(sizes, one, other, strict=True):
+        (start, stop), (from_, to) = _ends(part, size), _ends(its, size)
+        ways += [stop <= from_, to <= start]
+    if not any(map(statically_known_true, ways)):
+        next((way for way in ways if _holds(way) and bool(way)), None)
+
+
+def _holds(condition: Any) -> bool:
+    """Whether a condition does in the example, without a guard on that."""
+    return bool(condition.node.hint if isinstance(condition, torch.SymBool) else condition)
+
+
+def _ends(part: Part, size: Any) -> tuple[Any, Any]:
+    """Where a part of a dimension begins and ends."""
+    first, last = (part, part + 1 or None) if isinstance(part, int) else part
+    start = first if first >= 0 else size + first
+    return start, size if last is None else last if last >= 0 else size + last
 
 
 def _groups(pairs: Sequence[tuple[int, int]]) -> list[set[int]]:
