@@ -27,6 +27,7 @@ from ovshim.modes import Drawing, Writes, without_drawing
 from ovshim.random_generators import GeneratorStates, drawn_by, watched
 from ovshim.reasons import Reason, reason
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
+from ovshim.views import overlaps, storage_of
 
 __all__ = ["Look", "Sources", "look", "place_of", "sources", "used_up"]
 
@@ -35,8 +36,6 @@ log = logging.getLogger("ovshim")
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
 _RESTORABLE_BYTES = 64 << 20
-# Outputs that share a storage of more elements than this are taken to overlap.
-_LARGEST_MAP = 1 << 26
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -150,7 +149,7 @@ def _describe(found: Look, output: Any, inputs: Sequence[torch.Tensor], world: _
         found, [*inputs, *(tensor for _, tensor, _ in world.tensors)]
     )
     if found.reason is None:
-        found.overlaps = tuple(_overlaps(found.leaves))
+        found.overlaps = tuple(overlaps(found.leaves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,37 +336,8 @@ def _unfit_output(found: Look, taken: Sequence[torch.Tensor]) -> Reason | None:
         if unfit or not tensor.is_cpu or tensor.is_quantized or tensor.is_complex():
             what = f"a {type(tensor).__qualname__} of {tensor.dtype} on {tensor.device}"
             return reason("special-tensor", f"the output holds {what}")
-    owned = {_storage(tensor) for tensor in taken}
+    owned = {storage_of(tensor) for tensor in taken}
     for leaf, given in zip(found.leaves, found.given, strict=True):
-        if isinstance(leaf, torch.Tensor) and given is None and _storage(leaf) in owned - {0}:
+        if isinstance(leaf, torch.Tensor) and given is None and storage_of(leaf) in owned - {0}:
             return reason("aliases-input")
     return None
-
-
-def _overlaps(leaves: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    shared: dict[int, list[int]] = {}
-    known: set[int] = set()
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor) or id(leaf) in known or not _storage(leaf):
-            continue
-        known.add(id(leaf))
-        others = shared.setdefault(_storage(leaf), [])
-        yield from ((j, i) for j in others if _overlap(leaf, leaves[j]))
-        others.append(i)
-
-
-def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two views of one storage have an element in common. (The parts of a split have none:
-    nobody can tell them from tensors of their own.)"""
-    count = one.untyped_storage().nbytes() // one.element_size()
-    if one.dtype != other.dtype or count > _LARGEST_MAP:
-        return True
-    taken = torch.zeros(count, dtype=torch.bool)
-    taken.as_strided(one.size(), one.stride(), one.storage_offset()).fill_(True)
-    return bool(taken.as_strided(other.size(), other.stride(), other.storage_offset()).any())
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return 0
-    return tensor.untyped_storage().data_ptr()

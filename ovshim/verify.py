@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ovshim.signature import Structure, flatten
-from ovshim.views import Views
+from ovshim.views import Views, overlaps, refusal
 
 __all__ = [
     "Mismatch",
@@ -69,7 +69,10 @@ def compare_flat(
 
 
 def compare_views(leaves: Sequence[Any], views: Views) -> None:
-    """Raise Mismatch where eager's output does not have these views among its leaves."""
+    """Raise Mismatch where eager's output does not have these views among its leaves, or others."""
+    why = refusal(overlaps(leaves), views)
+    if why is not None:
+        raise Mismatch(why.message)
     for leaf, view in views.items():
         mine, other = leaves[leaf], view.taken(leaves[view.of])
         if _memory(mine) != _memory(other):

@@ -7,14 +7,17 @@ them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ovshim.reasons import Reason, reason
 
-__all__ = ["View", "Views", "copied_together", "refusal"]
+__all__ = ["View", "Views", "copied_together", "overlaps", "refusal", "storage_of"]
+
+# Outputs that share a storage of more elements than this are taken to overlap.
+_LARGEST_MAP = 1 << 26
 
 Part = int | tuple[int, int | None]
 """Of one dimension: the place that is selected, or where a slice begins and where it ends."""
@@ -90,3 +93,34 @@ def copied_together(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 
 def _owner(leaf: int, views: Views) -> int:
     return views[leaf].of if leaf in views else leaf
+
+
+def overlaps(leaves: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Pairs of leaves, different tensors, that have memory in common."""
+    shared: dict[int, list[int]] = {}
+    known: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or id(leaf) in known or not storage_of(leaf):
+            continue
+        known.add(id(leaf))
+        others = shared.setdefault(storage_of(leaf), [])
+        yield from ((j, i) for j in others if _overlap(leaf, leaves[j]))
+        others.append(i)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two views of one storage have an element in common. (The parts of a split have none:
+    nobody can tell them from tensors of their own.)"""
+    count = one.untyped_storage().nbytes() // one.element_size()
+    if one.dtype != other.dtype or count > _LARGEST_MAP:
+        return True
+    taken = torch.zeros(count, dtype=torch.bool)
+    taken.as_strided(one.size(), one.stride(), one.storage_offset()).fill_(True)
+    return bool(taken.as_strided(other.size(), other.stride(), other.storage_offset()).any())
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Where the storage of a tensor lies; 0 where it has none."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return 0
+    return tensor.untyped_storage().data_ptr()

@@ -148,6 +148,18 @@ def test_outputs_that_overlap_at_another_size_alone(
     check(fast, module, torch.randn(3, 6, 8))
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_an_overlap_that_only_eager_shows_is_eagers(length: int) -> None:
+    """Of few the first two and the last two have some in common, which no size tells beforehand."""
+    with quietly():
+        module, fast = accelerated(lambda y: (y[:, :2], y[:, -2:]))
+        x = torch.randn(3, length, 8)
+        for _ in range(3):
+            answer = check(fast, module, x, path=None)
+            with torch.inference_mode():
+                assert memory(answer) == memory(module(x))
+
+
 def test_the_next_process_takes_them_alike(tmp_path: Path) -> None:
     for cache in ("miss", "hit"):
         torch.manual_seed(0)
