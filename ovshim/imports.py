@@ -57,14 +57,14 @@ def apart(work: Callable[[], None]) -> bool:
     _last = thread, done
     try:
         thread.start()
-    except RuntimeError:  # the program ends, or has all the threads it may have
-        return False
-    try:
         done.wait()
-    except BaseException:
+    except BaseException as error:
+        if thread.ident is None and isinstance(error, RuntimeError):
+            return False  # the program ends, or has all the threads it may have
         # Not at once: who imports the same meanwhile, in the other order, meets half of it. (A
         # second interrupt is not kept waiting.)
-        done.wait()
+        if thread.ident is not None:
+            done.wait()
         raise
     return True
 

@@ -5,6 +5,8 @@ import functools
 import importlib
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from checks import check, eager_reasons, plans, run_python, standing
 from modules import Mlp, make
 
 import ovshim
-from ovshim.imports import import_apart
+from ovshim.imports import apart, import_apart
 from ovshim.signals import heard, let_through, raise_heard
 
 # There is one on every system.
@@ -233,6 +235,22 @@ def test_an_import_apart_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(TooLateError):
         import_apart("interrupted_here")
     assert sys.modules.pop("interrupted_here").whole
+
+
+@POSIX
+def test_a_signal_before_the_thread_is_known_to_run() -> None:
+    ended = []
+
+    def work() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+        time.sleep(0.01)
+        ended.append(True)
+
+    for _ in range(5):
+        ended.clear()
+        with pytest.raises(TooLateError):
+            apart(work)
+        assert ended
 
 
 def test_what_an_import_apart_raises_is_left_to_the_next(
