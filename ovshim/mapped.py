@@ -38,7 +38,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 # the moment of the change could find neither the old nor the new ones.
 _MOST_DIMS = 5
 # An operation of another thread holds what it reads, of a small module soon all there is.
-_LOOKS = 50
+_LOOKS = 250
 _BETWEEN_LOOKS_SECONDS = 0.002
 
 
