@@ -263,24 +263,26 @@ def _equip(module: nn.Module, options: Options, along: bool = False) -> None:
     module.__dict__["ovshim"] = Handle(module, options)
     encoder = encoder_of(module) if "forward" in options.methods else None
     if encoder is not None and _is_left_to_us(encoder):
+        _unequip(encoder)  # of what its model was accelerated with before
         of_encoder = for_part(options)
         if of_encoder is not None:
             _equip(encoder, of_encoder, along=True)
 
 
 def _is_left_to_us(encoder: nn.Module) -> bool:
-    """Whether nobody has accelerated it by itself. What it has by options that its model was
-    accelerated with before is taken away."""
+    """Whether nobody has accelerated it by itself."""
+    from ovshim.bound import installed
+
+    makers = [bound.make for bound in installed(encoder).values()]
+    return all(isinstance(make, Maker) and make.along for make in makers)
+
+
+def _unequip(module: nn.Module) -> None:
     from ovshim.bound import installed, uninstall
 
-    bound = installed(encoder)
-    if not all(isinstance(b.make, Maker) and b.make.along for b in bound.values()):
-        return False
-    for name in bound:
-        uninstall(encoder, name)
-    if bound:
-        encoder.__dict__.pop("ovshim", None)
-    return True
+    for name in installed(module):
+        uninstall(module, name)
+        module.__dict__.pop("ovshim", None)
 
 
 def _decorator(options: Options) -> Callable[[C], C]:

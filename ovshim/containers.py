@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Opened", "is_cache", "is_of_caches", "opened"]
+__all__ = ["Opened", "is_of_caches", "opened"]
 
 _CACHES = "transformers.cache_utils"
 # Those whose whole state is in their attributes, and with whom no other thread or stream works.
@@ -78,7 +78,7 @@ def opened(value: Any, caches: bool) -> Opened | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = _fields_of(value)
         return None if names is None else Opened(type(value), names)
-    if caches and is_cache(type(value)):
+    if caches and _is_cache(type(value)):
         return _opened_cache(value)
     return None
 
@@ -92,7 +92,7 @@ def _fields_of(value: Any) -> tuple[str, ...] | None:
     return names if held is None or held.keys() <= set(names) else None
 
 
-def is_cache(cls: type) -> bool:
+def _is_cache(cls: type) -> bool:
     """Whether this is a class of transformers' key-value caches, or of their layers."""
     if cls.__module__ != _CACHES or cls.__qualname__ not in _CACHE_CLASSES:
         return False

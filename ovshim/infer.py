@@ -160,13 +160,13 @@ class Engine:
         `queues`, one at a time."""
         engine.check(self.checked)
         scope: dict[str, Any] = {f"s{i}": torch.Size(size) for i, size in enumerate(sizes)}
-        same = [f"tensors[{i}].shape == s{i}" for i in range(len(sizes))]
+        same = [f"len(tensors) == {len(sizes)}"]
+        same += [f"tensors[{i}].shape == s{i}" for i in range(len(sizes))]
         if engine.queues:
             scope["engine"] = engine
             same.append("not engine._pool.busy()")
-        text = " and ".join([f"len(tensors) == {len(sizes)}", *same])
         self.exact = engine
-        self._is_exact = eval(f"lambda tensors: {text}", scope)
+        self._is_exact = eval(f"lambda tensors: {' and '.join(same)}", scope)
 
     def rest(self, wake: Callable[[], Any]) -> None:
         """Give up the compiled model until a call needs it. `wake` compiles it again."""

@@ -201,8 +201,7 @@ def _cases(
     graph, served = plan.graph, plan.served
     assert graph is not None
     assert served is not None
-    views = {} if plan.served is None else plan.served.views
-    eager = Eager(module, "forward", call, plan.kind, graph.leaves, plan.tolerance, views)
+    eager = Eager(module, "forward", call, plan.kind, graph.leaves, plan.tolerance, served.views)
     generator = torch.Generator().manual_seed(0)
     spent = 0
     for n, sizes in enumerate(sorted(graph.met, key=amount)):

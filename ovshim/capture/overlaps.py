@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ovshim.capture.rewrites.entry import value_of
 from ovshim.views import Part, View, Views
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _views_in(graph: fx.GraphModule) -> dict[tuple[int, int], _Taken]:
     found = {}
     for (i, view), (j, whole) in itertools.permutations(known, 2):
         if order[whole] < order[view]:
-            taken = _taken(view.meta.get("example_value"), whole.meta.get("example_value"))
+            taken = _taken(value_of(view), value_of(whole))
             if taken is not None:
                 found[i, j] = taken
     return found
@@ -81,21 +82,17 @@ def _views_in(graph: fx.GraphModule) -> dict[tuple[int, int], _Taken]:
 def _keep_apart(graph: fx.GraphModule) -> None:
     """Guard that outputs that lie beside each other in one memory do, as the first token and the
     last of more than one."""
-    nodes = [node for node in graph.graph.nodes if _has_strides(_fake(node))]
+    nodes = [node for node in graph.graph.nodes if _has_strides(value_of(node))]
     outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
     known = dict.fromkeys(node for node in outputs if node in nodes)
-    for one, other in itertools.combinations(map(_fake, known), 2):
+    for one, other in itertools.combinations(map(value_of, known), 2):
         if not _is_shared(one, other):
             continue
-        for whole in map(_fake, nodes):
+        for whole in map(value_of, nodes):
             taken = _taken(one, whole), _taken(other, whole)
             if taken[0] is not None and taken[1] is not None:
                 _guard_apart(whole.shape, taken[0][0], taken[1][0])
                 break
-
-
-def _fake(node: fx.Node) -> Any:
-    return node.meta.get("example_value")
 
 
 def _has_strides(fake: Any) -> bool:
