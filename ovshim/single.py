@@ -139,4 +139,8 @@ def _head(array: Array) -> Array:
 
 def _is_left(mark: int, heads: Iterable[Array]) -> bool:
     marks = _MARKS[mark]
-    return any(marks.startswith(head.tobytes()) for head in heads)
+    # A generator for `any` takes 0.7 µs more: its code is cold by then.
+    for head in heads:  # noqa: SIM110
+        if marks.startswith(head.tobytes()):
+            return True
+    return False
