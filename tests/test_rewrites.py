@@ -98,8 +98,14 @@ IN_PLACE = {
 
 def pooled(pool: Callable[..., Tensor], dims: int) -> Case:
     sizes_ = (1, 2, 10, 9, 8)[: 2 + dims]
-    module = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](3, 2, 1, ceil_mode=True)
-    return case(lambda x: (pool(x, 3, 2, 1, ceil_mode=True), module(x)), torch.randn(sizes_))
+    kind = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims]
+    module = kind(3, 2, 1, ceil_mode=True)
+    # Eager's own pool of volumes takes no larger window either.
+    wide = [kind(size[:dims], ceil_mode=True) for size in ((12, 12), (12, 3)) if dims < 3]
+    return case(
+        lambda x: (pool(x, 3, 2, 1, ceil_mode=True), module(x), *[each(x) for each in wide]),
+        torch.randn(sizes_),
+    )
 
 
 def second_of_constant(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ edges, what is in place."""
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,10 +92,7 @@ def _average_pool(dims: int) -> Any:
     ) -> torch.Tensor:
         """Of the padded input, cut to the size of the other: windows that begin in the padding at
         the far end are left out, and those that reach beyond it count less."""
-        pads = (
-            [padding] * dims if isinstance(padding, int) else list(padding) * (dims // len(padding))
-        )
-        padded = F.pad(x, [pad for pad in reversed(pads) for _ in range(2)])
+        padded = F.pad(x, [pad for pad in reversed(_each(padding, dims)) for _ in range(2)])
         whole = pool(padded, kernel_size, stride, 0, True, False)
         like = pool(x, kernel_size, stride, padding, True, False)
         for dim in range(-dims, 0):
@@ -108,11 +106,52 @@ def _average_pool(dims: int) -> Any:
             argument(node, 2 + i, name, default)
             for i, (name, default) in enumerate(zip(names, defaults, strict=True))
         ]
-        _, padding, ceil, include, divisor = found
-        padded = any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
-        return pooled if padded and ceil and include and divisor is None else None
+        stride, padding, ceil, include, divisor = found
+        if not ceil or divisor is not None:
+            return None
+        if any(_each(padding, dims)):
+            return pooled if include else None
+        windows = argument(node, 1, "kernel_size")
+        # Other steps leave no window at all of some sizes: eager raises.
+        if stride and _each(stride, dims) != _each(windows, dims):
+            return None
+        covered = _covered(node, _each(windows, dims))
+        return _spanning(pool, covered) if any(covered) else None
 
     return choose
+
+
+def _spanning(pool: Function, covered: Sequence[bool]) -> Function:
+    """A pool with windows that are cut to the input: where one covers a dimension, the mean."""
+    whole = [dim for dim, all_of_it in enumerate(covered, -len(covered)) if all_of_it]
+
+    def spanned(x: torch.Tensor, kernel_size: Any, *_: Any, **__: Any) -> torch.Tensor:
+        sizes = _each(kernel_size, len(covered))
+        left = [1 if covers else size for covers, size in zip(covered, sizes, strict=True)]
+        x = x.mean(whole, keepdim=True)
+        made: torch.Tensor = x if all(covered) else pool(x, left, left, 0, True)
+        return made
+
+    return spanned
+
+
+def _each(given: Any, dims: int) -> list[Any]:
+    """An argument of a pool for each of its dimensions."""
+    return (
+        list(given) * (dims // len(given)) if isinstance(given, (tuple, list)) else [given] * dims
+    )
+
+
+def _covered(node: Node, windows: Sequence[int]) -> list[bool]:
+    """Of which dimensions a window takes more than there is; by a guard where sizes may change."""
+    tensor = tensor_of(node.args[0])
+    if tensor is None:
+        return [False] * len(windows)
+    sizes = tensor.shape[-len(windows) :]
+    return [
+        not free_unbacked_symbols(size) and bool(size < window)
+        for size, window in zip(sizes, windows, strict=True)
+    ]
 
 
 # --- indices ----------------------------------------------------------------------------------
@@ -242,7 +281,11 @@ TABLE = (
     Rewrite((torch.round, "round"), _round, "ignores the number of decimals"),
     Rewrite((torch.mean, "mean"), _mean, "of nothing is 0, eager's NaN"),
     *(
-        Rewrite((pool,), _average_pool(dims), "counts padding that a last window does not cover")
+        Rewrite(
+            (pool,),
+            _average_pool(dims),
+            "counts padding that a last window does not cover, takes none larger than its input",
+        )
         for dims, pool in enumerate((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), 1)
     ),
     Rewrite((operator.getitem,), _subscript, "takes negative ones of several indices for 0"),
