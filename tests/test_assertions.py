@@ -110,6 +110,7 @@ class Filled(nn.Module):
         return x.masked_scatter(x > 0, source)
 
 
+@pytest.mark.slow
 def test_masked_scatter_of_more_than_float32_counts() -> None:
     """OpenVINO counts in it, and takes 2 ** 24 + 1 for 2 ** 24."""
     module = make(Filled)

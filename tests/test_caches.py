@@ -110,7 +110,11 @@ def test_eager_goes_on_with_a_cache_that_a_plan_has_made() -> None:
 
 @pytest.mark.parametrize(
     ("cls", "method"),
-    [(hf.DynamicCache, "__init__"), (cache_utils.DynamicLayer, "update"), (hf.Cache, "update")],
+    [
+        (cache_utils.DynamicLayer, "update"),
+        pytest.param(hf.DynamicCache, "__init__", marks=pytest.mark.slow),
+        pytest.param(hf.Cache, "update", marks=pytest.mark.slow),
+    ],
 )
 def test_a_method_of_caches_that_is_patched(
     cls: type, method: str, monkeypatch: pytest.MonkeyPatch

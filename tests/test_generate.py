@@ -483,7 +483,7 @@ def test_a_decoders_cache_may_be_looked_into(cache: Path) -> None:
 # --- encoders ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper", "vision"])
+@pytest.mark.parametrize("name", ["t5", "whisper", pytest.param("vision", marks=pytest.mark.slow)])
 def test_an_encoder_runs_in_openvino_as_well(name: str, cache: Path) -> None:
     model, given = lm.make_encoder_decoder(name)
     fast = accelerated(model, cache_dir=cache)
@@ -502,6 +502,7 @@ def test_an_encoder_runs_in_openvino_as_well(name: str, cache: Path) -> None:
     assert not plans(fast.get_encoder())
 
 
+@pytest.mark.slow
 def test_copies_take_their_encoder_along(cache: Path) -> None:
     model, given = lm.make_encoder_decoder("t5")
     fast = accelerated(model, cache_dir=cache)
@@ -536,6 +537,7 @@ def test_an_encoder_has_the_options_that_its_model_was_given_last(cache: Path) -
     assert "ovshim" not in fast.get_encoder().__dict__
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ovshim.PrecisionWarning")  # where there is no unit for it
 def test_calibration_data_of_a_model_are_none_of_its_encoder(cache: Path) -> None:
     model, given = lm.make_encoder_decoder("t5")

@@ -251,7 +251,15 @@ HELD: dict[str, tuple[dict[str, Held], Callable[[Any], Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", HELD)
+# Those that leave the parts in place take a build of each.
+QUICK = ("a list of the tree's modules", "a part of the tree")
+FEW_HELD = [
+    pytest.param(name, marks=pytest.mark.slow) if divided and name not in QUICK else name
+    for name, (_, _, divided) in HELD.items()
+]
+
+
+@pytest.mark.parametrize("name", FEW_HELD)
 def test_a_change_of_what_attributes_hold_is_seen(name: str) -> None:
     attributes, change, divided = HELD[name]
     module, x = hold(**attributes), torch.randn(3, 8)

@@ -57,7 +57,9 @@ def test_the_rules_do_what_is_said_of_them() -> None:
     assert plans(fast)[0]["error"] < 2 * found.error
 
 
-@pytest.mark.parametrize(("tolerance", "lowered"), [(1.0, 3), (1e-7, 0)])
+@pytest.mark.parametrize(
+    ("tolerance", "lowered"), [pytest.param(1.0, 3, marks=pytest.mark.slow), (1e-7, 0)]
+)
 def test_tolerances_at_both_ends(tolerance: float, lowered: int) -> None:
     module = make(DigitsCnn)
     x = torch.rand(4, 1, 16, 16)
