@@ -212,6 +212,9 @@ CASES = {
         WIDE + 10,
     ),
     "operators/round": case(lambda x: (x.round(decimals=1), torch.round(x, decimals=-1)), FLOATS),
+    "operators/atan2": case(
+        torch.atan2, (torch.tensor([-2.0, -0.0, -0.0, 0.0]), torch.tensor([-3.0, -1.0, 2.0, -1.0]))
+    ),
     "operators/mean": case(lambda x: x[:, 8:].mean(1), torch.randn(2, 8)),
     "operators/avg_pool1d": pooled(F.avg_pool1d, 1),
     "operators/avg_pool2d": pooled(F.avg_pool2d, 2),

@@ -19,6 +19,7 @@ from ovshim.capture.rewrites.entry import (
     always,
     argument,
     dtype_of,
+    of_floats,
     tensor_of,
 )
 from ovshim.reasons import reason
@@ -42,6 +43,12 @@ def _round(node: Node) -> Function | None:
     floats = tensor_of(node)
     usual = not node.kwargs.get("decimals") or floats is None or "out" in node.kwargs
     return None if usual or not floats.dtype.is_floating_point else rounded  # type: ignore[union-attr]
+
+
+def angle(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`torch.atan2`: of -0 the lower end of the circle."""
+    usual = torch.atan2(y, x)
+    return torch.where((y == 0) & (y.reciprocal() < 0) & (x < 0), -usual.abs(), usual)
 
 
 # --- reductions -------------------------------------------------------------------------------
@@ -279,6 +286,11 @@ _LOGICAL = ("greater_equal", "not_equal", "logical_and", "logical_or", "logical_
 
 TABLE = (
     Rewrite((torch.round, "round"), _round, "ignores the number of decimals"),
+    Rewrite(
+        (torch.atan2, "atan2", torch.arctan2, "arctan2"),
+        of_floats(angle),
+        "of -0 beside a negative number is pi, eager's -pi",
+    ),
     Rewrite((torch.mean, "mean"), _mean, "of nothing is 0, eager's NaN"),
     *(
         Rewrite(
