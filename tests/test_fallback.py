@@ -820,6 +820,11 @@ class Gathers(nn.Module):
         return x.gather(1, index) + x[:, index[0]] + x.index_select(1, index[0])
 
 
+class TakesAlong(nn.Module):
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return torch.take_along_dim(x, index, 1) + x.take_along_dim(index[:1], dim=1)
+
+
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
     module = make(Embeds)
     fast = ovshim.accelerate(module, torch.randint(0, 10, (2, 5)), prefer="openvino")
@@ -843,6 +848,17 @@ def test_indices_out_of_range_are_refused() -> None:
         wrong[2, 1] = bad
         with torch.inference_mode(), pytest.raises((IndexError, RuntimeError)):
             fast(torch.randn(3, 6), wrong)
+
+
+def test_indices_that_eager_wraps() -> None:
+    module = TakesAlong().eval()
+    index = torch.randint(0, 6, (3, 4))
+    fast = ovshim.accelerate(module, (torch.randn(3, 6), index), prefer="openvino")
+    check(fast, module, torch.randn(3, 6), torch.randint(0, 6, (3, 4)))
+    for beyond in (6, 100, -7, -1):
+        other = index.clone()
+        other[2, 1] = beyond
+        check(fast, module, torch.randn(3, 6), other, path="eager")
 
 
 def test_negative_indices_that_eager_takes() -> None:

@@ -197,6 +197,7 @@ def _at(position: int, name: str) -> _Place:
 
 
 _TABLE_FIRST = ((2, "index", None), (0, "input", None), (1, "dim", None))
+_DIMENSION_LAST = ((1, "indices", None), (0, "input", None), (2, "dim", None))
 # Where index, table and dimension stand among the arguments.
 _PLACES: dict[Any, tuple[_Place, _Place, _Place]] = {
     F.embedding: (_at(0, "input"), _at(1, "weight"), (None, "", 0)),
@@ -207,7 +208,8 @@ _PLACES: dict[Any, tuple[_Place, _Place, _Place]] = {
     torch.scatter: _TABLE_FIRST,
     torch.scatter_add: _TABLE_FIRST,
     torch.index_add: _TABLE_FIRST,
+    torch.take_along_dim: _DIMENSION_LAST,
 }
 _METHODS: dict[Any, tuple[_Place, _Place, _Place]] = dict.fromkeys(
     ("gather", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_"), _TABLE_FIRST
-)
+) | {"take_along_dim": _DIMENSION_LAST}
