@@ -21,6 +21,7 @@ from ovshim.capture.rewrites.entry import (
     dtype_of,
     of_floats,
     tensor_of,
+    value_of,
 )
 from ovshim.reasons import reason
 
@@ -149,7 +150,7 @@ def _each(given: Any, dims: int) -> list[Any]:
     )
 
 
-def _covered(node: Node, windows: Sequence[int]) -> list[bool]:
+def _covered(node: Node, windows: Sequence[Any]) -> list[bool]:
     """Of which dimensions a window takes more than there is; by a guard where sizes may change."""
     tensor = tensor_of(node.args[0])
     if tensor is None:
@@ -157,7 +158,7 @@ def _covered(node: Node, windows: Sequence[int]) -> list[bool]:
     sizes = tensor.shape[-len(windows) :]
     return [
         not free_unbacked_symbols(size) and bool(size < window)
-        for size, window in zip(sizes, windows, strict=True)
+        for size, window in zip(sizes, map(value_of, windows), strict=True)
     ]
 
 
