@@ -196,9 +196,9 @@ def _at(position: int, name: str) -> _Place:
     return position, name, None
 
 
+# Where index, table and dimension stand among the arguments.
 _TABLE_FIRST = ((2, "index", None), (0, "input", None), (1, "dim", None))
 _DIMENSION_LAST = ((1, "indices", None), (0, "input", None), (2, "dim", None))
-# Where index, table and dimension stand among the arguments.
 _PLACES: dict[Any, tuple[_Place, _Place, _Place]] = {
     F.embedding: (_at(0, "input"), _at(1, "weight"), (None, "", 0)),
     torch.embedding: (_at(1, "indices"), _at(0, "weight"), (None, "", 0)),
@@ -210,6 +210,10 @@ _PLACES: dict[Any, tuple[_Place, _Place, _Place]] = {
     torch.index_add: _TABLE_FIRST,
     torch.take_along_dim: _DIMENSION_LAST,
 }
-_METHODS: dict[Any, tuple[_Place, _Place, _Place]] = dict.fromkeys(
-    ("gather", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_"), _TABLE_FIRST
-) | {"take_along_dim": _DIMENSION_LAST}
+_METHODS: dict[Any, tuple[_Place, _Place, _Place]] = {
+    "take_along_dim": _DIMENSION_LAST,
+    **dict.fromkeys(
+        ("gather", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+        _TABLE_FIRST,
+    ),
+}
