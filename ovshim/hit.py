@@ -123,8 +123,7 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
         return None
     try:
         if job.may_overflow:
-            with job.stage("proof"):
-                _refuse_overflow(job, entry)
+            _refuse_overflow(job, entry)
     except BaseException:
         lease.release()
         raise
@@ -208,6 +207,8 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
         raise BuildStopped(reason("out-of-range", str(trouble))) from trouble
     if isinstance(trouble, ProofFailedError) and holds_nan(job.leaves):
         raise BuildStopped(reason("special-values")) from trouble  # others have better examples
+    if isinstance(trouble, ProofFailedError) and job.may_overflow:
+        _refuse_overflow(job, entry)  # where kernels of float16 run, that alone fails the proof
     if other_mode:
         return
     if job.imported:
@@ -265,7 +266,8 @@ def _refuse_overflow(job: Job, entry: Entry) -> None:
 
     known = known_data(entry)
     try:
-        data = refuse_overflow(job, known)
+        with job.stage("proof"):
+            data = refuse_overflow(job, known)
     except (BuildStopped, OptionError):
         raise
     except Exception as error:  # whatever the user's module raises
