@@ -13,11 +13,13 @@ from ovshim.answered import forget_answer
 from ovshim.buckets import Bucket
 from ovshim.building import building_here, switched_off
 from ovshim.decode import NOT_OURS
+from ovshim.helper import hot
 from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
 from ovshim.rest import Rest
+from ovshim.shortcut import Laying
 from ovshim.signals import let_through
 from ovshim.special_mode import function_modes, in_special_mode, mode_reason
 from ovshim.turns import NOT_ANSWERED, Asked, take_turn
@@ -49,6 +51,18 @@ class Dispatcher(Unplanned):
     rests = True
     # Whether there is an eager that `disabled()` can leave calls to.
     _yields = True
+    _laying: Laying | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if hot is not None:
+            self._laying = Laying(self)
+            self.call = self._laying.shortcut  # type: ignore[method-assign]
+
+    def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
+        super()._publish(grad, plans)
+        if self._laying is not None:
+            self._laying.lift()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""
@@ -104,6 +118,9 @@ class Dispatcher(Unplanned):
                 failure = raised.with_traceback(None)
             else:
                 plan.calls.add()
+                laying = self._laying
+                if laying is not None and laying.shortcut.missed >= laying.after:
+                    laying.lay(plan, served, tensors)
                 return answer
             # Not inside of `except`: what the user's module raises is to be shown without ours.
             return self.instead(Asked(plan, served, tensors, args, kwargs), failure)
@@ -179,6 +196,8 @@ class Dispatcher(Unplanned):
         if isinstance(error, EngineDead):
             self.tally.retire([plan])
             plan.served, plan.reason = None, why
+            if self._laying is not None:
+                self._laying.lift()
         self.tally.note(why)
 
     def _without_graph(

@@ -204,8 +204,7 @@ class Engine:
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
-            slot.forget(len(self._types))  # what it is bound to is not known any more
-            pool.back.append(slot)
+            self.take_back(slot)
             raise
         pool.back.append(slot)
         return outputs if self._conversions is None else self._converted(outputs)
@@ -248,7 +247,7 @@ class Engine:
             let_through(error)
             # The plugin has been seen to answer wrongly at good shapes after one failure, from new
             # requests too. So nothing of this compiled model may serve again.
-            self.close(f"OpenVINO failed while running the model: {error}")
+            self.failed(slot, str(error))
             raise EngineDead(self.dead) from error
         if self.dead is not None:
             # Another thread's call failed while this one ran: its values cannot be trusted.
@@ -263,6 +262,24 @@ class Engine:
             # Sizes that are new to the slot, or large: outputs may have become large as well.
             self._choose_large(slot, results)
         return outputs
+
+    def is_left(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether `exact` runs these."""
+        return self._is_exact is not None and self._is_exact(tensors)
+
+    @property
+    def converts(self) -> bool:
+        """Whether outputs are of other types than the model's."""
+        return self._conversions is not None
+
+    def take_back(self, slot: Slot) -> None:
+        """Have a slot back from a call that failed."""
+        slot.forget(len(self._types))  # what it is bound to is not known any more
+        self._pool.back.append(slot)
+
+    def failed(self, slot: Slot, why: str) -> None:
+        """End with an `infer` that has failed."""
+        self.close(f"OpenVINO failed while running the model: {why}")
 
     def close(self, why: str = "The engine was closed.") -> None:
         """Give up the compiled model and every buffer; calls under way end with EngineDead."""
@@ -290,6 +307,7 @@ class Engine:
     def _bind_input(self, slot: Slot, index: int, x: torch.Tensor) -> Array | None:
         """Bind an input whose size is not the bound one's; an array returned must be kept."""
         array = None
+        slot.bound += 1
         if x.nbytes <= _COPY_INPUT_BYTES and x.numel() < SHARED_OUT:
             shape = x.shape
             ready = slot.ready[index]

@@ -38,6 +38,7 @@ __all__ = [
     "compile_builder",
     "compile_glance",
     "compile_matcher",
+    "first_computed",
     "model_output_maker",
 ]
 
@@ -266,7 +267,14 @@ def compile_builder(structure: Structure, leaves: Sequence[Output]) -> Builder:
     text = None if structure.nested else _constructor(structure.spec, iter(names), scope)
     if text is None:
         text = f"unflatten([{', '.join(names)}], structure)"
+    if text == "computed[0]":
+        return first_computed
     return eval(f"lambda computed, given: {text}", scope)  # type: ignore[no-any-return]
+
+
+def first_computed(computed: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The builder of an output that is a single tensor."""
+    return computed[0]
 
 
 def _constructor(spec: pytree.TreeSpec, names: Iterator[str], scope: dict[str, Any]) -> str | None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Generic, TypeVar
 
+from ovshim.helper import hot
+
 __all__ = ["Pool", "ReenteredError"]
 
 _GATHERING_SECONDS = 20e-6
@@ -91,7 +93,9 @@ class Pool(Generic[T]):
     def _refuse_within(self, frame: FrameType | None) -> None:
         """Raise where this thread holds one further down its stack: it would wait for itself, or
         for who waits for it. The stack is asked, for a note of who holds what would be a part of
-        each call."""
+        each call. (The compiled helper has no frame there, and notes it.)"""
+        if hot is not None and hot.is_held(self):
+            raise ReenteredError
         while frame is not None:
             if frame.f_code is self._holder and any(v is self for v in frame.f_locals.values()):
                 raise ReenteredError

@@ -23,13 +23,14 @@ from ovshim.infer import Engine, EngineDead
 from ovshim.signals import let_through
 from ovshim.slots import Array, Slot
 
-__all__ = ["SingleThreadEngine", "either", "engine_for"]
+__all__ = ["MARKS", "NO_OUTPUT", "SingleThreadEngine", "either", "engine_for"]
 
 E = TypeVar("E", bound=Engine)
 
-_MARK, _OTHER_MARK = 0xAD, 0x52
+MARKS = _MARK, _OTHER_MARK = 0xAD, 0x52
+NO_OUTPUT = "it gave no output, and OpenVINO does not say why"
 _MARKED_BYTES = 8
-_MARKS = {mark: bytes([mark]) * _MARKED_BYTES for mark in (_MARK, _OTHER_MARK)}
+_HEADS = {mark: bytes([mark]) * _MARKED_BYTES for mark in MARKS}
 # Larger ones are not copied twice.
 _STAYING_BYTES = 64 * 1024
 
@@ -61,7 +62,8 @@ def either(
 class SingleThreadEngine(Engine):
     """An engine that finds out by itself whether an `infer` has failed.
 
-    `repeats`: whether a call may run twice. It does where an output begins like a mark.
+    `repeats`: whether a call may run twice. It does where an output begins like a mark. `stay`:
+    whether outputs stay where the request has them.
     """
 
     queues = True
@@ -72,22 +74,22 @@ class SingleThreadEngine(Engine):
     ) -> None:
         super().__init__(compiled, inputs, outputs)
         # OpenVINO takes other memory for an output that outgrows its own: marks would be beside it.
-        self._stay = all(self._bindable) and all(map(_is_small, compiled.outputs))
+        self.stay = all(self._bindable) and all(map(_is_small, compiled.outputs))
 
     def _run(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         bound = self._bind_inputs(slot, tensors)
-        run = self._run_in_place if self._stay else self._run_in_new
+        run = self._run_in_place if self.stay else self._run_in_new
         try:
             arrays, failed = run(slot, _MARK)
             if failed and self.repeats:  # if it is what is to be given, it is so again
                 arrays, failed = run(slot, _OTHER_MARK)
         except Exception as error:
             let_through(error)
-            self._failed(slot, str(error))
+            self.failed(slot, str(error))
             raise EngineDead(self.dead) from error
         del bound  # needed until here
         if failed:
-            self._failed(slot, "it gave no output, and OpenVINO does not say why")
+            self.failed(slot, NO_OUTPUT)
         if self.dead is not None:
             raise EngineDead(self.dead)
         return list(map(torch.from_numpy, arrays))
@@ -120,9 +122,9 @@ class SingleThreadEngine(Engine):
         _head(tensor.data).fill(mark)
         slot.request.set_output_tensor(index, tensor)
 
-    def _failed(self, slot: Slot, why: str) -> None:
+    def failed(self, slot: Slot, why: str) -> None:
         _kept.append((self._compiled, slot, list(self._pool.free)))
-        self.close(f"OpenVINO failed while running the model: {why}")
+        super().failed(slot, why)
 
 
 def _is_small(port: Any) -> bool:
@@ -138,7 +140,7 @@ def _head(array: Array) -> Array:
 
 
 def _is_left(mark: int, heads: Iterable[Array]) -> bool:
-    marks = _MARKS[mark]
+    marks = _HEADS[mark]
     # A generator for `any` takes 0.7 µs more: its code is cold by then.
     for head in heads:  # noqa: SIM110
         if marks.startswith(head.tobytes()):

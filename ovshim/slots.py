@@ -89,16 +89,19 @@ class Slot:
     """One infer request and what is bound to it; used by one thread at a time."""
 
     __slots__ = (
-        *("__weakref__", "arrays", "capacity", "checked", "copies", "heads", "held", "large"),
-        *("ready", "request", "shapes"),
+        *("__weakref__", "arrays", "bound", "capacity", "checked", "copies", "heads", "held"),
+        *("large", "ready", "request", "shapes"),
     )
 
     def __init__(self, request: Any, inputs: int) -> None:
         self.request = request
+        # How often anything was bound, or taken for unbound.
+        self.bound = 0
         self.forget(inputs)
 
     def forget(self, inputs: int) -> None:
         """Take nothing for bound."""
+        self.bound += 1
         # Per input: the shape of the bound buffer (None: bound where it lay, or nothing is), what
         # copies into it, and the buffers of other shapes, the last used at the end.
         self.shapes: list[torch.Size | None] = [None] * inputs

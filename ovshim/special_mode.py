@@ -9,7 +9,7 @@ from torch.utils._device import DeviceContext
 
 from ovshim.reasons import Reason, reason
 
-__all__ = ["function_modes", "in_special_mode", "mode_reason"]
+__all__ = ["USUAL_MODES", "function_modes", "in_special_mode", "mode_reason"]
 
 _AUTOCAST = reason("autocast")
 _SPECIAL_MODE = reason("special-mode")
@@ -18,6 +18,9 @@ _autocast_on = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
 _functorch = torch._C._functorch.peek_interpreter_stack
+
+USUAL_MODES = ((function_modes, 0), (_dispatch_modes, 0), (_autocast_on, False), (_functorch, None))
+"""What is asked of each thread, and answered where it is in no such mode."""
 
 
 def in_special_mode() -> bool:

@@ -82,6 +82,11 @@ class Unplanned:
         self._plans[grad] = plans
         self._at_rest = None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether some calls are steps of `generate()`."""
+        return self._room is not None and not self._off
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer."""
         raise NotImplementedError

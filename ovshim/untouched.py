@@ -11,7 +11,7 @@ Nobody promises where these words are. They are searched for by what is known of
 to the test by writes of every kind, once in a process; where an interpreter or a torch has one of
 them elsewhere, all is looked at on every call. Only objects that are alive are read: the caller
 holds tensors, dictionaries and modules, and each group of words holds the addresses of the next,
-which is read only where it is what it was. A compiled helper would have to be built for each torch.
+which is read only where it is what it was. Where the compiled helper is there, its loop does it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ovshim.conditions import Conditions
 from ovshim.dict_versions import tells_writes
+from ovshim.helper import hot
 
 __all__ = ["add_unless_touched"]
 
@@ -105,7 +106,9 @@ class Watched:
 
     def condition(self) -> str:
         """An expression that tells whether all words are what they were; `{0}` is what reads them,
-        `{1}` is `state`."""
+        or compares, `{1}` is `state`."""
+        if hot is not None:
+            return "{0}({1}[0])"
         count = len(self.state[0]) // 2 - 1
         first = "{0}((now := {1}[0])[0]).tobytes() == now[1]"
         rest = (f"{{0}}(now[{2 * i}]).tobytes() == now[{2 * i + 1}]" for i in range(1, count))
@@ -113,9 +116,9 @@ class Watched:
 
     def read(self) -> tuple[Any, ...]:
         """What `state` would hold now."""
-        read, (*known, leading, storages), found = _reader(), self.state[0], []
+        (*known, leading, storages), found = self.state[0], []
         for i in range(0, len(known), 2):
-            words = read(known[i]).tobytes()
+            words = _read(known[i])
             if i < 2 * leading and words != known[i + 1]:
                 return self._laid()
             found += [known[i], words]
@@ -125,8 +128,7 @@ class Watched:
         storages = [StorageWeakRef(t.untyped_storage()) for t in self._held[0]]  # type: ignore[no-untyped-call]
         leading = [*_cut(self._of_tensors()), *_cut(self._of_impls())]
         groups = [*leading, *_cut(self._of_contents()), *_cut(self._of_objects())]
-        read = _reader()
-        parts = (part for at in groups for part in (at, read(at).tobytes()))
+        parts = (part for at in groups for part in (at, _read(at)))
         return *parts, len(leading), storages
 
     def _of_tensors(self) -> list[int]:
@@ -211,10 +213,9 @@ def add_unless_touched(
         watched.state[0], looked[0] = found, True
         return True
 
+    reader = _reader() if hot is None else hot.same_words
     condition = watched.condition()
-    conditions.add(
-        f"({{2}}[0] and {condition}) or {{3}}()", _reader(), watched.state, looked, again
-    )
+    conditions.add(f"({{2}}[0] and {condition}) or {{3}}()", reader, watched.state, looked, again)
     return True
 
 
@@ -230,8 +231,15 @@ def _reader() -> Callable[[Any], Any]:
     return array.__getitem__
 
 
-def _indices(addresses: Iterable[int]) -> Any:
-    return np.fromiter(addresses, np.int64) // _WORD - 1
+def _read(at: Any) -> bytes:
+    """The words at places of `_places_of`."""
+    found: bytes = _reader()(at).tobytes() if hot is None else hot.read_words(at)
+    return found
+
+
+def _places_of(addresses: Iterable[int]) -> Any:
+    found = np.fromiter(addresses, np.int64)
+    return found // _WORD - 1 if hot is None else found.tobytes()
 
 
 def _word(address: int) -> int:
@@ -240,12 +248,11 @@ def _word(address: int) -> int:
 
 def _cut(addresses: Sequence[int]) -> list[Any]:
     groups = (addresses[i : i + _AT_ONCE] for i in range(0, len(addresses), _AT_ONCE))
-    return [_indices(group) for group in groups]
+    return [_places_of(group) for group in groups]
 
 
 def _words_at(addresses: Sequence[int]) -> list[int]:
-    read = _reader()
-    return [word for at in _cut(addresses) for word in read(at).tolist()]
+    return [word for at in _cut(addresses) for word in np.frombuffer(_read(at), np.uint64).tolist()]
 
 
 def _agree(addresses: Sequence[int], known: Sequence[int | None]) -> None:

@@ -16,6 +16,7 @@ import pytest
 FLOORS: dict[str, set[str]] = {
     "0": {
         "binding",
+        "helper",
         "options",
         "checks",
         "errors",
@@ -99,6 +100,7 @@ FLOORS: dict[str, set[str]] = {
         "tally",
         "tiny",
         "dispatch",
+        "shortcut",
         "unplanned",
         "plan",
         "planner",

@@ -4,7 +4,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -447,26 +447,6 @@ def test_a_glance_sees_what_it_says() -> None:
 
 
 # --- a graph for the example's sizes alone ----------------------------------------------------
-
-
-@pytest.fixture
-def exact_wins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Graphs for some sizes alone win their race; what was compiled for such."""
-    compiled: list[Any] = []
-    compile_model = runtime.compile_model
-
-    def noted(*args: Any) -> Any:
-        if any(args[3:]):
-            compiled.append(args[3])
-        return compile_model(*args)
-
-    def rounds(calls: Sequence[Callable[[], Any]], *_: Any, **__: Any) -> list[list[float]]:
-        return [[1e-6 / (n + 1)] * 5 for n in range(len(calls))]
-
-    monkeypatch.setattr(runtime, "compile_model", noted)
-    monkeypatch.setattr(tiny, "rounds", rounds)
-    monkeypatch.setattr(tiny, "_seconds", lambda call: 0.0)
-    return compiled
 
 
 def plan_of(fast: nn.Module) -> Any:

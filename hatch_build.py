@@ -1,0 +1,49 @@
+"""Builds the compiled helper, `ovshim._hot`, into the wheel. Without a compiler for C there is none
+in it, and it is for every platform: what the helper does Python can do as well."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+_NAME = "ovshim._hot"
+_FASTER = [] if sys.platform == "win32" else ["-O3", "-fvisibility=hidden"]
+
+
+class CompiledHelper(BuildHookInterface):  # type: ignore[type-arg]
+    """Called for wheels. An editable one finds the helper in the checkout."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Build it; say so where that fails."""
+        if os.environ.get("OVSHIM_HELPER") == "0":
+            return
+        root = Path(self.root)
+        into = root if version == "editable" else Path(tempfile.mkdtemp())
+        try:
+            built = _built(root, into)
+        except Exception as error:  # of compilers there are many
+            self.app.display_warning(f"The compiled helper is left out: {error}")
+            return
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True
+        if version != "editable":
+            build_data["force_include"][str(built)] = f"ovshim/{built.name}"
+
+
+def _built(root: Path, into: Path) -> Path:
+    from setuptools import Distribution, Extension
+    from setuptools.command.build_ext import build_ext
+
+    sources = sorted(str(path) for path in (root / "helper").glob("*.c"))
+    headers = [str(root / "helper" / "hot.h")]
+    extension = Extension(_NAME, sources, depends=headers, extra_compile_args=_FASTER)
+    command = build_ext(Distribution({"name": "ovshim", "ext_modules": [extension]}))
+    command.build_lib, command.build_temp = str(into), tempfile.mkdtemp()
+    command.ensure_finalized()
+    command.run()
+    return Path(command.get_ext_fullpath(_NAME))

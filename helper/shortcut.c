@@ -1,0 +1,163 @@
+/* The callable that answers by a way, or by the road; and the module. */
+
+#include "hot.h"
+
+#include <stddef.h>
+#include <structmember.h>
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    PyObject *road;
+    PyObject *way;
+    Py_ssize_t missed;
+} Shortcut;
+
+static PyObject *
+shortcut_call(PyObject *callable, PyObject *const *stack, size_t nargsf, PyObject *names)
+{
+    Shortcut *self = (Shortcut *)callable;
+    PyObject *way = self->way;
+    if (way != Py_None && names == NULL && PyVectorcall_NARGS(nargsf) == 2) {
+        Py_INCREF(way); /* it may be given up while it answers */
+        PyObject *answer = answer_by((Way *)way, stack[0], stack[1]);
+        Py_DECREF(way);
+        if (answer != NULL || PyErr_Occurred()) {
+            return answer;
+        }
+    }
+    self->missed++;
+    return PyObject_Vectorcall(self->road, stack, nargsf, names);
+}
+
+static PyObject *
+shortcut_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"road", NULL};
+    PyObject *road;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O", names, &road)) {
+        return NULL;
+    }
+    Shortcut *self = (Shortcut *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->vectorcall = shortcut_call;
+        self->road = Py_NewRef(road);
+        self->way = Py_NewRef(Py_None);
+    }
+    return (PyObject *)self;
+}
+
+static PyObject *
+shortcut_way(Shortcut *self, void *closure)
+{
+    return Py_NewRef(self->way);
+}
+
+static int
+shortcut_set_way(Shortcut *self, PyObject *way, void *closure)
+{
+    if (way == NULL || (way != Py_None && !Py_IS_TYPE(way, &way_type))) {
+        PyErr_SetString(PyExc_TypeError, "A Shortcut's way is a Way, or None.");
+        return -1;
+    }
+    PyObject *before = self->way;
+    self->way = Py_NewRef(way);
+    Py_DECREF(before);
+    return 0;
+}
+
+static int
+shortcut_traverse(Shortcut *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->road);
+    Py_VISIT(self->way);
+    return 0;
+}
+
+static int
+shortcut_clear(Shortcut *self)
+{
+    PyObject *before = self->way;
+    self->way = Py_NewRef(Py_None);
+    Py_XDECREF(before);
+    return 0; /* the road leads to an object of Python's, which is cleared itself */
+}
+
+static void
+shortcut_dealloc(Shortcut *self)
+{
+    PyObject_GC_UnTrack(self);
+    Py_XDECREF(self->road);
+    Py_XDECREF(self->way);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyMemberDef shortcut_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Shortcut, vectorcall), READONLY, NULL},
+    {"missed", T_PYSSIZET, offsetof(Shortcut, missed), 0, "Calls that went by the road."},
+    {"road", T_OBJECT_EX, offsetof(Shortcut, road), READONLY, "Answers every other call."},
+    {NULL},
+};
+
+static PyGetSetDef shortcut_attributes[] = {
+    {"way", (getter)shortcut_way, (setter)shortcut_set_way, "A Way, or None.", NULL},
+    {NULL},
+};
+
+static PyTypeObject shortcut_type = {
+    PyVarObject_HEAD_INIT(NULL, 0)
+    .tp_name = "ovshim._hot.Shortcut",
+    .tp_doc = "Shortcut(road): a callable (args, kwargs), by its way or by the road.",
+    .tp_basicsize = sizeof(Shortcut),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_new = shortcut_new,
+    .tp_call = PyVectorcall_Call,
+    .tp_vectorcall_offset = offsetof(Shortcut, vectorcall),
+    .tp_members = shortcut_members,
+    .tp_getset = shortcut_attributes,
+    .tp_traverse = (traverseproc)shortcut_traverse,
+    .tp_clear = (inquiry)shortcut_clear,
+    .tp_dealloc = (destructor)shortcut_dealloc,
+};
+
+/* --- the module --------------------------------------------------------------------------- */
+
+/* Counted up with each change of what Python calls: see `ovshim/helper.py`. */
+#define INTERFACE 1
+
+static PyMethodDef functions[] = {
+    {"read_words", read_words, METH_O,
+     "read_words(addresses) -> bytes: the eight bytes at each of the addresses, which are bytes."},
+    {"same_words", same_words, METH_O,
+     "same_words(state) -> bool: whether words are what they were; state is (addresses, words, ...),"
+     " each bytes, as far as it is."},
+    {"is_held", is_held, METH_O,
+     "is_held(pool) -> bool: whether this thread is inside of a Shortcut that holds one of its slots."},
+    {"forget_held", forget_held, METH_NOARGS,
+     "forget_held(): in a child, where the threads are not that held any."},
+    {NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "ovshim._hot",
+    .m_doc = "The hot path as one piece of machine code.",
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC
+PyInit__hot(void)
+{
+    if (make_names() < 0 || PyType_Ready(&way_type) < 0 || PyType_Ready(&shortcut_type) < 0) {
+        return NULL;
+    }
+    PyObject *module = PyModule_Create(&definition);
+    if (module == NULL || PyModule_AddObjectRef(module, "Way", (PyObject *)&way_type) < 0
+        || PyModule_AddObjectRef(module, "Shortcut", (PyObject *)&shortcut_type) < 0
+        || PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) {
+        Py_XDECREF(module);
+        return NULL;
+    }
+    return module;
+}

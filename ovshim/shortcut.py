@@ -1,0 +1,174 @@
+"""The hot path once more, in machine code, for calls that are like the last one.
+
+What `dispatch.Dispatcher.call` and `infer.Engine.run` ask of each call, they ask in Python. Where
+OpenVINO has answered a call in the usual way, it most likely answers the next one so: what has to
+be as it was is put down, and what is to be done then, and the compiled helper goes by that. It
+decides nothing: what is otherwise goes the road of all calls, which asks everything itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from ovshim import building
+from ovshim.helper import hot
+from ovshim.infer import Engine
+from ovshim.matcher import first_computed
+from ovshim.plan import Plan, Served
+from ovshim.signals import let_through
+from ovshim.single import MARKS, NO_OUTPUT, SingleThreadEngine
+from ovshim.slots import Array, Slot
+from ovshim.special_mode import USUAL_MODES
+from ovshim.unplanned import Unplanned
+from ovshim.values import anything
+
+__all__ = ["Laying"]
+
+log = logging.getLogger("ovshim")
+
+# A way is laid by the first call that may have one. Where calls are never alike, it is laid again
+# and again, each time after twice as many, up to so many.
+_MOST = 4095
+
+
+class Laying:
+    """Lays ways for the calls of one dispatcher.
+
+    Attributes:
+        shortcut: answers calls, by its way or by `Dispatcher.call`.
+        after: so many calls that went by `Dispatcher.call` are waited for.
+    """
+
+    def __init__(self, dispatcher: Unplanned) -> None:
+        self.shortcut: Any = hot.Shortcut(dispatcher.call)
+        self.after = 0
+        self._dispatcher = dispatcher
+
+    def lay(self, plan: Plan, served: Served, tensors: Sequence[torch.Tensor]) -> None:
+        """Lay a way for calls like this, which OpenVINO has just answered, if they can have one."""
+        self.shortcut.missed = 0
+        self.after = min(2 * self.after + 1, _MOST)
+        try:
+            self.shortcut.way = _way(self._dispatcher, plan, served, tensors)
+        except Exception:  # the call is answered, whatever is not as it was thought to be
+            log.debug("no way is laid", exc_info=True)
+            self.shortcut.way = None
+
+    def lift(self) -> None:
+        """Give up the way: plans have come, or gone."""
+        self.shortcut.way = None
+        self.after = 0
+
+
+def _way(dispatcher: Unplanned, plan: Plan, served: Served, tensors: Sequence[torch.Tensor]) -> Any:
+    """None for calls that are answered in another than the usual way."""
+    straight = served.recorder is None and served.inputs is None and not served.checked
+    if not straight or plan.generation is None or dispatcher.has_room:
+        return None
+    engine = served.engine
+    if engine.exact is not None and engine.is_left(tensors):
+        engine = engine.exact
+    slot = _slot(engine, tensors)
+    if slot is None:
+        return None
+    fits, builder = plan.other_values_fit, served.builder
+    return hot.Way(
+        facts=_facts(dispatcher, plan, served, engine),
+        questions=(
+            (torch.is_grad_enabled, torch.is_grad_enabled()),
+            *USUAL_MODES,
+            (plan.generation.holds, True),
+        ),
+        match=plan.match,
+        sizes=tuple(tensor.shape for tensor in tensors),
+        fits=None if fits is anything else fits,
+        builder=None if builder is first_computed else builder,
+        count=plan.calls.add,
+        raised=let_through,
+        as_tensor=torch.from_numpy,
+        **_inference(engine, slot),
+    )
+
+
+def _slot(engine: Engine, tensors: Sequence[torch.Tensor]) -> Slot | None:
+    """The slot that the next call would take, if all that it takes to run such tensors is to copy
+    them to where others like them are bound."""
+    waiting = engine._pool.free
+    if engine.dead is not None or engine.rival is not None or engine.converts or not waiting:
+        return None
+    slot = waiting[-1]
+    if slot.large or slot.shapes != [tensor.shape for tensor in tensors]:
+        return None
+    if not all(array.dtype == np.float32 and array.flags.c_contiguous for array in slot.checked):
+        return None
+    if isinstance(engine, SingleThreadEngine):
+        return slot if engine.stay and engine.repeats and slot.heads else None
+    return slot
+
+
+def _facts(
+    dispatcher: Unplanned, plan: Plan, served: Served, engine: Engine
+) -> tuple[tuple[Any, str, Any], ...]:
+    """What may change between two calls, and tells nobody."""
+    return (
+        (building, "running", 0),
+        (dispatcher, "_at_rest", None),
+        (dispatcher.module, "training", False),
+        (forward_ad, "_current_level", forward_ad._current_level),
+        (plan, "served", served),
+        (plan, "open", plan.open),
+        (served.engine, "exact", served.engine.exact),
+        (engine, "rival", None),
+        (engine, "dead", None),
+        (engine, "_pool", engine._pool),
+    )
+
+
+def _inference(engine: Engine, slot: Slot) -> dict[str, Any]:
+    pool, arrays, heads = engine._pool, list(slot.checked), list(slot.heads)
+    return {
+        "engine": engine,
+        "pool": pool,
+        "waiting": pool.free,
+        # Of one that queues calls, those at the same time are left to another.
+        "slots": len(pool.free) if engine.queues else -1,
+        "slot": weakref.ref(slot),
+        "bound": slot.bound,
+        "infer": engine._infer,
+        "left": functools.partial(_left, engine),
+        "marks": bytes(MARKS) if heads else b"",
+        "kept": (arrays, heads),
+        "looked_at": tuple(_memory(array, array.size) for array in arrays),
+        "heads": tuple(_memory(head, head.nbytes) for head in heads),
+    }
+
+
+def _memory(array: Array, length: int) -> tuple[int, int]:
+    return array.ctypes.data, length
+
+
+def _left(engine: Engine, slot: Slot, error: BaseException | None, ran: bool) -> None:
+    """Take back a slot from a call that failed, as `Engine.run` does. The call is then another
+    one's to answer.
+
+    Args:
+        error: what was raised; None: there was no output. Raised again if it is the program's own.
+        ran: whether it came to an `infer`.
+    """
+    try:
+        if isinstance(error, Exception):
+            let_through(error)
+        elif error is not None:
+            raise error
+        if ran:
+            engine.failed(slot, NO_OUTPUT if error is None else str(error))
+    finally:
+        engine.take_back(slot)
