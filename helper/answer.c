@@ -1,63 +1,17 @@
-/* A call by a way: the questions of `Dispatcher.call`, and then what `Engine.run` does. */
+/* A call by a way: the questions of `Dispatcher.call`, and what it does with what is computed. */
 
 #include "hot.h"
 
-#include <math.h>
-
-/* Sums that are kept apart, so that a compiler may add them side by side. */
-#define SUMS 16
-/* Of an output, as `single.py` marks it. */
-#define MARKED_BYTES 8
-
-static PyObject *name_back, *name_bound, *name_copies, *name_dead, *name_request;
 static PyObject *name_requires_grad, *name_shape;
 
 int
-make_names(void)
+make_names_of_answers(void)
 {
-    struct {
-        PyObject **name;
-        const char *text;
-    } names[] = {
-        {&name_back, "back"},       {&name_bound, "bound"},     {&name_copies, "copies"},
-        {&name_dead, "dead"},       {&name_request, "request"}, {&name_requires_grad, "requires_grad"},
+    Name names[] = {
+        {&name_requires_grad, "requires_grad"},
         {&name_shape, "shape"},
     };
-    for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++) {
-        *names[i].name = PyUnicode_InternFromString(names[i].text);
-        if (*names[i].name == NULL) {
-            return -1;
-        }
-    }
-    return 0;
-}
-
-/* A call that holds a slot, on the stack of the thread that makes it. */
-typedef struct Holding {
-    unsigned long thread;
-    PyObject *pool;
-    struct Holding *before, *after;
-} Holding;
-
-static Holding *held;
-
-PyObject *
-is_held(PyObject *module, PyObject *pool)
-{
-    unsigned long thread = PyThread_get_thread_ident();
-    for (Holding *holding = held; holding != NULL; holding = holding->after) {
-        if (holding->pool == pool && holding->thread == thread) {
-            Py_RETURN_TRUE;
-        }
-    }
-    Py_RETURN_FALSE;
-}
-
-PyObject *
-forget_held(PyObject *module, PyObject *unused)
-{
-    held = NULL;
-    Py_RETURN_NONE;
+    return make_names(names, sizeof(names) / sizeof(*names));
 }
 
 /* --- questions: 1 for yes, 0 for no, -1 with an exception --------------------------------- */
@@ -68,9 +22,12 @@ facts_stand(Way *way)
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(way->facts); i++) {
         PyObject *fact = PyTuple_GET_ITEM(way->facts, i);
         PyObject *now = PyObject_GetAttr(PyTuple_GET_ITEM(fact, 0), PyTuple_GET_ITEM(fact, 1));
-        if (now == NULL) {
+        if (now == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
             PyErr_Clear();
             return 0;
+        }
+        if (now == NULL) {
+            return -1; /* a module's class may answer with code of its own, which is interrupted */
         }
         Py_DECREF(now);
         if (now != PyTuple_GET_ITEM(fact, 2)) {
@@ -141,230 +98,17 @@ values_fit(Way *way, PyObject *tensors)
     return truth;
 }
 
-/* As NumPy's product of a vector with itself: not finite for a NaN, an infinity, and what is near
-   1e19 and beyond, whose square no float32 holds. */
+/* --- an answer --------------------------------------------------------------------------- */
+
+/* 1 where all indices were in range, as the graph itself says with the last of its outputs. */
 static int
-is_moderate(const Memory *memory)
+is_in_range(Way *way, PyObject *computed)
 {
-    const float *values = (const float *)memory->start;
-    Py_ssize_t i = 0, many = memory->length;
-    float sums[SUMS] = {0}, sum = 0;
-    for (; i + SUMS <= many; i += SUMS) {
-        for (int k = 0; k < SUMS; k++) {
-            sums[k] += values[i + k] * values[i + k];
-        }
+    Py_ssize_t many = PyList_GET_SIZE(computed);
+    if (!way->checked) {
+        return 1;
     }
-    for (; i < many; i++) {
-        sum += values[i] * values[i];
-    }
-    for (int k = 0; k < SUMS; k++) {
-        sum += sums[k];
-    }
-    return sum < INFINITY;
-}
-
-/* --- an inference ------------------------------------------------------------------------- */
-
-static PyObject *
-referent(PyObject *reference) /* borrowed: who asks compares it with what it holds */
-{
-#if PY_VERSION_HEX >= 0x030D0000
-    PyObject *found = NULL;
-    if (PyWeakref_GetRef(reference, &found) < 0) {
-        PyErr_Clear();
-    }
-    Py_XDECREF(found);
-    return found;
-#else
-    return PyWeakref_GetObject(reference);
-#endif
-}
-
-/* The slot, which nobody else has from here on; NULL where it is not there as it was. */
-static PyObject *
-slot_of(Way *way)
-{
-    Py_ssize_t many = PyList_GET_SIZE(way->waiting);
-    if (many == 0 || (way->slots >= 0 && many != way->slots)) {
-        return NULL;
-    }
-    PyObject *slot = PyList_GET_ITEM(way->waiting, many - 1);
-    if (slot != referent(way->slot)) {
-        return NULL;
-    }
-    PyObject *bound = PyObject_GetAttr(slot, name_bound);
-    long count = bound == NULL ? -1 : PyLong_AsLong(bound);
-    Py_XDECREF(bound);
-    if (PyErr_Occurred()) {
-        PyErr_Clear();
-        return NULL;
-    }
-    if (count != way->bound || PyList_GET_SIZE(way->waiting) != many
-        || PyList_GET_ITEM(way->waiting, many - 1) != slot) {
-        return NULL;
-    }
-    Py_INCREF(slot);
-    if (PyList_SetSlice(way->waiting, many - 1, many, NULL) < 0) {
-        PyErr_Clear();
-        Py_DECREF(slot);
-        return NULL;
-    }
-    return slot;
-}
-
-static int
-copies_in(PyObject *slot, PyObject *tensors)
-{
-    int done = -1;
-    PyObject *copies = PyObject_GetAttr(slot, name_copies);
-    if (copies == NULL) {
-        return -1;
-    }
-    Py_ssize_t many = PyTuple_GET_SIZE(tensors);
-    if (!PyList_Check(copies) || PyList_GET_SIZE(copies) != many) {
-        PyErr_SetString(PyExc_RuntimeError, "A slot has not as many inputs as there are tensors.");
-        goto end;
-    }
-    for (Py_ssize_t i = 0; i < many; i++) {
-        PyObject *copied = PyObject_CallOneArg(PyList_GET_ITEM(copies, i), PyTuple_GET_ITEM(tensors, i));
-        if (copied == NULL) {
-            goto end;
-        }
-        Py_DECREF(copied);
-    }
-    done = 1;
-end:
-    Py_DECREF(copies);
-    return done;
-}
-
-static int
-is_marked(const Memory *head, char mark)
-{
-    char whole[MARKED_BYTES];
-    memset(whole, mark, sizeof(whole));
-    return memcmp(head->start, whole, (size_t)head->length) == 0;
-}
-
-/* What OpenVINO returns; NULL without an exception where it gave no output twice. */
-static PyObject *
-inferred(Way *way, PyObject *slot)
-{
-    PyObject *request = PyObject_GetAttr(slot, name_request), *results = NULL;
-    if (request == NULL) {
-        return NULL;
-    }
-    PyObject *arguments[] = {request, way->nothing, Py_False, Py_False};
-    Py_ssize_t tries = PyBytes_GET_SIZE(way->marks);
-    for (Py_ssize_t i = 0; results == NULL && (i < tries || i == 0); i++) {
-        char mark = tries == 0 ? 0 : PyBytes_AS_STRING(way->marks)[i];
-        for (Py_ssize_t k = 0; k < way->many_heads; k++) {
-            memset(way->heads[k].start, mark, (size_t)way->heads[k].length);
-        }
-        results = PyObject_Vectorcall(way->infer, arguments, 4, NULL);
-        if (results == NULL) {
-            break;
-        }
-        for (Py_ssize_t k = 0; k < way->many_heads; k++) {
-            if (is_marked(&way->heads[k], mark)) {
-                Py_CLEAR(results);
-                break;
-            }
-        }
-    }
-    Py_DECREF(request);
-    return results;
-}
-
-static PyObject *
-as_tensors(Way *way, PyObject *results)
-{
-    PyObject *computed = PyList_New(0), *array;
-    Py_ssize_t at = 0;
-    while (computed != NULL && PyDict_Next(results, &at, NULL, &array)) {
-        PyObject *tensor = PyObject_CallOneArg(way->as_tensor, array);
-        if (tensor == NULL || PyList_Append(computed, tensor) < 0) {
-            Py_CLEAR(computed);
-        }
-        Py_XDECREF(tensor);
-    }
-    return computed;
-}
-
-/* The exception that is set, which is set no more: a new reference. */
-static PyObject *
-caught(void)
-{
-#if PY_VERSION_HEX >= 0x030C0000
-    return PyErr_GetRaisedException();
-#else
-    PyObject *type, *error, *trace;
-    PyErr_Fetch(&type, &error, &trace);
-    PyErr_NormalizeException(&type, &error, &trace);
-    if (trace != NULL && error != NULL) {
-        PyException_SetTraceback(error, trace);
-    }
-    Py_XDECREF(type);
-    Py_XDECREF(trace);
-    return error;
-#endif
-}
-
-/* What is computed of these tensors. NULL where Python is to see to it, and with an exception where
-   the caller is to have it. The slot is back with its pool in any case. */
-static PyObject *
-computed_of(Way *way, PyObject *tensors)
-{
-    PyObject *results = NULL, *computed = NULL, *slot = slot_of(way);
-    if (slot == NULL) {
-        return NULL;
-    }
-    Holding holding = {PyThread_get_thread_ident(), way->pool, NULL, held};
-    if (held != NULL) {
-        held->before = &holding;
-    }
-    held = &holding;
-    int ran = 0, moderate = 1, fine = copies_in(slot, tensors);
-    for (Py_ssize_t i = 0; fine == 1 && moderate && i < way->many_looked_at; i++) {
-        moderate = is_moderate(&way->looked_at[i]);
-    }
-    if (fine == 1 && moderate) {
-        ran = 1;
-        results = inferred(way, slot);
-        fine = results == NULL ? -1 : 1;
-    }
-    if (holding.before != NULL) {
-        holding.before->after = holding.after;
-    }
-    else {
-        held = holding.after;
-    }
-    if (holding.after != NULL) {
-        holding.after->before = holding.before;
-    }
-    if (fine != 1) {
-        PyObject *error = caught();
-        PyObject *taken = PyObject_CallFunctionObjArgs(way->left, slot, error ? error : Py_None,
-                                                       ran ? Py_True : Py_False, NULL);
-        Py_XDECREF(taken);
-        Py_XDECREF(error);
-        Py_DECREF(slot);
-        return NULL;
-    }
-    PyObject *back = PyObject_GetAttr(way->pool, name_back);
-    fine = back == NULL || PyList_Append(back, slot) < 0 ? -1 : 1;
-    Py_XDECREF(back);
-    Py_DECREF(slot);
-    if (fine == 1 && results != NULL) {
-        /* Another thread's call may have failed meanwhile: values cannot be trusted then. */
-        PyObject *dead = PyObject_GetAttr(way->engine, name_dead);
-        if (dead == Py_None && PyDict_Check(results)) {
-            computed = as_tensors(way, results);
-        }
-        Py_XDECREF(dead);
-    }
-    Py_XDECREF(results);
-    return computed;
+    return many > 0 ? PyObject_IsTrue(PyList_GET_ITEM(computed, many - 1)) : 0;
 }
 
 /* The module's output; NULL as above. */
@@ -375,7 +119,7 @@ built(Way *way, PyObject *computed, PyObject *tensors)
     if (way->builder != Py_None) {
         answer = PyObject_Vectorcall(way->builder, arguments, 2, NULL);
     }
-    else if (PyList_GET_SIZE(computed) == 1) {
+    else if (PyList_GET_SIZE(computed) > 0) {
         answer = Py_NewRef(PyList_GET_ITEM(computed, 0));
     }
     if (answer == NULL) {
@@ -397,7 +141,7 @@ built(Way *way, PyObject *computed, PyObject *tensors)
 PyObject *
 answer_by(Way *way, PyObject *args, PyObject *kwargs)
 {
-    if (!facts_stand(way)) {
+    if (facts_stand(way) != 1) {
         return NULL;
     }
     PyObject *arguments[] = {args, kwargs}, *answer = NULL, *computed = NULL;
@@ -407,7 +151,7 @@ answer_by(Way *way, PyObject *args, PyObject *kwargs)
         computed = computed_of(way, tensors);
     }
     if (computed != NULL) {
-        answer = built(way, computed, tensors);
+        answer = is_in_range(way, computed) != 1 ? NULL : built(way, computed, tensors);
         Py_DECREF(computed);
     }
     Py_XDECREF(tensors);

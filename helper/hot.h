@@ -4,12 +4,13 @@ After an inference little of an interpreter's own code is in the caches, and eac
 path in Python waits for it. Here are the same steps in a few cache lines: 6 us less beside a graph
 of 9 us (Xeon of family 6, model 207).
 
-Nothing is decided here. A `Shortcut` answers a call where every question of the hot path is answered
-as it was when its `Way` was laid (`ovshim/shortcut.py`); where one is not, or anything is in doubt,
-it calls Python's own road, which asks all of them again.
+Nothing is decided here. A `Shortcut` answers a call where every question of the hot path is
+answered as it was when its `Way` was laid (`ovshim/shortcut.py`); where one is not, or anything is
+in doubt, it calls Python's own road, which asks all of them again.
 
     way.c       what is taken for granted, and how it is answered then
     answer.c    a call by a way
+    inference.c what is computed for it
     shortcut.c  the callable, and the module
     words.c     words of memory, for `ovshim/untouched.py`
 */
@@ -44,6 +45,7 @@ typedef struct {
     PyObject *infer;     /* infer(request, {}, False, False) -> arrays */
     PyObject *nothing;   /* {} */
     PyObject *as_tensor;
+    int checked;         /* whether the last tensor computed says that all indices were in range */
     PyObject *builder;   /* builder(computed, tensors) -> the module's output; None: the tensor */
     PyObject *count;
     PyObject *raised;    /* raised(error): raises it where it is not ours to keep */
@@ -62,8 +64,22 @@ extern PyTypeObject way_type;
    caller is to have that. */
 PyObject *answer_by(Way *way, PyObject *args, PyObject *kwargs);
 
-/* Makes the names that `answer.c` asks for; -1 with an exception. */
-int make_names(void);
+/* What is computed of these tensors. NULL where Python is to see to it, and with an exception where
+   the caller is to have it. The slot is back with its pool in any case. */
+PyObject *computed_of(Way *way, PyObject *tensors);
+
+/* The exception that is set, which is set no more: a new reference. */
+PyObject *caught(void);
+
+/* Names of attributes, made when the module is: -1 with an exception. */
+typedef struct {
+    PyObject **name;
+    const char *text;
+} Name;
+
+int make_names(const Name *names, size_t many);
+int make_names_of_answers(void);
+int make_names_of_inferences(void);
 
 PyObject *is_held(PyObject *module, PyObject *pool);
 PyObject *forget_held(PyObject *module, PyObject *unused);

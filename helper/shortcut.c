@@ -120,19 +120,53 @@ static PyTypeObject shortcut_type = {
     .tp_dealloc = (destructor)shortcut_dealloc,
 };
 
+/* --- what the other files share ----------------------------------------------------------- */
+
+int
+make_names(const Name *names, size_t many)
+{
+    for (size_t i = 0; i < many; i++) {
+        *names[i].name = PyUnicode_InternFromString(names[i].text);
+        if (*names[i].name == NULL) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* The exception that is set, which is set no more: a new reference. */
+PyObject *
+caught(void)
+{
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyErr_GetRaisedException();
+#else
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    if (trace != NULL && error != NULL) {
+        PyException_SetTraceback(error, trace);
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    return error;
+#endif
+}
+
 /* --- the module --------------------------------------------------------------------------- */
 
 /* Counted up with each change of what Python calls: see `ovshim/helper.py`. */
-#define INTERFACE 1
+#define INTERFACE 2
 
 static PyMethodDef functions[] = {
     {"read_words", read_words, METH_O,
      "read_words(addresses) -> bytes: the eight bytes at each of the addresses, which are bytes."},
     {"same_words", same_words, METH_O,
-     "same_words(state) -> bool: whether words are what they were; state is (addresses, words, ...),"
-     " each bytes, as far as it is."},
+     "same_words(state) -> bool: whether words are what they were; state is (addresses, words,"
+     " ...), each bytes, as far as it is."},
     {"is_held", is_held, METH_O,
-     "is_held(pool) -> bool: whether this thread is inside of a Shortcut that holds one of its slots."},
+     "is_held(pool) -> bool: whether this thread is inside of a Shortcut that holds one of its"
+     " slots."},
     {"forget_held", forget_held, METH_NOARGS,
      "forget_held(): in a child, where the threads are not that held any."},
     {NULL},
@@ -149,7 +183,8 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC
 PyInit__hot(void)
 {
-    if (make_names() < 0 || PyType_Ready(&way_type) < 0 || PyType_Ready(&shortcut_type) < 0) {
+    if (make_names_of_answers() < 0 || make_names_of_inferences() < 0
+        || PyType_Ready(&way_type) < 0 || PyType_Ready(&shortcut_type) < 0) {
         return NULL;
     }
     PyObject *module = PyModule_Create(&definition);

@@ -24,37 +24,43 @@ memory_of(PyObject *pairs, Memory **memory, Py_ssize_t *many)
     return 0;
 }
 
+/* Its references, each told once. */
+#define REFERENCES(EACH)                                                                         \
+    EACH(facts) EACH(questions) EACH(match) EACH(sizes) EACH(fits) EACH(engine) EACH(pool)       \
+    EACH(waiting) EACH(slot) EACH(infer) EACH(as_tensor) EACH(builder) EACH(count) EACH(raised)  \
+    EACH(left) EACH(marks) EACH(kept) EACH(nothing)
+
+#define KEEP(name) Py_XINCREF(way->name);
+#define FORGET(name) way->name = NULL;
+#define LET_GO(name) Py_CLEAR(way->name);
+#define VISIT(name) Py_VISIT(way->name);
+
 static PyObject *
 way_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"facts",  "questions", "match",     "sizes",   "fits",   "engine",
-                            "pool",   "waiting",   "slots",     "slot",    "bound",  "infer",
-                            "as_tensor", "builder", "count",    "raised",  "left",   "marks",
-                            "kept",   "looked_at", "heads",     NULL};
+    static char *names[] = {
+        "facts",  "questions", "match", "sizes",     "fits",    "engine",  "pool",  "waiting",
+        "slots",  "slot",      "bound", "infer",     "as_tensor", "checked", "builder", "count",
+        "raised", "left",      "marks", "kept",      "looked_at", "heads",  NULL,
+    };
     PyObject *looked_at, *heads;
     Way *way = (Way *)type->tp_alloc(type, 0);
     if (way == NULL) {
         return NULL;
     }
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "$O!O!OO!OOOO!nOlOOOOOOSOO!O!", names, &PyTuple_Type, &way->facts,
-            &PyTuple_Type, &way->questions, &way->match, &PyTuple_Type, &way->sizes, &way->fits,
-            &way->engine, &way->pool, &PyList_Type, &way->waiting, &way->slots, &way->slot,
-            &way->bound, &way->infer, &way->as_tensor, &way->builder, &way->count, &way->raised,
-            &way->left, &way->marks, &way->kept, &PyTuple_Type, &looked_at, &PyTuple_Type,
-            &heads)) {
-        /* What was parsed is borrowed. */
-        memset((char *)way + sizeof(PyObject), 0, sizeof(Way) - sizeof(PyObject));
+    int parsed = PyArg_ParseTupleAndKeywords(
+        args, kwargs, "$O!O!OO!OOOO!nOlOOpOOOOSOO!O!", names, &PyTuple_Type, &way->facts,
+        &PyTuple_Type, &way->questions, &way->match, &PyTuple_Type, &way->sizes, &way->fits,
+        &way->engine, &way->pool, &PyList_Type, &way->waiting, &way->slots, &way->slot,
+        &way->bound, &way->infer, &way->as_tensor, &way->checked, &way->builder, &way->count,
+        &way->raised, &way->left, &way->marks, &way->kept, &PyTuple_Type, &looked_at,
+        &PyTuple_Type, &heads);
+    if (!parsed) { /* what was parsed is borrowed */
+        REFERENCES(FORGET)
         Py_DECREF(way);
         return NULL;
     }
-    PyObject *mine[] = {way->facts, way->questions, way->match,  way->sizes,     way->fits,
-                        way->engine, way->pool,     way->waiting, way->slot,     way->infer,
-                        way->as_tensor, way->builder, way->count, way->raised,   way->left,
-                        way->marks,  way->kept};
-    for (size_t i = 0; i < sizeof(mine) / sizeof(*mine); i++) {
-        Py_INCREF(mine[i]);
-    }
+    REFERENCES(KEEP)
     way->nothing = PyDict_New();
     if (way->nothing == NULL || memory_of(looked_at, &way->looked_at, &way->many_looked_at) < 0
         || memory_of(heads, &way->heads, &way->many_heads) < 0) {
@@ -67,24 +73,7 @@ way_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static int
 way_traverse(Way *way, visitproc visit, void *arg)
 {
-    Py_VISIT(way->facts);
-    Py_VISIT(way->questions);
-    Py_VISIT(way->match);
-    Py_VISIT(way->sizes);
-    Py_VISIT(way->fits);
-    Py_VISIT(way->engine);
-    Py_VISIT(way->pool);
-    Py_VISIT(way->waiting);
-    Py_VISIT(way->slot);
-    Py_VISIT(way->infer);
-    Py_VISIT(way->nothing);
-    Py_VISIT(way->as_tensor);
-    Py_VISIT(way->builder);
-    Py_VISIT(way->count);
-    Py_VISIT(way->raised);
-    Py_VISIT(way->left);
-    Py_VISIT(way->marks);
-    Py_VISIT(way->kept);
+    REFERENCES(VISIT)
     return 0;
 }
 
@@ -94,13 +83,7 @@ static void
 way_dealloc(Way *way)
 {
     PyObject_GC_UnTrack(way);
-    PyObject *mine[] = {way->facts, way->questions, way->match,  way->sizes,     way->fits,
-                        way->engine, way->pool,     way->waiting, way->slot,     way->infer,
-                        way->as_tensor, way->builder, way->count, way->raised,   way->left,
-                        way->marks,  way->kept,     way->nothing};
-    for (size_t i = 0; i < sizeof(mine) / sizeof(*mine); i++) {
-        Py_XDECREF(mine[i]);
-    }
+    REFERENCES(LET_GO)
     PyMem_Free(way->looked_at);
     PyMem_Free(way->heads);
     Py_TYPE(way)->tp_free((PyObject *)way);

@@ -20,6 +20,7 @@ class Way:
         bound: int,
         infer: Callable[..., Any],
         as_tensor: Callable[[Any], Any],
+        checked: bool,
         builder: Callable[[Any, Any], Any] | None,
         count: Callable[[], Any],
         raised: Callable[[Exception], None],

@@ -70,7 +70,7 @@ class Laying:
 
 def _way(dispatcher: Unplanned, plan: Plan, served: Served, tensors: Sequence[torch.Tensor]) -> Any:
     """None for calls that are answered in another than the usual way."""
-    straight = served.recorder is None and served.inputs is None and not served.checked
+    straight = served.recorder is None and served.inputs is None
     if not straight or plan.generation is None or dispatcher.has_room:
         return None
     engine = served.engine
@@ -94,6 +94,7 @@ def _way(dispatcher: Unplanned, plan: Plan, served: Served, tensors: Sequence[to
         count=plan.calls.add,
         raised=let_through,
         as_tensor=torch.from_numpy,
+        checked=served.checked,
         **_inference(engine, slot),
     )
 

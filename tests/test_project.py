@@ -2,11 +2,16 @@
 
 import os
 import re
+import shutil
+import sysconfig
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import ovshim
+from ovshim import helper
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -38,6 +43,14 @@ def test_every_lint_exception_states_its_reason() -> None:
 
 def test_the_wheel_says_that_it_is_typed() -> None:
     assert (Path(ovshim.__file__).parent / "py.typed").exists()
+
+
+def test_the_helper_is_built_where_it_can_be() -> None:
+    compiler = str(sysconfig.get_config_var("CC") or "cc").split()[0]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if os.environ.get("OVSHIM_HELPER") == "0" or not (shutil.which(compiler) and headers.exists()):
+        pytest.skip("there is no compiler, or it is left out")
+    assert helper.hot is not None
 
 
 def test_the_check_can_be_run() -> None:

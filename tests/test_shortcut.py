@@ -1,7 +1,6 @@
 """Calls that the compiled helper answers: nobody can tell them from those that Python answers."""
 
 import gc
-import importlib.util
 import os
 import subprocess
 import sys
@@ -49,6 +48,17 @@ class TwoIn(nn.Module):
         return {"sums": y.sum(-1), "all": y}
 
 
+class Table(nn.Module):
+    """An index may lie outside of its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(self.table(ids))  # type: ignore[no-any-return]
+
+
 @pytest.fixture
 def by_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets an item for each inference of Python's."""
@@ -81,10 +91,6 @@ def on_its_way(*inputs: torch.Tensor, cls: type[nn.Module] = Mlp) -> tuple[nn.Mo
     return module, fast
 
 
-def test_the_helper_is_built_where_there_is_a_compiler() -> None:
-    assert importlib.util.find_spec("ovshim._hot") is not None
-
-
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_calls_like_the_last_one(
     exact_wins: list[Any], by_python: list[int], dynamic: bool
@@ -100,6 +106,21 @@ def test_calls_like_the_last_one(
     assert not by_python
     check(fast, module, torch.randn(5, 8))
     assert by_python
+
+
+def test_indices(exact_wins: list[Any], by_python: list[int]) -> None:
+    del exact_wins
+    ids = torch.tensor([[1, 2, 3]])
+    module, fast = on_its_way(ids, cls=Table)
+    by_python.clear()
+    for _ in range(5):
+        check(fast, module, torch.randint(0, 10, (1, 3)))
+    assert not by_python
+    for wrong in (ids + 2**33, ids + 8, ids - 2):  # beyond 32 bits, and beyond the table
+        for each in (module, fast):
+            with pytest.raises(IndexError), torch.inference_mode():
+                each(wrong)
+    check(fast, module, ids)
 
 
 def test_integers_and_names(exact_wins: list[Any], by_python: list[int]) -> None:
