@@ -11,32 +11,48 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 from ovshim import building
 from ovshim.helper import hot
 from ovshim.infer import Engine
 from ovshim.matcher import first_computed
-from ovshim.plan import Plan, Served
+from ovshim.plan import Counter, Plan, Served
 from ovshim.signals import let_through
 from ovshim.single import MARKS, NO_OUTPUT, SingleThreadEngine
 from ovshim.slots import Array, Slot
 from ovshim.special_mode import USUAL_MODES
-from ovshim.unplanned import Unplanned
 from ovshim.values import anything
 
-__all__ = ["Laying"]
+__all__ = ["Laying", "raced", "way_of"]
 
 log = logging.getLogger("ovshim")
 
 # A way is laid by the first call that may have one. Where calls are never alike, it is laid again
 # and again, each time after twice as many, up to so many.
 _MOST = 4095
+
+Facts = tuple[tuple[Any, str, Any], ...]
+"""`(owner, name, value)`: as long as `owner.name` is this very value."""
+
+
+class Road(Protocol):
+    """The road of all calls: a dispatcher."""
+
+    module: nn.Module
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
+        """The answer to a call."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether some calls are answered before their plan is asked for."""
 
 
 class Laying:
@@ -47,7 +63,7 @@ class Laying:
         after: so many calls that went by `Dispatcher.call` are waited for.
     """
 
-    def __init__(self, dispatcher: Unplanned) -> None:
+    def __init__(self, dispatcher: Road) -> None:
         self.shortcut: Any = hot.Shortcut(dispatcher.call)
         self.after = 0
         self._dispatcher = dispatcher
@@ -56,11 +72,13 @@ class Laying:
         """Lay a way for calls like this, which OpenVINO has just answered, if they can have one."""
         self.shortcut.missed = 0
         self.after = min(2 * self.after + 1, _MOST)
+        self.shortcut.way = None
         try:
-            self.shortcut.way = _way(self._dispatcher, plan, served, tensors)
+            if not self._dispatcher.has_room:
+                facts = _facts_of(self._dispatcher)
+                self.shortcut.way = way_of(plan, served, tensors, plan.calls.add, facts)
         except Exception:  # the call is answered, whatever is not as it was thought to be
             log.debug("no way is laid", exc_info=True)
-            self.shortcut.way = None
 
     def lift(self) -> None:
         """Give up the way: plans have come, or gone."""
@@ -68,10 +86,31 @@ class Laying:
         self.after = 0
 
 
-def _way(dispatcher: Unplanned, plan: Plan, served: Served, tensors: Sequence[torch.Tensor]) -> Any:
-    """None for calls that are answered in another than the usual way."""
-    straight = served.recorder is None and served.inputs is None
-    if not straight or plan.generation is None or dispatcher.has_room:
+def raced(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """What answers a call by a way, to take the time of it; None where there is none. The plan has
+    answered such a call just now."""
+    tensors = plan.match(args, kwargs)
+    if hot is None or plan.served is None or tensors is None:
+        return None
+    shortcut = hot.Shortcut(lambda args, kwargs: None)
+    shortcut.way = way_of(plan, plan.served, tensors, Counter().add)
+    return None if shortcut.way is None else functools.partial(shortcut, args, kwargs)
+
+
+def way_of(
+    plan: Plan,
+    served: Served,
+    tensors: Sequence[torch.Tensor],
+    count: Callable[[], Any],
+    facts: Facts = (),
+) -> Any:
+    """The way of calls that have such tensors; None where they are not answered in the usual one.
+
+    Args:
+        count: called for each that is answered by it.
+        facts: which have to stand, besides those of the plan.
+    """
+    if served.recorder is not None or served.inputs is not None or plan.generation is None:
         return None
     engine = served.engine
     if engine.exact is not None and engine.is_left(tensors):
@@ -81,7 +120,7 @@ def _way(dispatcher: Unplanned, plan: Plan, served: Served, tensors: Sequence[to
         return None
     fits, builder = plan.other_values_fit, served.builder
     return hot.Way(
-        facts=_facts(dispatcher, plan, served, engine),
+        facts=(*facts, *_facts_of_plan(plan, served, engine)),
         questions=(
             (torch.is_grad_enabled, torch.is_grad_enabled()),
             *USUAL_MODES,
@@ -91,7 +130,7 @@ def _way(dispatcher: Unplanned, plan: Plan, served: Served, tensors: Sequence[to
         sizes=tuple(tensor.shape for tensor in tensors),
         fits=None if fits is anything else fits,
         builder=None if builder is first_computed else builder,
-        count=plan.calls.add,
+        count=count,
         raised=let_through,
         as_tensor=torch.from_numpy,
         checked=served.checked,
@@ -115,14 +154,17 @@ def _slot(engine: Engine, tensors: Sequence[torch.Tensor]) -> Slot | None:
     return slot
 
 
-def _facts(
-    dispatcher: Unplanned, plan: Plan, served: Served, engine: Engine
-) -> tuple[tuple[Any, str, Any], ...]:
-    """What may change between two calls, and tells nobody."""
+def _facts_of(dispatcher: Road) -> Facts:
+    """What may change between two calls of it, and tells nobody."""
     return (
         (building, "running", 0),
         (dispatcher, "_at_rest", None),
         (dispatcher.module, "training", False),
+    )
+
+
+def _facts_of_plan(plan: Plan, served: Served, engine: Engine) -> Facts:
+    return (
         (forward_ad, "_current_level", forward_ad._current_level),
         (plan, "served", served),
         (plan, "open", plan.open),

@@ -13,6 +13,7 @@ from ovshim.buckets import Bucket, compile_bucket, compile_sizes
 from ovshim.cache import Entry
 from ovshim.deferred import later
 from ovshim.eager import LOW_TOLERANCE
+from ovshim.helper import hot
 from ovshim.job import Job
 from ovshim.lanes import Lane
 from ovshim.options import Options
@@ -20,6 +21,7 @@ from ovshim.plan import Plan
 from ovshim.race import Finish, race
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
+from ovshim.shortcut import raced
 from ovshim.signature import sizes_of
 from ovshim.unmet import Unmet
 
@@ -106,7 +108,9 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
             return None
 
         with job.stage("race"):
-            finish = race(lambda: job.call(*args, **kwargs), candidate, job.race_seconds())
+            candidate()
+            ours = raced(plan, args, kwargs) or candidate
+            finish = race(lambda: job.call(*args, **kwargs), ours, job.race_seconds())
         if plan.notes is not None:
             plan.notes.raced(bucket, finish)
     plan.speedup = finish.eager / finish.candidate
@@ -131,8 +135,8 @@ def placed(options: Options) -> str:
 
 def _where(bucket: Bucket, grad: bool, placed: str) -> str:
     """A race is valid on one sort of processor, for one number of threads (eager's), for like
-    sizes, in one grad mode: recording takes eager's time, and ours."""
-    mode = " grad" if grad else ""
+    sizes, in one grad mode: recording takes eager's time, and ours; with the helper, or without."""
+    mode = f"{' grad' if grad else ''}{'' if hot is None else ' helped'}"
     return f"{runtime.measured_on(torch.get_num_threads())}{placed} bucket={bucket}{mode}"
 
 
