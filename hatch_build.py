@@ -12,20 +12,25 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _NAME = "ovshim._hot"
+# Whatever CFLAGS say: with fast math a library switches off small numbers for the whole process.
+_EXACT = [] if sys.platform == "win32" else ["-fno-fast-math"]
 _FASTER = [] if sys.platform == "win32" else ["-O3", "-fvisibility=hidden"]
 
 
 class CompiledHelper(BuildHookInterface):  # type: ignore[type-arg]
     """Called for wheels. An editable one finds the helper in the checkout."""
 
+    _work: tempfile.TemporaryDirectory[str] | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build it; say so where that fails."""
         if os.environ.get("OVSHIM_HELPER") == "0":
             return
         root = Path(self.root)
-        into = root if version == "editable" else Path(tempfile.mkdtemp())
+        self._work = tempfile.TemporaryDirectory()
+        into = root if version == "editable" else Path(self._work.name)
         try:
-            built = _built(root, into)
+            built = _built(root, into, self._work.name)
         except Exception as error:  # of compilers there are many
             self.app.display_warning(f"The compiled helper is left out: {error}")
             return
@@ -34,16 +39,27 @@ class CompiledHelper(BuildHookInterface):  # type: ignore[type-arg]
         if version != "editable":
             build_data["force_include"][str(built)] = f"ovshim/{built.name}"
 
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Called when the wheel has taken what was built."""
+        if self._work is not None:
+            self._work.cleanup()
 
-def _built(root: Path, into: Path) -> Path:
+
+def _built(root: Path, into: Path, work: str) -> Path:
     from setuptools import Distribution, Extension
     from setuptools.command.build_ext import build_ext
 
     sources = sorted(str(path) for path in (root / "helper").glob("*.c"))
     headers = [str(root / "helper" / "hot.h")]
-    extension = Extension(_NAME, sources, depends=headers, extra_compile_args=_FASTER)
+    extension = Extension(
+        _NAME,
+        sources,
+        depends=headers,
+        extra_compile_args=[*_FASTER, *_EXACT],
+        extra_link_args=_EXACT,
+    )
     command = build_ext(Distribution({"name": "ovshim", "ext_modules": [extension]}))
-    command.build_lib, command.build_temp = str(into), tempfile.mkdtemp()
+    command.build_lib, command.build_temp = str(into), work
     command.ensure_finalized()
     command.run()
     return Path(command.get_ext_fullpath(_NAME))

@@ -83,18 +83,21 @@ sizes_are(Way *way, PyObject *tensors)
     return 1;
 }
 
+/* What a function says, of an argument if there is one. None is no function, and has nothing against
+   it. */
 static int
-values_fit(Way *way, PyObject *tensors)
+is_so(PyObject *function, PyObject *argument)
 {
-    if (way->fits == Py_None) {
+    if (function == Py_None) {
         return 1;
     }
-    PyObject *fit = PyObject_CallOneArg(way->fits, tensors);
-    if (fit == NULL) {
+    PyObject *said = argument == NULL ? PyObject_CallNoArgs(function)
+                                      : PyObject_CallOneArg(function, argument);
+    if (said == NULL) {
         return -1;
     }
-    int truth = PyObject_IsTrue(fit);
-    Py_DECREF(fit);
+    int truth = PyObject_IsTrue(said);
+    Py_DECREF(said);
     return truth;
 }
 
@@ -144,10 +147,14 @@ answer_by(Way *way, PyObject *args, PyObject *kwargs)
     if (facts_stand(way) != 1) {
         return NULL;
     }
+    /* Before anything is asked of a tensor: a mode would see it. */
+    if (questions_stand(way) != 1) {
+        return NULL;
+    }
     PyObject *arguments[] = {args, kwargs}, *answer = NULL, *computed = NULL;
     PyObject *tensors = PyObject_Vectorcall(way->match, arguments, 2, NULL);
-    if (tensors != NULL && sizes_are(way, tensors) == 1 && questions_stand(way) == 1
-        && values_fit(way, tensors) == 1) {
+    if (tensors != NULL && sizes_are(way, tensors) == 1 && is_so(way->holds, NULL) == 1
+        && is_so(way->fits, tensors) == 1) {
         computed = computed_of(way, tensors);
     }
     if (computed != NULL) {

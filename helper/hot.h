@@ -29,11 +29,12 @@ typedef struct {
     Py_ssize_t length;
 } Memory;
 
-typedef struct {
+typedef struct Way {
     PyObject_HEAD
     PyObject *facts;     /* ((owner, name, value), ...): owner.name is value */
     PyObject *questions; /* ((callable, answer), ...): callable() is answer */
     PyObject *match;     /* match(args, kwargs) -> tensors or None */
+    PyObject *holds;     /* holds() -> bool: whether the module is what it was */
     PyObject *sizes;     /* the sizes of each tensor */
     PyObject *fits;      /* fits(tensors) -> bool, or None where there is nothing to ask */
     PyObject *engine;
@@ -56,7 +57,12 @@ typedef struct {
     Py_ssize_t many_looked_at;
     Memory *heads;
     Py_ssize_t many_heads;
+    unsigned long thread; /* that holds the slot, while one does by this way */
+    struct Way *next;     /* of those whose slots are held */
 } Way;
+
+/* Of an output, as `single.py` marks it. */
+#define MARKED_BYTES 8
 
 extern PyTypeObject way_type;
 

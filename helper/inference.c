@@ -2,12 +2,8 @@
 
 #include "hot.h"
 
-#include <math.h>
-
 /* Sums that are kept apart, so that a compiler may add them side by side. */
 #define SUMS 16
-/* Of an output, as `single.py` marks it. */
-#define MARKED_BYTES 8
 
 static PyObject *name_back, *name_bound, *name_copies, *name_dead, *name_request;
 
@@ -24,21 +20,36 @@ make_names_of_inferences(void)
     return make_names(names, sizeof(names) / sizeof(*names));
 }
 
-/* A call that holds a slot, on the stack of the thread that makes it. */
-typedef struct Holding {
-    unsigned long thread;
-    PyObject *pool;
-    struct Holding *before, *after;
-} Holding;
+/* The ways whose slots are held. A slot is held by one call at a time, and so is a way. */
+static Way *held;
 
-static Holding *held;
+static void
+hold(Way *way)
+{
+    way->thread = PyThread_get_thread_ident();
+    way->next = held;
+    held = way;
+}
+
+static void
+hold_no_more(Way *way)
+{
+    /* In a child the list was forgotten. */
+    for (Way **at = &held; *at != NULL; at = &(*at)->next) {
+        if (*at == way) {
+            *at = way->next;
+            break;
+        }
+    }
+    way->next = NULL;
+}
 
 PyObject *
 is_held(PyObject *module, PyObject *pool)
 {
     unsigned long thread = PyThread_get_thread_ident();
-    for (Holding *holding = held; holding != NULL; holding = holding->after) {
-        if (holding->pool == pool && holding->thread == thread) {
+    for (Way *way = held; way != NULL; way = way->next) {
+        if (way->pool == pool && way->thread == thread) {
             Py_RETURN_TRUE;
         }
     }
@@ -73,7 +84,10 @@ is_moderate(const Memory *memory)
     for (int k = 0; k < SUMS; k++) {
         sum += sums[k];
     }
-    return sum < INFINITY;
+    /* By its bits: some flags of a compiler's promise it that no number is infinite. */
+    uint32_t bits;
+    memcpy(&bits, &sum, sizeof(bits));
+    return (bits & 0x7F800000) != 0x7F800000;
 }
 
 static PyObject *
@@ -203,50 +217,31 @@ as_tensors(Way *way, PyObject *results)
     return computed;
 }
 
-PyObject *
-computed_of(Way *way, PyObject *tensors)
+static PyObject *
+computed_in(Way *way, PyObject *slot, PyObject *tensors)
 {
-    PyObject *results = NULL, *computed = NULL, *slot = slot_of(way);
-    if (slot == NULL) {
-        return NULL;
+    PyObject *results = NULL, *computed = NULL;
+    int ran = 0, fine = copies_in(slot, tensors);
+    for (Py_ssize_t i = 0; fine == 1 && i < way->many_looked_at; i++) {
+        fine = is_moderate(&way->looked_at[i]);
     }
-    Holding holding = {PyThread_get_thread_ident(), way->pool, NULL, held};
-    if (held != NULL) {
-        held->before = &holding;
-    }
-    held = &holding;
-    int ran = 0, moderate = 1, fine = copies_in(slot, tensors);
-    for (Py_ssize_t i = 0; fine == 1 && moderate && i < way->many_looked_at; i++) {
-        moderate = is_moderate(&way->looked_at[i]);
-    }
-    if (fine == 1 && moderate) {
+    if (fine == 1) {
         ran = 1;
         results = inferred(way, slot);
         fine = results == NULL ? -1 : 1;
     }
-    if (holding.before != NULL) {
-        holding.before->after = holding.after;
-    }
-    else {
-        held = holding.after;
-    }
-    if (holding.after != NULL) {
-        holding.after->before = holding.before;
-    }
-    if (fine != 1) {
+    if (fine < 0) {
         PyObject *error = caught();
         PyObject *taken = PyObject_CallFunctionObjArgs(way->left, slot, error ? error : Py_None,
                                                        ran ? Py_True : Py_False, NULL);
         Py_XDECREF(taken);
         Py_XDECREF(error);
-        Py_DECREF(slot);
         return NULL;
     }
     PyObject *back = PyObject_GetAttr(way->pool, name_back);
-    fine = back == NULL || PyList_Append(back, slot) < 0 ? -1 : 1;
+    fine = back == NULL ? -1 : PyList_Append(back, slot);
     Py_XDECREF(back);
-    Py_DECREF(slot);
-    if (fine == 1 && results != NULL) {
+    if (fine == 0 && results != NULL) {
         /* Another thread's call may have failed meanwhile: values cannot be trusted then. */
         PyObject *dead = PyObject_GetAttr(way->engine, name_dead);
         if (dead == Py_None && PyDict_Check(results)) {
@@ -255,5 +250,19 @@ computed_of(Way *way, PyObject *tensors)
         Py_XDECREF(dead);
     }
     Py_XDECREF(results);
+    return computed;
+}
+
+PyObject *
+computed_of(Way *way, PyObject *tensors)
+{
+    PyObject *slot = slot_of(way);
+    if (slot == NULL) {
+        return NULL;
+    }
+    hold(way);
+    PyObject *computed = computed_in(way, slot, tensors);
+    hold_no_more(way);
+    Py_DECREF(slot);
     return computed;
 }

@@ -156,7 +156,7 @@ caught(void)
 /* --- the module --------------------------------------------------------------------------- */
 
 /* Counted up with each change of what Python calls: see `ovshim/helper.py`. */
-#define INTERFACE 2
+#define INTERFACE 3
 
 static PyMethodDef functions[] = {
     {"read_words", read_words, METH_O,

@@ -10,6 +10,7 @@ class Way:
         facts: tuple[tuple[Any, str, Any], ...],
         questions: tuple[tuple[Callable[[], Any], Any], ...],
         match: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | None],
+        holds: Callable[[], bool],
         sizes: tuple[tuple[int, ...], ...],
         fits: Callable[[Any], bool] | None,
         engine: Any,

@@ -17,7 +17,7 @@ __all__ = ["hot"]
 log = logging.getLogger("ovshim")
 
 # What `helper/shortcut.c` says of itself.
-_INTERFACE = 2
+_INTERFACE = 3
 
 
 def _loaded() -> Any:

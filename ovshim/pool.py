@@ -50,6 +50,10 @@ class Pool(Generic[T]):
         self._holder = holder
         self._making = threading.RLock()
 
+    def __len__(self) -> int:
+        """How many there are, those that calls hold among them."""
+        return len(self._all)
+
     def busy(self) -> bool:
         """Whether a call holds one."""
         return len(self.free) < len(self._all)

@@ -16,6 +16,7 @@ from typing import Any
 
 from .binding import binding, package
 from .errors import OptionError
+from .unfused import has_known_sizes, properties_for
 
 _log = logging.getLogger("ovshim")
 
@@ -298,10 +299,15 @@ def compile_model(
     alone the graph is compiled then. RuntimeError when OpenVINO cannot.
     """
     if sizes is None:
+        if has_known_sizes(source):
+            model = _bare_core().read_model(str(source), config={})
+            settings = {**settings, **properties_for(model, device)}
+            del model
         return _bare_core().compile_model(str(source), device, dict(settings))
     model = _bare_core().read_model(str(source), config={})
     model.reshape({i: binding().PartialShape(list(size)) for i, size in enumerate(sizes)})
-    return _bare_core().compile_model(model, device, dict(settings))
+    settings = {**settings, **properties_for(model, device)}
+    return _bare_core().compile_model(model, device, settings)
 
 
 def export_model(compiled: Any) -> bytes:

@@ -54,6 +54,9 @@ class Road(Protocol):
     def has_room(self) -> bool:
         """Whether some calls are answered before their plan is asked for."""
 
+    def stands(self, plan: Plan) -> bool:
+        """Whether the plan is one of those that calls are answered by."""
+
 
 class Laying:
     """Lays ways for the calls of one dispatcher.
@@ -74,11 +77,27 @@ class Laying:
         self.after = min(2 * self.after + 1, _MOST)
         self.shortcut.way = None
         try:
-            if not self._dispatcher.has_room:
-                facts = _facts_of(self._dispatcher)
-                self.shortcut.way = way_of(plan, served, tensors, plan.calls.add, facts)
+            way = self._way(plan, served, tensors)
         except Exception:  # the call is answered, whatever is not as it was thought to be
             log.debug("no way is laid", exc_info=True)
+        else:
+            self.shortcut.way = way
+            # Another thread may have published others meanwhile, and lifted what was there then.
+            if not self._dispatcher.stands(plan):
+                self.shortcut.way = None
+
+    def _way(self, plan: Plan, served: Served, tensors: Sequence[torch.Tensor]) -> Any:
+        opened, calls = plan.open, plan.calls
+        if self._dispatcher.has_room or plan.key(tensors) not in opened:
+            return None
+        facts = (
+            (building, "running", 0),
+            (self._dispatcher, "_at_rest", None),
+            (self._dispatcher.module, "training", False),
+            (plan, "open", opened),
+            (plan, "calls", calls),
+        )
+        return way_of(plan, served, tensors, calls.add, facts)
 
     def lift(self) -> None:
         """Give up the way: plans have come, or gone."""
@@ -112,21 +131,25 @@ def way_of(
     """
     if served.recorder is not None or served.inputs is not None or plan.generation is None:
         return None
+    if any(asked() != usually for asked, usually in USUAL_MODES):
+        return None
     engine = served.engine
     if engine.exact is not None and engine.is_left(tensors):
         engine = engine.exact
-    slot = _slot(engine, tensors)
-    if slot is None:
+    slot = _slot(engine)
+    bound = 0 if slot is None else slot.bound
+    # In this order: who takes it from here on counts up what is bound to it before that changes.
+    if slot is None or not _waits(engine, slot) or not _is_usual(engine, slot, tensors):
         return None
     fits, builder = plan.other_values_fit, served.builder
-    return hot.Way(
+    way = hot.Way(
         facts=(*facts, *_facts_of_plan(plan, served, engine)),
         questions=(
             (torch.is_grad_enabled, torch.is_grad_enabled()),
             *USUAL_MODES,
-            (plan.generation.holds, True),
         ),
         match=plan.match,
+        holds=plan.generation.holds,
         sizes=tuple(tensor.shape for tensor in tensors),
         fits=None if fits is anything else fits,
         builder=None if builder is first_computed else builder,
@@ -134,40 +157,39 @@ def way_of(
         raised=let_through,
         as_tensor=torch.from_numpy,
         checked=served.checked,
+        bound=bound,
         **_inference(engine, slot),
     )
+    return way if _waits(engine, slot) and slot.bound == bound else None
 
 
-def _slot(engine: Engine, tensors: Sequence[torch.Tensor]) -> Slot | None:
-    """The slot that the next call would take, if all that it takes to run such tensors is to copy
-    them to where others like them are bound."""
-    waiting = engine._pool.free
-    if engine.dead is not None or engine.rival is not None or engine.converts or not waiting:
-        return None
-    slot = waiting[-1]
-    if slot.large or slot.shapes != [tensor.shape for tensor in tensors]:
-        return None
+def _slot(engine: Engine) -> Slot | None:
+    """The slot that the next call would take."""
+    waiting = list(engine._pool.free)
+    return waiting[-1] if waiting else None
+
+
+def _waits(engine: Engine, slot: Slot) -> bool:
+    return any(slot is other for other in list(engine._pool.free))
+
+
+def _is_usual(engine: Engine, slot: Slot, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all that it takes to run such tensors is to copy them to where others are bound."""
+    if engine.dead is not None or engine.rival is not None or engine.converts or slot.large:
+        return False
+    if slot.shapes != [x.shape for x in tensors] or any(x.requires_grad for x in tensors):
+        return False
     if not all(array.dtype == np.float32 and array.flags.c_contiguous for array in slot.checked):
-        return None
+        return False
     if isinstance(engine, SingleThreadEngine):
-        return slot if engine.stay and engine.repeats and slot.heads else None
-    return slot
-
-
-def _facts_of(dispatcher: Road) -> Facts:
-    """What may change between two calls of it, and tells nobody."""
-    return (
-        (building, "running", 0),
-        (dispatcher, "_at_rest", None),
-        (dispatcher.module, "training", False),
-    )
+        return engine.stay and engine.repeats and bool(slot.heads)
+    return True
 
 
 def _facts_of_plan(plan: Plan, served: Served, engine: Engine) -> Facts:
     return (
         (forward_ad, "_current_level", forward_ad._current_level),
         (plan, "served", served),
-        (plan, "open", plan.open),
         (served.engine, "exact", served.engine.exact),
         (engine, "rival", None),
         (engine, "dead", None),
@@ -182,9 +204,8 @@ def _inference(engine: Engine, slot: Slot) -> dict[str, Any]:
         "pool": pool,
         "waiting": pool.free,
         # Of one that queues calls, those at the same time are left to another.
-        "slots": len(pool.free) if engine.queues else -1,
+        "slots": len(pool) if engine.queues else -1,
         "slot": weakref.ref(slot),
-        "bound": slot.bound,
         "infer": engine._infer,
         "left": functools.partial(_left, engine),
         "marks": bytes(MARKS) if heads else b"",

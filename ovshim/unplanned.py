@@ -87,6 +87,10 @@ class Unplanned:
         """Whether some calls are steps of `generate()`."""
         return self._room is not None and not self._off
 
+    def stands(self, plan: Plan) -> bool:
+        """Whether calls are answered by this plan."""
+        return any(plan is known for known in self._plans[plan.grad])
+
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer."""
         raise NotImplementedError

@@ -105,3 +105,54 @@ def test_a_mark_that_was_left_is_told_of_once(tmp_path: Path) -> None:
     assert marks.left_behind(tmp_path, "ab")
     assert not marks.left_behind(tmp_path, "ab")
     assert [path.name for path in tmp_path.iterdir()] == ["abc.0"]
+
+
+RESIDUAL = """
+import sys, warnings
+import torch, ovshim
+from torch import nn
+
+warnings.simplefilter("ignore")
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+class Gated(Residual):
+    def forward(self, x):
+        return torch.sigmoid(x) * self.down(nn.functional.gelu(self.up(x)))
+
+torch.manual_seed(0)
+device, rows, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for blocks in ([Residual(), Residual()], [Gated(), Residual(), Gated()]):
+    module, x = nn.Sequential(*blocks).eval(), torch.randn(rows, 16)
+    for sizes in ({}, None):
+        fast = ovshim.accelerate(
+            module, x, prefer="openvino", cache_dir=False, device=device,
+            threads=threads or None, dynamic_shapes=sizes,
+        )
+        with torch.inference_mode():
+            for _ in range(3):
+                torch.testing.assert_close(fast(x), module(x), atol=1e-5, rtol=1e-5)
+        print(ovshim.explain(fast).to_dict()["plans"][0]["path"])
+"""
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(1, 1), (4, 0), (8, 2)])
+def test_residual_blocks_of_known_sizes(rows: int, threads: int) -> None:
+    """OpenVINO 2026.4 ends the process over those, on some processors."""
+    process = start_python(RESIDUAL, "CPU", str(rows), str(threads))
+    output, _ = process.communicate(timeout=240)
+    assert (process.returncode, output.split()) == (0, ["openvino"] * 4)
+
+
+@pytest.mark.slow
+def test_residual_blocks_on_devices_that_hand_on() -> None:
+    process = start_python(RESIDUAL, "AUTO:CPU", "1", "1")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert set(output.split()) <= {"openvino", "eager"}

@@ -27,6 +27,7 @@ FLOORS: dict[str, set[str]] = {
         "reasons",
         "shortage",
         "signals",
+        "unfused",
         "version",
     },
     "1": {

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ovshim
-from ovshim import helper
+from ovshim import helper, shortcut
 from ovshim.bound import installed
 from ovshim.infer import Engine
 
@@ -269,9 +269,9 @@ def test_any_values_are_answered_as_without_it(
     _, fast = _pair()
     x = torch.randn(3, 8)
     x[at] = torch.tensor(values)
-    shortcut = laying(fast).shortcut
+    road = laying(fast).shortcut.road
     with torch.inference_mode():
-        one, other = fast(x), shortcut.road((x,), {})
+        one, other = fast(x), road((x,), {})
     np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
@@ -486,18 +486,173 @@ def test_calls_leave_no_references(exact_wins: list[Any]) -> None:
 
 
 def test_what_a_shortcut_takes() -> None:
-    shortcut = helper.hot.Shortcut(lambda args, kwargs: (args, kwargs))
-    assert shortcut((1,), {"a": 2}) == ((1,), {"a": 2})
-    assert shortcut.missed == 1
+    made = helper.hot.Shortcut(lambda args, kwargs: (args, kwargs))
+    assert made((1,), {"a": 2}) == ((1,), {"a": 2})
+    assert made.missed == 1
     with pytest.raises(TypeError, match="a Way, or None"):
-        shortcut.way = 3
+        made.way = 3
     with pytest.raises(TypeError):
         helper.hot.Way(facts=())
+    for wrong in ({"facts": (1,)}, {"facts": ((1, 2, 3),)}, {"questions": (5,)}, {"heads": (3,)}):
+        with pytest.raises(TypeError):
+            helper.hot.Way(**{**_way(), **wrong})
+    with pytest.raises(ValueError, match="1 to 8"):
+        helper.hot.Way(**{**_way(), "heads": ((0, 9),)})
     with pytest.raises(TypeError):
-        shortcut()
+        made()
     for function in (helper.hot.read_words, helper.hot.same_words):
         with pytest.raises(TypeError):
             function(3)
+
+
+def _way() -> dict[str, Any]:
+    """What a Way takes, none of it of use."""
+    names = "match holds fits engine pool slot infer as_tensor builder count raised left kept"
+    tuples = "facts questions sizes looked_at heads"
+    others = {"waiting": [], "slots": 1, "bound": 0, "checked": False, "marks": b""}
+    return {**dict.fromkeys(names.split()), **dict.fromkeys(tuples.split(), ()), **others}
+
+
+# --- while it is being laid -------------------------------------------------------------------
+
+
+def in_another_thread(work: Callable[[], Any]) -> None:
+    """Done, with its modes, while this thread waits in the middle of something."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            work()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result(60)
+
+
+def test_plans_that_go_while_a_call_is_under_way(exact_wins: list[Any]) -> None:
+    """What torch does not count, only `refresh` tells of."""
+    del exact_wins
+    x = torch.randn(3, 8)
+    module, fast = on_its_way(x)
+    engine, laid = engine_of(fast), laying(fast)
+    laid.lift()
+    infer, others = engine._infer, [1]
+
+    def meanwhile(*given: Any) -> Any:
+        if others:
+            others.pop()
+            fast.last.weight.data.mul_(100)  # type: ignore[operator, union-attr]
+            in_another_thread(lambda: fast.ovshim.refresh())  # type: ignore[operator, union-attr]
+        return infer(*given)
+
+    engine._infer = meanwhile
+    with torch.inference_mode():
+        fast(x)
+    assert not others
+    assert laid.shortcut.way is None
+    for _ in range(4):
+        check(fast, module, x, path=None)
+
+
+@pytest.mark.parametrize("step", ["_waits", "_is_usual", "_inference"])
+def test_a_slot_that_another_thread_takes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    one, three = torch.randn(1, 8), torch.randn(3, 8)
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, three, cache_dir=None, prefer="openvino", threads=2)
+    for x in (one, three, one):
+        check(fast, module, x)
+    engine, laid = engine_of(fast), laying(fast)
+    engine.rival = None
+    original, others = getattr(shortcut, step), [1]
+
+    def meanwhile(*given: Any) -> Any:
+        found = original(*given)
+        if others:
+            others.pop()
+            in_another_thread(lambda: laid.shortcut.road((three,), {}))
+        return found
+
+    monkeypatch.setattr(shortcut, step, meanwhile)
+    laid.lift()
+    with torch.inference_mode():
+        same(fast(one), module(one))
+    assert not others
+    wrong = one.index_fill(1, torch.tensor([3]), NAN)
+    for x in (one, wrong, three, one):
+        check(fast, module, x, path=None)
+
+
+def test_a_call_from_where_a_failure_is_told(exact_wins: list[Any]) -> None:
+    del exact_wins
+    x, inner = torch.randn(3, 8), list[Any]()
+    module, fast = on_its_way(x)
+
+    class BrokenError(RuntimeError):
+        def __str__(self) -> str:
+            if not inner:
+                inner.append(None)
+                inner[0] = fast(x)
+            return "broken"
+
+    with torch.inference_mode(), infer_is(fast, failing(BrokenError())):
+        pass
+    with torch.inference_mode():
+        same(fast(x), module(x))
+    same(inner[0], module(x).detach())
+
+
+def test_counts_that_begin_anew(exact_wins: list[Any]) -> None:
+    del exact_wins
+    x = torch.randn(3, 8)
+    module, fast = on_its_way(x)
+    fast.ovshim.reset_stats()  # type: ignore[operator, union-attr]
+    for _ in range(5):
+        check(fast, module, x)
+    assert counts(fast)["openvino"] == 5
+
+
+def test_an_interrupt_in_a_modules_own_code(exact_wins: list[Any]) -> None:
+    del exact_wins
+    x = torch.randn(3, 8)
+    _, fast = on_its_way(x)
+
+    class Interrupted(type(fast)):  # type: ignore[misc]
+        @property
+        def training(self) -> bool:
+            raise KeyboardInterrupt
+
+    held = fast.__dict__.pop("training")
+    cls, fast.__class__ = fast.__class__, Interrupted
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+        fast(x)
+    fast.__class__ = cls
+    fast.__dict__["training"] = held
+
+
+def test_a_mode_sees_what_it_sees_without_it(exact_wins: list[Any]) -> None:
+    del exact_wins
+    x = torch.randn(3, 8)
+    module, fast = on_its_way(x)
+
+    class Seen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Seen() as without:
+        module(x)
+    with torch.no_grad(), Seen() as with_it:
+        fast(x)
+    assert with_it.names == without.names
+    with torch.device("cpu"):
+        for _ in range(3):
+            check(fast, module, x)
 
 
 # --- without it -------------------------------------------------------------------------------
