@@ -10,6 +10,7 @@ import torch
 
 from ovshim import runtime
 from ovshim.capture import names
+from ovshim.unfused import properties_for
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -42,6 +43,8 @@ def array(tensor: torch.Tensor) -> Any:
 def run(model: ov.Model, inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[Any]]:
     """The outputs for each input, each operation in its own type."""
     settings = {"INFERENCE_PRECISION_HINT": "dynamic"}
+    if not model.is_dynamic():
+        settings |= properties_for(model, "CPU")
     compiled = runtime.core().compile_model(model, "CPU", settings)
     return [list(compiled([array(x) for x in given]).to_tuple()) for given in inputs]
 
