@@ -78,8 +78,9 @@ class Laying:
         self.shortcut.way = None
         try:
             way = self._way(plan, served, tensors)
-        except Exception:  # the call is answered, whatever is not as it was thought to be
-            log.debug("no way is laid", exc_info=True)
+        except Exception as error:  # the call is answered, whatever is not as it was thought to be
+            let_through(error)
+            log.debug("no way is laid", exc_info=error)
         else:
             self.shortcut.way = way
             # Another thread may have published others meanwhile, and lifted what was there then.
@@ -105,15 +106,20 @@ class Laying:
         self.after = 0
 
 
-def raced(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """What answers a call by a way, to take the time of it; None where there is none. The plan has
-    answered such a call just now."""
+def raced(
+    plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Callable[[], Any]
+) -> Callable[[], Any]:
+    """What answers a call as the calls after it will be answered, to take the time of it.
+
+    Args:
+        otherwise: answers it without a way, and has done so just now.
+    """
     tensors = plan.match(args, kwargs)
     if hot is None or plan.served is None or tensors is None:
-        return None
-    shortcut = hot.Shortcut(lambda args, kwargs: None)
+        return otherwise
+    shortcut = hot.Shortcut(lambda args, kwargs: otherwise())
     shortcut.way = way_of(plan, plan.served, tensors, Counter().add)
-    return None if shortcut.way is None else functools.partial(shortcut, args, kwargs)
+    return otherwise if shortcut.way is None else functools.partial(shortcut, args, kwargs)
 
 
 def way_of(

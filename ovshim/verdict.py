@@ -109,7 +109,7 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
 
         with job.stage("race"):
             candidate()
-            ours = raced(plan, args, kwargs) or candidate
+            ours = raced(plan, args, kwargs, otherwise=candidate)
             finish = race(lambda: job.call(*args, **kwargs), ours, job.race_seconds())
         if plan.notes is not None:
             plan.notes.raced(bucket, finish)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -580,6 +581,49 @@ def test_a_slot_that_another_thread_takes_meanwhile(
     wrong = one.index_fill(1, torch.tensor([3]), NAN)
     for x in (one, wrong, three, one):
         check(fast, module, x, path=None)
+
+
+def test_a_handler_that_raises_while_a_way_is_laid(
+    exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a signal: it comes out of whatever line is reached."""
+    del exact_wins
+    x = torch.randn(3, 8)
+    module, fast = on_its_way(x)
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError("of the program's own")
+
+    def raising(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, late)
+    try:
+        monkeypatch.setattr(shortcut, "way_of", raising)
+        laying(fast).lift()
+        with pytest.raises(TimeoutError), torch.inference_mode():
+            fast(x)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    for _ in range(3):
+        check(fast, module, x)
+
+
+def test_a_race_in_which_no_way_answers(exact_wins: list[Any]) -> None:
+    x = torch.randn(3, 8)
+    _, fast = on_its_way(x)
+    del exact_wins
+    (plan,) = standing(fast)
+    asked: list[int] = []
+    with torch.inference_mode():
+        call = shortcut.raced(plan, (x,), {}, lambda: asked.append(1))
+        assert call() is not None  # by the way
+        assert not asked
+        engine_of(fast).rival = object()  # it answers no more
+        call()
+        engine_of(fast).rival = None
+    assert asked
 
 
 def test_a_call_from_where_a_failure_is_told(exact_wins: list[Any]) -> None:
