@@ -37,13 +37,18 @@ def properties_for(model: Any, device: str) -> dict[str, str]:
     Raises:
         RuntimeError: it cannot be compiled on such a device.
     """
-    if "CPU" not in device or not _is_dangerous(model):
+    if not _may_be_cpu(device) or not _is_dangerous(model):
         return {}
     if device != "CPU":
         raise RuntimeError(
             f"OpenVINO would end the process over these linear layers on {device}; CPU takes them."
         )
     return _PROPERTIES
+
+
+def _may_be_cpu(device: str) -> bool:
+    kind, _, named = device.partition(":")
+    return "CPU" in named if named else not kind.startswith(("GPU", "NPU"))
 
 
 def _is_dangerous(model: Any) -> bool:

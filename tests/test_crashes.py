@@ -151,8 +151,9 @@ def test_residual_blocks_of_known_sizes(rows: int, threads: int) -> None:
 
 
 @pytest.mark.slow
-def test_residual_blocks_on_devices_that_hand_on() -> None:
-    process = start_python(RESIDUAL, "AUTO:CPU", "1", "1")
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"])
+def test_residual_blocks_on_devices_that_hand_on(device: str) -> None:
+    process = start_python(RESIDUAL, device, "1", "1")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0
     assert set(output.split()) <= {"openvino", "eager"}
