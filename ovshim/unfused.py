@@ -26,8 +26,11 @@ _MOST_DIMENSIONS = 2
 
 
 def has_known_sizes(source: Path) -> bool:
-    """Whether every input of the IR is of one size."""
-    shapes = _PARAMETER.findall(source.read_text(encoding="utf-8"))
+    """Whether every input of the IR is of one size. Of one that has gone: no; OpenVINO will say."""
+    try:
+        shapes = _PARAMETER.findall(source.read_text(encoding="utf-8"))
+    except OSError:
+        return False
     return all(size.isdigit() for shape in shapes for size in shape.split(",") if size)
 
 
