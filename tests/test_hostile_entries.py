@@ -210,3 +210,18 @@ def test_a_build_survives_any_failing_system_call(tmp_path: Path, first: int) ->
     fails, *seen = run_python(FAILING, str(tmp_path), str(first), "4").split()
     assert int(fails) > 10
     assert set(seen) <= {"hit", "miss"}
+
+
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_file_that_is_cut_while_it_is_in_use(tmp_path: Path, cut: int) -> None:
+    module, x = make(Scaled), torch.randn(2, 8)
+    fast = ovshim.accelerate(module, x, cache_dir=tmp_path, prefer="openvino")
+    with torch.inference_mode():
+        same(fast(x), module(x))
+        (weights,) = tmp_path.glob("v1/*/*/model.bin")
+        with weights.open("r+b") as file:
+            file.truncate(cut)
+        for rows in (2, 3, 2):
+            x = torch.randn(rows, 8)
+            same(fast(x), module(x))
+    assert ovshim.explain(fast).to_dict()["calls"]["openvino"] > 1
