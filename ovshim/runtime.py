@@ -16,7 +16,7 @@ from typing import Any
 
 from .binding import binding, package
 from .errors import OptionError
-from .unfused import has_known_sizes, properties_for
+from .unfused import properties_for
 
 _log = logging.getLogger("ovshim")
 
@@ -302,22 +302,15 @@ def compile_model(
     alone the graph is compiled then, and of small files: what is mapped is read in each inference,
     and whoever cuts the file changes the answers. RuntimeError when OpenVINO cannot.
     """
-    if _is_small(source):
-        model = _bare_core().read_model(str(source), config={"ENABLE_MMAP": False})
-        if sizes is not None:
-            model.reshape({i: binding().PartialShape(list(size)) for i, size in enumerate(sizes)})
-        told = {} if model.is_dynamic() else properties_for(model, device)
-        return _bare_core().compile_model(model, device, {**settings, **told})
-    if sizes is None:
-        if has_known_sizes(source):
-            model = _bare_core().read_model(str(source), config={})
-            settings = {**settings, **properties_for(model, device)}
-            del model
-        return _bare_core().compile_model(str(source), device, dict(settings))
-    model = _bare_core().read_model(str(source), config={})
-    model.reshape({i: binding().PartialShape(list(size)) for i, size in enumerate(sizes)})
+    small = _is_small(source)
+    model = _bare_core().read_model(str(source), config={"ENABLE_MMAP": not small})
+    if sizes is not None:
+        model.reshape({i: binding().PartialShape(list(size)) for i, size in enumerate(sizes)})
     settings = {**settings, **properties_for(model, device)}
-    return _bare_core().compile_model(model, device, settings)
+    if small or sizes is not None:
+        return _bare_core().compile_model(model, device, settings)
+    del model  # which was only looked at
+    return _bare_core().compile_model(str(source), device, settings)
 
 
 def _is_small(source: Path) -> bool:

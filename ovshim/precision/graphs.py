@@ -42,9 +42,7 @@ def array(tensor: torch.Tensor) -> Any:
 
 def run(model: ov.Model, inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[Any]]:
     """The outputs for each input, each operation in its own type."""
-    settings = {"INFERENCE_PRECISION_HINT": "dynamic"}
-    if not model.is_dynamic():
-        settings |= properties_for(model, "CPU")
+    settings = {"INFERENCE_PRECISION_HINT": "dynamic", **properties_for(model, "CPU")}
     compiled = runtime.core().compile_model(model, "CPU", settings)
     return [list(compiled([array(x) for x in given]).to_tuple()) for given in inputs]
 
