@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import ovshim
 from ovshim.bound import installed
@@ -150,6 +151,18 @@ def check(
     same(actual, expected, tolerance)
     same(for_fast, for_eager, 0.0, "argument")
     return actual
+
+
+class Seen(TorchFunctionMode):
+    """Notes the names of what torch is asked for inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", repr(func)))
+        return func(*args, **(kwargs or {}))
 
 
 def by_the_road(fast: nn.Module) -> None:

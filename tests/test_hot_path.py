@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, check_alone, counts, eager_reasons, paths, quietly, same, standing
+from checks import Seen, check, check_alone, counts, eager_reasons, paths, quietly, same, standing
 from modules import Mlp, make
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -359,17 +359,6 @@ def test_at_rest_other_kinds_and_modes_are_eagers_too(lost: None) -> None:
 
 
 def test_a_mode_that_looks_on_sees_no_more_than_the_module_does(lost: None) -> None:
-    class Seen(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.names.append(getattr(func, "__name__", repr(func)))
-            return func(*args, **(kwargs or {}))
-
     module = make(Mlp)
     fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
     x = torch.randn(3, 8)

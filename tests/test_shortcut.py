@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ROOT, by_the_road, check, counts, same, served, standing
+from checks import ROOT, Seen, by_the_road, check, counts, same, served, standing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modules import Mlp, make
 from torch import nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ovshim
@@ -139,11 +138,6 @@ def test_integers_and_names(exact_wins: list[Any], by_python: list[int]) -> None
 # --- what is otherwise than it was ------------------------------------------------------------
 
 
-class Noted(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 class NotedBelow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -151,7 +145,7 @@ class NotedBelow(TorchDispatchMode):
 
 AROUND: Mapping[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "functions": Noted,
+    "functions": Seen,
     "operators": NotedBelow,
     "forward gradients": forward_ad.dual_level,
     "disabled": ovshim.disabled,
@@ -677,17 +671,6 @@ def test_a_mode_sees_what_it_sees_without_it(exact_wins: list[Any]) -> None:
     del exact_wins
     x = torch.randn(3, 8)
     module, fast = on_its_way(x)
-
-    class Seen(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Seen() as without:
         module(x)
