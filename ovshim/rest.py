@@ -16,7 +16,7 @@ from ovshim.plan import Counter, Plan
 __all__ = ["Rest"]
 
 # Each call after so many goes all the way: the module may have changed, or be under another mode.
-_CALLS = 18
+_CALLS = 72
 
 
 class Rest:

@@ -93,7 +93,6 @@ class Laying:
             return None
         facts = (
             (building, "running", 0),
-            (self._dispatcher, "_at_rest", None),
             (self._dispatcher.module, "training", False),
             (plan, "open", opened),
             (plan, "calls", calls),

@@ -198,7 +198,7 @@ def test_damage_is_logged_and_set_aside(store: Store, caplog: pytest.LogCaptureF
     assert not entry.path.exists()
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "model.xml"])
+@pytest.mark.parametrize("name", ["manifest.json", "model.xml", "in-use"])
 @pytest.mark.parametrize("kind", ["missing", "directory", "link", "pipe"])
 def test_only_plain_files_are_read(store: Store, name: str, kind: str, tmp_path: Path) -> None:
     path = store.publish(FAMILY, VARIANT, write, {}).path / name
@@ -213,6 +213,7 @@ def test_only_plain_files_are_read(store: Store, name: str, kind: str, tmp_path:
             pytest.skip("no pipes here")
         os.mkfifo(path)
     assert store.entries(FAMILY) == []
+    assert store.hold(store.publish(FAMILY, VARIANT, write, {})) is not None
 
 
 def test_an_entry_that_is_a_file_or_a_link_is_set_aside(store: Store, tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ def test_a_module_that_changes_at_rest_is_looked_at_again(lost: None) -> None:
     (before,) = standing(fast)
     with torch.no_grad():
         module.first.weight.mul_(2)  # type: ignore[union-attr, operator]
-    for _ in range(20):
+    for _ in range(80):
         check(fast, module, torch.randn(3, 8), path="eager")
     (after,) = standing(fast)
     assert after is not before

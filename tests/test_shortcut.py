@@ -24,9 +24,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ovshim
-from ovshim import helper, shortcut
+from ovshim import helper, parts, shortcut, verdict
 from ovshim.bound import installed
 from ovshim.infer import Engine
+from ovshim.race import Finish
 
 pytestmark = [
     pytest.mark.skipif(helper.hot is None, reason="the helper was not built"),
@@ -106,6 +107,26 @@ def test_calls_like_the_last_one(
     assert not by_python
     check(fast, module, torch.randn(5, 8))
     assert by_python
+
+
+def test_beside_calls_at_rest(
+    exact_wins: list[Any], by_python: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager is faster for some calls of a module, which have a glance of their own."""
+    del exact_wins
+    finishes = [Finish(2.0, 1.0, 2.0, 2.0), Finish(1.0, 2.0, 0.5, 0.5)]
+    monkeypatch.setattr(verdict, "race", lambda *_: finishes.pop(0))
+    monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
+    module, x, more = make(Mlp), torch.randn(3, 8), torch.randn(2, 3, 8)
+    fast = ovshim.accelerate(module, x, cache_dir=None)
+    for _ in range(2):
+        check(fast, module, x)
+        check(fast, module, more, path="eager", reason=None)
+    by_python.clear()
+    for _ in range(5):
+        check(fast, module, torch.randn(3, 8))
+        check(fast, module, torch.randn(2, 3, 8), path="eager", reason="slower")
+    assert not by_python
 
 
 def test_indices(exact_wins: list[Any], by_python: list[int]) -> None:

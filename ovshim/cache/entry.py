@@ -103,6 +103,8 @@ def read_one(path: Path, name: str) -> bytes:
 def _manifest(path: Path) -> dict[str, Any]:
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise ValueError("it is no directory")
+    # Without it nobody can hold the entry, and who makes it anew would find it in its place.
+    files.size(path / MARKER)
     manifest = files.read_sealed(path / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise Foreign(f"{path} has schema {manifest.get('schema')!r}")
