@@ -102,7 +102,11 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
     del captured
     pages.trim()
     with job.proving(entry):
-        served, record = _served_and_proved(job, source, record, entry, generation, seen)
+        try:
+            served, record = _served_and_proved(job, source, record, entry, generation, seen)
+        except BaseException:
+            keep()
+            raise
         weakref.finalize(served.engine, keep)
     if entry is not None:
         found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}

@@ -543,7 +543,9 @@ def test_calibration_data_of_a_model_are_none_of_its_encoder(cache: Path) -> Non
     model, given = lm.make_encoder_decoder("t5")
     ids = given["inputs"]
     data = [{"input_ids": ids, "decoder_input_ids": ids[:, :2]}]
-    fast = accelerated(model, cache_dir=cache, precision="fp16", calibration=data)
+    # Where all is masked, float16 that is computed has another answer than float32: off by 0.5.
+    options = {"precision": "fp16", "tolerance": 1.0}
+    fast = accelerated(model, cache_dir=cache, calibration=data, **options)
     for _ in range(2):
         fast.generate(**given, max_new_tokens=2)
     told = ovshim.explain(fast).to_dict()["encoder"]

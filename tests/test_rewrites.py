@@ -414,7 +414,7 @@ CASES |= {
         lambda x: (torch.column_stack([x, x * 2]), torch.column_stack([x[:, None], x])), FLOATS
     ),
     "layout/unfold": case(
-        lambda x: (x.unfold(1, 4, 3), x.unfold(-1, 2, 1) + 1, x.unfold(0, size=2, step=2)),
+        lambda x: (x.unfold(1, 4, 3) * 2, x.unfold(-1, 2, 1) + 1, -x.unfold(0, size=2, step=2)),
         torch.randn(4, 13, 5),
         torch.randn(7, 4, 5),
     ),
@@ -507,7 +507,7 @@ def converted(module: nn.Module, example: tuple[Tensor, ...]) -> Callable[..., l
     """The module in OpenVINO, by Dynamo, rewritten, with all sizes open, and not proved.
 
     Raises:
-        CaptureError: OpenVINO refuses.
+        CaptureError, RuntimeError: OpenVINO refuses.
     """
     args = tuple(x.clone() for x in example)
     for x in args:
@@ -561,7 +561,7 @@ def test_without_it_openvino_is_wrong_or_refuses(without: str) -> None:
     module = Function(wanted.function).eval()
     try:
         run = converted(module, wanted.example)
-    except CaptureError:
+    except (CaptureError, RuntimeError):
         return
     assert not all(is_right(run, module, args) for args in (wanted.example, *wanted.others))
 
@@ -571,8 +571,9 @@ def test_with_it_openvino_is_right(name: str) -> None:
     wanted = CASES[name]
     module = Function(wanted.function).eval()
     fast = ovshim.accelerate(module, wanted.example, prefer="openvino", cache_dir=False)
-    for args in (wanted.example, *wanted.others):
-        check(fast, module, *args)
+    check(fast, module, *wanted.example)
+    for args in wanted.others:
+        settle(fast, module, *args)
 
 
 @each(REFUSED)

@@ -1,6 +1,8 @@
 """What OpenVINO did not compile for want of memory, threads or files may be compiled later."""
 
+import os
 import re
+import tempfile
 from typing import Any
 
 import pytest
@@ -70,3 +72,23 @@ def test_no_verdict_is_kept_and_no_entry_lost(monkeypatch: pytest.MonkeyPatch) -
     assert made() == ("openvino", "hit", None)
     with quietly():
         check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+
+
+def test_a_file_that_is_not_compiled_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = list[str]()
+    cleanup = tempfile.TemporaryDirectory.cleanup
+
+    def noted(directory: Any) -> None:
+        let_go.append(directory.name)
+        cleanup(directory)
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(LASTING[0])
+
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", noted)
+    monkeypatch.setattr(runtime, "compile_model", refuse)
+    with quietly():
+        fast = ovshim.accelerate(make(Mlp), torch.randn(3, 8), cache_dir=False, prefer="openvino")
+    assert plans(fast)[0]["reason"]["code"] == "compile-failed"
+    assert let_go
+    assert not any(map(os.path.exists, let_go))
