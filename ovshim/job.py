@@ -127,15 +127,16 @@ class Job(Wanted):
         return changed or self._versions() != self._weights
 
     @contextlib.contextmanager
-    def proving(self, entry: Entry | None) -> Iterator[None]:
-        """A published graph is proved inside; where that ends in BuildStopped, and where weights
-        have moved meanwhile, its entry goes again."""
+    def proving(self, entry: Entry | None, let_go: Callable[[], None]) -> Iterator[None]:
+        """A published graph is proved inside. Where that raises, its file is let go of; where it
+        ends in BuildStopped, and where weights have moved meanwhile, its entry goes again."""
         try:
             yield
             if self.weights_moved():
                 raise BuildStopped(MOVED)
-        except BuildStopped:
-            if entry is not None:
+        except BaseException as error:
+            let_go()
+            if isinstance(error, BuildStopped) and entry is not None:
                 self.store.discard(entry)
             raise
 

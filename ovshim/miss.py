@@ -97,17 +97,13 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         with job.stage("capture"):
             _fold(captured)
     with job.stage("capture"):
-        source, entry, keep = _publish(job, family, captured, record)
+        source, entry, let_go = _publish(job, family, captured, record)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
     pages.trim()
-    with job.proving(entry):
-        try:
-            served, record = _served_and_proved(job, source, record, entry, generation, seen)
-        except BaseException:
-            keep()
-            raise
-        weakref.finalize(served.engine, keep)
+    with job.proving(entry, let_go):
+        served, record = _served_and_proved(job, source, record, entry, generation, seen)
+        weakref.finalize(served.engine, let_go)
     if entry is not None:
         found_out = {**record.proof(job.precision), "seconds": dict(job.seconds)}
         entry = job.store.amend(entry, "proof", found_out)

@@ -226,11 +226,11 @@ class _Build:
                 model = quantize.compress(model, job.precision)
         with job.stage("capture"):
             make_stateful(model, self._names(), len(self.form.sizes))
-            source, entry, keep = self._publish(family, model, record)
+            source, entry, let_go = self._publish(family, model, record)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
-        with job.proving(entry):
+        with job.proving(entry, let_go):
             engine, record = self.prover.first_right(source, record, entry)
-            weakref.finalize(engine, keep)
+            weakref.finalize(engine, let_go)
         if entry is not None:
             entry = job.store.amend(entry, "proof", record.proof_to_json())
             if job.in_range is not None:
