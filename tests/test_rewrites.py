@@ -795,6 +795,26 @@ def test_a_model_that_is_given_labels_runs_whole_and_its_labels_are_looked_at() 
         fast(**wrong)
 
 
+def test_layers_share_a_mask_that_is_added() -> None:
+    """OpenVINO takes one of booleans as well, and is slow at it."""
+
+    def attended(x: Tensor, seen: Tensor) -> Tensor:
+        for _ in range(3):
+            x = F.scaled_dot_product_attention(x, x, x, seen)
+        return x
+
+    module, leaves = Function(attended).eval(), [torch.randn(2, 2, 4, 8), SEEN]
+    _, structure = flatten_call(tuple(leaves), {})
+    kind = kind_of(leaves, structure)
+    request = Request(module, module.forward, kind, leaves, (frozenset({0}),) * 2, (0,))
+    model = dynamo.capture(request).model
+    layers = [op for op in model.get_ops() if op.get_type_name() == "ScaledDotProductAttention"]
+    masks = {op.input_value(3).get_node().get_friendly_name() for op in layers}
+    assert len(layers) == 3
+    assert len(masks) == 1
+    assert {op.input(3).get_element_type().get_type_name() for op in layers} == {"f32"}
+
+
 @pytest.mark.filterwarnings("ignore::ovshim.FallbackWarning")
 @pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
 def test_padding_that_cuts_off_keeps_its_size(mode: str) -> None:
