@@ -26,6 +26,7 @@ from ovshim.capture import CaptureError, Request, dynamo, frontend, rewrites
 from ovshim.capture.rewrites import division, integers, operators, sizes
 from ovshim.capture.rewrites.entry import Rewrite
 from ovshim.guards import sizes_hold
+from ovshim.shortage import compile_failure
 from ovshim.signature import flatten, flatten_call, kind_of
 
 torch.manual_seed(0)
@@ -507,7 +508,7 @@ def converted(module: nn.Module, example: tuple[Tensor, ...]) -> Callable[..., l
     """The module in OpenVINO, by Dynamo, rewritten, with all sizes open, and not proved.
 
     Raises:
-        CaptureError, RuntimeError: OpenVINO refuses.
+        CaptureError: OpenVINO refuses.
     """
     args = tuple(x.clone() for x in example)
     for x in args:
@@ -527,7 +528,11 @@ def converted(module: nn.Module, example: tuple[Tensor, ...]) -> Callable[..., l
         file = Path(directory, "model.xml")
         runtime.openvino().save_model(model, file, compress_to_fp16=False)
         model = runtime.core().read_model(file)
-        compiled = runtime.core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            compiled = runtime.core().compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise CaptureError(compile_failure(error)) from error
         del model
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -555,13 +560,17 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
+# Sizes that are open only when another one has been met: eager has the first call of it.
+OPENED = {"nearest/interpolate", "layout/unfold"}
+
+
 @each(CASES)
 def test_without_it_openvino_is_wrong_or_refuses(without: str) -> None:
     wanted = CASES[without]
     module = Function(wanted.function).eval()
     try:
         run = converted(module, wanted.example)
-    except (CaptureError, RuntimeError):
+    except CaptureError:
         return
     assert not all(is_right(run, module, args) for args in (wanted.example, *wanted.others))
 
@@ -573,7 +582,7 @@ def test_with_it_openvino_is_right(name: str) -> None:
     fast = ovshim.accelerate(module, wanted.example, prefer="openvino", cache_dir=False)
     check(fast, module, *wanted.example)
     for args in wanted.others:
-        settle(fast, module, *args)
+        (settle if name in OPENED else check)(fast, module, *args)
 
 
 @each(REFUSED)
