@@ -89,6 +89,9 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines += [_candidate_line(row) for row in plan["candidates"]]
     if plan["speedup"] is not None:
         lines.append(f"    {plan['speedup']:.2f}x eager's speed")
+    lines += [
+        _step_line(row) for row in plan["sizes"] if "medians" in row and row["path"] == "eager"
+    ]
     seconds = ", ".join(f"{stage} {spent:.2f}" for stage, spent in plan["seconds"].items())
     if seconds:
         lines.append(f"    built in s: {seconds}")
@@ -100,6 +103,16 @@ def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"    {len(plan['guards'])} guards: {'; '.join(plan['guards'][:4])}")
     lines.append(f"    calls: {plan['calls']}")
     return lines
+
+
+def _step_line(row: Mapping[str, Any]) -> str:
+    """Which long steps of a decoding are eager's."""
+    rows, tokens, whole, _ = ((1 << bits >> 1, (1 << bits) - 1) for bits in row["bucket"])
+    texts = [f"{low} to {high}" if low < high else str(low) for low, high in (tokens, whole, rows)]
+    after = "" if tokens == whole else f" ({texts[1]} with the past)"
+    eager, ours = (seconds * 1e3 for seconds in row["medians"])
+    took = f"{eager:.3g} ms against {ours:.3g} ms"
+    return f"    eager at steps of {texts[0]} tokens{after}, batch {texts[2]}: {took}"
 
 
 def _candidate_line(row: Mapping[str, Any]) -> str:

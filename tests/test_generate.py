@@ -21,8 +21,9 @@ from checks import counts, eager_reasons, falls_back, plans, quietly, run_python
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import floats, runtime
+from ovshim import deferred, floats, runtime
 from ovshim.bound import installed
+from ovshim.decode.long_steps import LongSteps
 from ovshim.race import Finish
 
 # transformers' own, of arguments that its assisted decoding passes to itself.
@@ -1037,29 +1038,96 @@ def test_the_race_is_asked_who_serves(cache: Path) -> None:
     assert (counts(fast)["openvino"] == 12) == (plan["path"] == "openvino")
 
 
-@pytest.mark.slow
-def test_eager_serves_long_prompts_where_it_is_faster(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ovshim.decode import finish
-    from ovshim.race import Finish
+LONG = PROMPT.repeat(1, 5)
 
-    won, lost = Finish(2.0, 1.0, 1.9, 2.1), Finish(1.0, 2.0, 0.4, 0.6)
-    finishes = iter([won, lost])
-    monkeypatch.setattr(finish, "race", lambda *ways: next(finishes))
-    monkeypatch.setattr(finish, "_AFTER_LONG", finish.probes.Probe((100, 1)))
+
+@pytest.fixture
+def eager_wins_long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = LongSteps.add
+    monkeypatch.setattr(LongSteps, "add", lambda self, bucket, *_: add(self, bucket, 1.0, 2.0))
+
+
+@pytest.mark.usefixtures("eager_wins_long_steps")
+@pytest.mark.parametrize("name", FEW)
+def test_a_long_prompt_is_eagers_where_that_is_faster_and_its_tokens_openvinos(
+    name: str, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(name)
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    kept: list[Any] = []
+    monkeypatch.setattr(decoding, "long_steps", LongSteps(None, kept.append))
+    given: dict[str, Any] = {"inputs": LONG, "do_sample": False}
+    expected = generate(model, **given)
+    for _ in range(3):
+        assert not kept
+        alike(fast, model, **given)  # both have answered it
+    assert len(kept) == 1
+    before, reasons = counts(fast), eager_reasons(fast).get("slower", 0)
+    for _ in range(2):
+        same_generation(generate(fast, **given), expected)
+    assert counts(fast)["openvino"] == before["openvino"] + 22
+    assert counts(fast)["eager"] == before["eager"] + 2
+    assert eager_reasons(fast)["slower"] == reasons + 2
+    alike(fast, model, inputs=PROMPT, do_sample=False)
+    report = ovshim.explain(fast)
+    (row,) = report.to_dict()["plans"][0]["sizes"]
+    assert row == {"bucket": [1, 7, 7, 0], "path": "eager", "medians": [1.0, 2.0]}
+    assert "eager at steps of 64 to 127 tokens" in str(report)
+
+
+@pytest.mark.usefixtures("eager_wins_long_steps")
+@pytest.mark.parametrize("name", FEW)
+def test_a_long_turn_is_eagers_and_the_conversation_goes_on_in_openvino(
+    name: str, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(name)
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    monkeypatch.setattr(decoding, "long_steps", LongSteps(None, lambda found: None))
+
+    def talk(one: Any) -> tuple[list[Tensor], Any]:
+        """Two turns with some tokens after each; the logits, and the cache itself."""
+        cache = hf.DynamicCache(config=model.config)
+        logits: list[Tensor] = []
+        with torch.no_grad():
+            for turn in (PROMPT[:, :9], PROMPT.repeat(1, 2)):
+                steps = (turn, *([turn[:, :1]] * 9))
+                logits += [one(ids, past_key_values=cache, use_cache=True).logits for ids in steps]
+        return logits, cache
+
+    expected, filled = talk(model)
+    for n in range(5):
+        before = counts(fast)
+        found, cache = talk(fast)
+        for mine, other in zip(found, expected, strict=True):
+            assert (mine - other).norm() <= 1e-5 * other.norm()
+        same_caches(cache, filled)
+        eagers = counts(fast)["eager"] - before["eager"]
+        assert eagers == (0 if n < 3 else 1)
+        assert counts(fast)["openvino"] == before["openvino"] + 20 - eagers
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager_wins_long_steps")
+def test_who_is_faster_at_long_steps_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovshim.decode import finish
+
+    monkeypatch.setattr(finish, "race", lambda *ways: Finish(2.0, 1.0, 1.9, 2.1))
     model = lm.make("llama")
-    for told in ("miss", "hit"):  # the second has both finishes from the entry
+    given = {"inputs": LONG, "do_sample": False}
+    expected = generate(model, **given)
+    for told in ("miss", "hit"):
         fast = ovshim.accelerate(model, PROMPT, cache_dir=cache / "long")
         (plan,) = plans(fast)
         assert (plan["cache"], plan["path"], plan["speedup"]) == (told, "openvino", 2.0)
-        alike(fast, model, inputs=PROMPT, do_sample=False)
+        for _ in range(3 if told == "miss" else 0):
+            alike(fast, model, **given)
+        deferred.later(lambda: None)
+        assert deferred._writer is not None
+        deferred._writer.submit(int).result(30)  # what is found is kept by then
         before = counts(fast)["openvino"]
-        long = PROMPT.repeat(1, 6)
-        expected = generate(model, inputs=long, do_sample=False)
-        same_generation(generate(fast, inputs=long, do_sample=False), expected)
-        assert counts(fast)["openvino"] == before
-        assert eager_reasons(fast) == {"slower": 12}
+        same_generation(generate(fast, **given), expected)
+        assert counts(fast)["openvino"] == before + 11
+        assert eager_reasons(fast)["slower"] == 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 from ovshim.cache import Entry
 from ovshim.decode.engine import StatefulEngine
+from ovshim.decode.long_steps import LongSteps
 from ovshim.decode.step import Form
 from ovshim.plan import Plan
 
@@ -41,14 +42,13 @@ class Decoding(Plan):
         ready: None where eager serves for good; where it is merely faster, `reason` says so.
         entry: where the graph and what was found out about it are kept.
         met: buckets of sizes at which the graph was compared with eager.
-        longest_start: conversations that begin with more tokens are eager's, which is faster
-            there; None: no end.
+        long_steps: who is faster at steps of many tokens; None: OpenVINO is preferred.
     """
 
     ready: Ready | None = None
     entry: Entry | None = None
     met: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
-    longest_start: int | None = None
+    long_steps: LongSteps | None = None
 
     @property
     def path(self) -> str:
@@ -61,7 +61,8 @@ class Decoding(Plan):
     def to_dict(self) -> dict[str, Any]:
         kept = None if self.ready is None else self.ready.engine.keys_and_values
         told = {"signature": "decoding, step by step", "keys_and_values": kept}
-        return {**super().to_dict(), **told}
+        sizes = [] if self.long_steps is None else self.long_steps.to_list()
+        return {**super().to_dict(), **told, "sizes": sizes}
 
 
 def compile_fits(size_guards: Sequence[str], form: Form, most: int | None) -> Fits:

@@ -158,4 +158,4 @@ def _as_openvino(make: Any, tensor: torch.Tensor) -> Any:
         made = make(ov.Type.bf16, list(tensor.shape))
         made.data.view(np.uint16)[...] = tensor.view(torch.uint16).numpy()
         return made
-    return make(tensor.numpy(), shared_memory=False)
+    return make(tensor.numpy(), shared_memory=True)  # a state is set to a copy

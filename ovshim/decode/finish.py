@@ -11,8 +11,10 @@ from ovshim import runtime
 from ovshim.cache import Entry
 from ovshim.decode import probes
 from ovshim.decode.decoding import Decoding, Ready
+from ovshim.decode.long_steps import LongSteps
 from ovshim.decode.manner import Causal
 from ovshim.decode.record import StepRecord
+from ovshim.deferred import later
 from ovshim.generation import Generation
 from ovshim.job import Job
 from ovshim.race import Finish, race
@@ -22,11 +24,9 @@ from ovshim.verdict import placed, slower
 
 __all__ = ["by_eager", "finished", "run_race"]
 
-# What is raced: some tokens after a short prompt, and after a long one. Of prompts between them
-# those of more tokens than this are taken for long.
-_AFTER_SHORT = probes.Probe((16, *(1,) * 8))
-_AFTER_LONG = probes.Probe((256, *(1,) * 8))
-_LONG = 64
+# What is raced: some tokens after a short prompt. What long prompts take is found out on those that
+# come (`long_steps`).
+_RACED = probes.Probe((16, *(1,) * 8))
 
 
 def finished(
@@ -51,54 +51,48 @@ def finished(
 
 
 def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> None:
-    """Let eager and OpenVINO go through short conversations; what was found is kept.
-
-    Where eager is faster after a long prompt alone, it serves conversations that begin with one.
-    """
-    known = dict(record.race)
-    finish = _finish(job, manner, made, known, _AFTER_SHORT)
-    steps = len(_AFTER_SHORT.pieces)
+    """Let eager and OpenVINO go through a short conversation; what was found is kept."""
+    where = runtime.measured_on(torch.get_num_threads()) + placed(job.options)
+    finish = Finish.of_json(record.race.get(where))
+    if finish is None:
+        finish = _raced(job, manner, made)
+        if made.entry is not None and finish.decided:
+            job.store.amend(made.entry, "race", {**record.race, where: finish.to_json()})
+    steps = len(_RACED.pieces)
     made.medians = (finish.eager / steps, finish.candidate / steps)
     made.speedup = finish.eager / finish.candidate
     if finish.lost:
         made.reason = slower(finish)
-        return
-    # What an encoder-decoder model goes on from is a token or two.
-    ends = [n for n in (manner.longest, record.most) if n is not None]
-    if not manner.probed_source and all(_AFTER_LONG.length <= n for n in ends):
-        finish = _finish(job, manner, made, known, _AFTER_LONG)
-        made.longest_start = _LONG if finish.lost else None
+    made.long_steps = _long_steps(job, made, record, where)
 
 
-def _finish(
-    job: Job, manner: Causal, made: Decoding, known: dict[str, Any], raced: probes.Probe
-) -> Finish:
-    """How the race over one conversation came out: as `known` has it, or as is added to it now."""
+def _raced(job: Job, manner: Causal, made: Decoding) -> Finish:
     ready, generation = made.ready, made.generation
     assert ready is not None
     assert generation is not None
-    measured = runtime.measured_on(torch.get_num_threads()) + placed(job.options)
-    where = f"{measured} prompt={raced.pieces[0]}"
-    stored = Finish.of_json(known.get(where))
-    if stored is not None:
-        return stored
 
     def eager() -> None:
-        way = manner.eager(job.call, ready.form, raced)
-        for _ in probes.ask(raced, [way], manner.vocabulary):
+        way = manner.eager(job.call, ready.form, _RACED)
+        for _ in probes.ask(_RACED, [way], manner.vocabulary):
             pass
 
     def candidate() -> None:
-        way = manner.candidate(job.call, ready.form, ready.engine, raced)
-        for _ in probes.ask(raced, [way], manner.vocabulary):
+        way = manner.candidate(job.call, ready.form, ready.engine, _RACED)
+        for _ in probes.ask(_RACED, [way], manner.vocabulary):
             generation.holds()  # which a step pays for and eager does not
 
     with job.stage("race"):
-        finish = race(eager, candidate, job.race_seconds())
-    if made.entry is not None and finish.decided:
-        known[where] = finish.to_json()
-        job.store.amend(made.entry, "race", dict(known))
-    return finish
+        return race(eager, candidate, job.race_seconds())
+
+
+def _long_steps(job: Job, made: Decoding, record: StepRecord, where: str) -> LongSteps:
+    store, entry = job.store, made.entry
+
+    def keep(found: Mapping[str, Any]) -> None:
+        if entry is not None:
+            later(lambda: store.amend(entry, "long_steps", {**record.long_steps, where: found}))
+
+    return LongSteps(record.long_steps.get(where), keep)
 
 
 def by_eager(job: Job, why: Reason, entry: Entry | None = None) -> Decoding:

@@ -30,6 +30,7 @@ class StepRecord:
         error: the largest relative L2 error found.
         met: buckets of sizes at which it was found right.
         race: medians and quartiles, by processor and threads.
+        long_steps: what `LongSteps` keeps, by the same.
         rest: for compressed weights, what is fastest around them, by processor and threads.
         proved_in: the precisions that OpenVINO was told in whole proofs.
         verdict: why eager serves in its place, where that was found for good.
@@ -47,6 +48,7 @@ class StepRecord:
     error: float = 0.0
     met: tuple[tuple[int, ...], ...] = ()
     race: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    long_steps: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rest: Mapping[str, str] = dataclasses.field(default_factory=dict)
     proved_in: tuple[str, ...] = ()
     verdict: Reason | None = None
@@ -123,6 +125,7 @@ class StepRecord:
             proved_in=tuple(map(str, proof.get("proved_in", ()))),
             met=tuple(tuple(map(int, one)) for one in entry.manifest.get("met") or proof["met"]),
             race=dict(entry.manifest.get("race") or {}),
+            long_steps=dict(entry.manifest.get("long_steps") or {}),
             rest=checked_rest(entry.manifest.get("rest")),
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -183,9 +184,10 @@ class Room:
             session_of(cache).tidy()
         given = manner.given(ready.form, ready.conventions, call, past)
         columns = (session_of(cache).columns if bound else past) + length
-        if not bound and made.longest_start is not None and columns > made.longest_start:
-            raise LeftToEager(_SLOWER)
         sizes = batch, length, columns, given[2].shape[1] if ready.form.cross else 0
+        alike, timed = bucket(*sizes), made.long_steps
+        if timed is not None and timed.lost(alike):
+            raise LeftToEager(_SLOWER)
         if not ready.fits(*sizes):
             raise LeftToEager(reason("decode-call", f"sizes {sizes}"))
         if not self._values_fit(given):
@@ -195,8 +197,9 @@ class Room:
             if refused is not None:
                 raise LeftToEager(reason("cache-unknown", refused))
         expected = None
-        if bucket(*sizes) not in made.met:
-            expected = self.original(**manner.eager_arguments(call, args, kwargs))
+        if alike not in made.met or (timed is not None and timed.open(alike)):
+            expected, eager_seconds = self._by_eager(call, past if bound else 0, args, kwargs)
+        started = time.perf_counter()
         try:
             if not bound:
                 whole = manner.new_cache() if whole is None else whole
@@ -210,11 +213,26 @@ class Room:
         except (EngineDead, RuntimeError, ValueError) as error:
             raise LeftToEager(self._failed(made, error)) from error
         if expected is not None:
+            seconds = time.perf_counter() - started
             why = self._mismatch(made, sizes, expected, logits)
             if why is not None:
                 return self._condemned(made, why, call, expected)
+            if timed is not None:
+                timed.add(alike, eager_seconds, seconds)
         made.calls.add()
         return manner.output(ready.form, logits, call, whole)
+
+    def _by_eager(
+        self, call: Any, past: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, float]:
+        """Eager's answer to a step, and the seconds it would take to leave the step to it: keys and
+        values of so many tokens would be copied out of the state, and back."""
+        begun = time.perf_counter()
+        arguments = self._manner.eager_arguments(call, args, kwargs)
+        started = time.perf_counter()
+        answer = self.original(**arguments)
+        copying = 2 * (started - begun) if past else 0.0
+        return answer, time.perf_counter() - started + copying
 
     def _mismatch(
         self, made: Decoding, sizes: tuple[int, ...], expected: Any, logits: torch.Tensor
