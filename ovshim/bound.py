@@ -52,9 +52,13 @@ class Original:
 
     Looked up on the class each time, so that a `forward` replaced later on the class is seen;
     `beneath` is an instance attribute of that name that was there before ours, which wins.
+
+    Attributes:
+        usual: what the class had when `resolve` was last asked, and that bound to the module; None
+            where it is no plain function. (One attribute, for threads may find another method.)
     """
 
-    __slots__ = ("_function", "beneath", "module", "name")
+    __slots__ = ("beneath", "module", "name", "usual")
 
     def __init__(self, module: nn.Module, name: str, beneath: Any = None) -> None:
         self.__setstate__((module, name, beneath))
@@ -64,19 +68,21 @@ class Original:
 
     def __setstate__(self, state: tuple[nn.Module, str, Any]) -> None:
         self.module, self.name, self.beneath = state
-        # What the class had when `resolve` was last asked, where it is a plain function.
-        self._function: Callable[..., Any] | None = None
+        self.usual: tuple[FunctionType, MethodType] | None = None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        function = self._function
-        if function is not None and getattr(type(module), self.name) is function:
-            return function(module, *args, **kwargs)
-        method = self.resolve()
-        if type(method) is MethodType and self.beneath is None and method.__self__ is module:
+        usual = self.usual
+        if usual is not None and getattr(type(self.module), self.name) is usual[0]:
+            return usual[1](*args, **kwargs)
+        found = self.resolve()
+        self.usual = self._usual(found)
+        return found(*args, **kwargs)
+
+    def _usual(self, method: Any) -> tuple[FunctionType, MethodType] | None:
+        if type(method) is MethodType and self.beneath is None and method.__self__ is self.module:
             function = method.__func__
-            self._function = function if type(function) is FunctionType else None
-        return method(*args, **kwargs)
+            return (function, method) if type(function) is FunctionType else None
+        return None
 
     def resolve(self) -> Any:
         """Returns the bound method (or script method, partial, ...) that eager would call.

@@ -82,7 +82,12 @@ class Dispatcher(Unplanned):
             rest.left -= 1
             rest.plan.eager_calls.add()
             rest.counter.add()
-            return self.original(*args, **kwargs)
+            original: Any = self.original
+            usual = original.usual
+            # As `original` would: to call it takes half as long as all of the rest.
+            if usual is not None and getattr(type(self.module), original.name) is usual[0]:
+                return usual[1](*args, **kwargs)
+            return original(*args, **kwargs)
         if self.module.training or in_special_mode():
             state = _TRAINING if self.module.training else mode_reason()
             return self.in_eager(state, args, kwargs)

@@ -384,6 +384,25 @@ def test_a_module_that_changes_at_rest_is_looked_at_again(lost: None) -> None:
     assert after is not before
 
 
+def test_another_forward_is_seen_at_rest(lost: None) -> None:
+    class Changing(Mlp):
+        pass
+
+    class Another(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) - 1
+
+    module = make(Changing)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
+    for forward in (Mlp.forward, lambda self, x: Mlp.forward(self, x) + 1):
+        Changing.forward = forward  # type: ignore[method-assign, assignment]
+        for _ in range(3):
+            assert resting(fast) is None or resting(fast).left > 0
+            check(fast, module, torch.randn(3, 8), path="eager")
+    fast.__class__ = module.__class__ = Another
+    check(fast, module, torch.randn(3, 8), path="eager")
+
+
 def test_training_at_rest(lost: None) -> None:
     module = make(Mlp)
     fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
