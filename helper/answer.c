@@ -16,11 +16,11 @@ make_names_of_answers(void)
 
 /* --- questions: 1 for yes, 0 for no, -1 with an exception --------------------------------- */
 
-static int
-facts_stand(Way *way)
+int
+facts_stand(PyObject *facts)
 {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(way->facts); i++) {
-        PyObject *fact = PyTuple_GET_ITEM(way->facts, i);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(facts); i++) {
+        PyObject *fact = PyTuple_GET_ITEM(facts, i);
         PyObject *now = PyObject_GetAttr(PyTuple_GET_ITEM(fact, 0), PyTuple_GET_ITEM(fact, 1));
         if (now == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
             PyErr_Clear();
@@ -37,11 +37,11 @@ facts_stand(Way *way)
     return 1;
 }
 
-static int
-questions_stand(Way *way)
+int
+questions_stand(PyObject *questions)
 {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(way->questions); i++) {
-        PyObject *question = PyTuple_GET_ITEM(way->questions, i);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(questions); i++) {
+        PyObject *question = PyTuple_GET_ITEM(questions, i);
         PyObject *now = PyObject_CallNoArgs(PyTuple_GET_ITEM(question, 0));
         if (now == NULL) {
             return -1;
@@ -144,11 +144,11 @@ built(Way *way, PyObject *computed, PyObject *tensors)
 PyObject *
 answer_by(Way *way, PyObject *args, PyObject *kwargs)
 {
-    if (facts_stand(way) != 1) {
+    if (facts_stand(way->facts) != 1) {
         return NULL;
     }
     /* Before anything is asked of a tensor: a mode would see it. */
-    if (questions_stand(way) != 1) {
+    if (questions_stand(way->questions) != 1) {
         return NULL;
     }
     PyObject *arguments[] = {args, kwargs}, *answer = NULL, *computed = NULL;

@@ -11,6 +11,7 @@ in doubt, it calls Python's own road, which asks all of them again.
     way.c       what is taken for granted, and how it is answered then
     answer.c    a call by a way
     inference.c what is computed for it
+    rest.c      a call that is eager's
     shortcut.c  the callable, and the module
     words.c     words of memory, for `ovshim/untouched.py`
 */
@@ -61,14 +62,42 @@ typedef struct Way {
     struct Way *next;     /* of those whose slots are held */
 } Way;
 
+/* Some calls that eager serves because it is faster. */
+typedef struct {
+    PyObject_HEAD
+    Py_ssize_t left;     /* so many may follow */
+    PyObject *facts;     /* these two as of a way */
+    PyObject *questions;
+    PyObject *glance;    /* glance(args, kwargs) -> sizes or None; None: all arguments are tensors */
+    PyObject *sizes;     /* of each tensor */
+    PyObject *tensor;    /* their class */
+    PyObject *dtypes;
+    PyObject *counts;    /* (count, ...), called for each */
+    PyObject *module;
+    PyObject *name;      /* of the module's method */
+    PyObject *function;  /* what its class has under that name */
+    PyObject *method;    /* and that bound to it */
+} Rest;
+
 /* Of an output, as `single.py` marks it. */
 #define MARKED_BYTES 8
 
 extern PyTypeObject way_type;
+extern PyTypeObject rest_type;
 
 /* What a call by a way answers. NULL where Python is to answer it, and with an exception where the
    caller is to have that. */
 PyObject *answer_by(Way *way, PyObject *args, PyObject *kwargs);
+
+/* Eager's answer to a call at rest; NULL as above. */
+PyObject *answer_at_rest(Rest *rest, PyObject *args, PyObject *kwargs);
+
+/* 1 for yes, 0 for no, -1 with an exception. */
+int facts_stand(PyObject *facts);
+int questions_stand(PyObject *questions);
+
+/* Whether all items are tuples of so many, with names in facts; else TypeError. */
+int are_tuples_of(PyObject *items, Py_ssize_t many);
 
 /* What is computed of these tensors. NULL where Python is to see to it, and with an exception where
    the caller is to have it. The slot is back with its pool in any case. */
@@ -86,6 +115,7 @@ typedef struct {
 int make_names(const Name *names, size_t many);
 int make_names_of_answers(void);
 int make_names_of_inferences(void);
+int make_names_of_rests(void);
 
 PyObject *is_held(PyObject *module, PyObject *pool);
 PyObject *forget_held(PyObject *module, PyObject *unused);

@@ -1,4 +1,4 @@
-/* The callable that answers by a way, or by the road; and the module. */
+/* The callable that answers by a way, at rest, or by the road; and the module. */
 
 #include "hot.h"
 
@@ -10,6 +10,7 @@ typedef struct {
     vectorcallfunc vectorcall;
     PyObject *road;
     PyObject *way;
+    PyObject *rest;
     Py_ssize_t missed;
 } Shortcut;
 
@@ -17,11 +18,21 @@ static PyObject *
 shortcut_call(PyObject *callable, PyObject *const *stack, size_t nargsf, PyObject *names)
 {
     Shortcut *self = (Shortcut *)callable;
+    int usual = names == NULL && PyVectorcall_NARGS(nargsf) == 2;
     PyObject *way = self->way;
-    if (way != Py_None && names == NULL && PyVectorcall_NARGS(nargsf) == 2) {
+    if (usual && way != Py_None) {
         Py_INCREF(way); /* it may be given up while it answers */
         PyObject *answer = answer_by((Way *)way, stack[0], stack[1]);
         Py_DECREF(way);
+        if (answer != NULL || PyErr_Occurred()) {
+            return answer;
+        }
+    }
+    PyObject *rest = self->rest;
+    if (usual && rest != Py_None) {
+        Py_INCREF(rest);
+        PyObject *answer = answer_at_rest((Rest *)rest, stack[0], stack[1]);
+        Py_DECREF(rest);
         if (answer != NULL || PyErr_Occurred()) {
             return answer;
         }
@@ -43,8 +54,22 @@ shortcut_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         self->vectorcall = shortcut_call;
         self->road = Py_NewRef(road);
         self->way = Py_NewRef(Py_None);
+        self->rest = Py_NewRef(Py_None);
     }
     return (PyObject *)self;
+}
+
+static int
+set_to(PyObject **place, PyObject *given, PyTypeObject *type)
+{
+    if (given == NULL || (given != Py_None && !Py_IS_TYPE(given, type))) {
+        PyErr_Format(PyExc_TypeError, "This is a %s, or None.", strrchr(type->tp_name, '.') + 1);
+        return -1;
+    }
+    PyObject *before = *place;
+    *place = Py_NewRef(given);
+    Py_DECREF(before);
+    return 0;
 }
 
 static PyObject *
@@ -56,14 +81,19 @@ shortcut_way(Shortcut *self, void *closure)
 static int
 shortcut_set_way(Shortcut *self, PyObject *way, void *closure)
 {
-    if (way == NULL || (way != Py_None && !Py_IS_TYPE(way, &way_type))) {
-        PyErr_SetString(PyExc_TypeError, "A Shortcut's way is a Way, or None.");
-        return -1;
-    }
-    PyObject *before = self->way;
-    self->way = Py_NewRef(way);
-    Py_DECREF(before);
-    return 0;
+    return set_to(&self->way, way, &way_type);
+}
+
+static PyObject *
+shortcut_rest(Shortcut *self, void *closure)
+{
+    return Py_NewRef(self->rest);
+}
+
+static int
+shortcut_set_rest(Shortcut *self, PyObject *rest, void *closure)
+{
+    return set_to(&self->rest, rest, &rest_type);
 }
 
 static int
@@ -71,15 +101,18 @@ shortcut_traverse(Shortcut *self, visitproc visit, void *arg)
 {
     Py_VISIT(self->road);
     Py_VISIT(self->way);
+    Py_VISIT(self->rest);
     return 0;
 }
 
 static int
 shortcut_clear(Shortcut *self)
 {
-    PyObject *before = self->way;
+    PyObject *way = self->way, *rest = self->rest;
     self->way = Py_NewRef(Py_None);
-    Py_XDECREF(before);
+    self->rest = Py_NewRef(Py_None);
+    Py_XDECREF(way);
+    Py_XDECREF(rest);
     return 0; /* the road leads to an object of Python's, which is cleared itself */
 }
 
@@ -89,6 +122,7 @@ shortcut_dealloc(Shortcut *self)
     PyObject_GC_UnTrack(self);
     Py_XDECREF(self->road);
     Py_XDECREF(self->way);
+    Py_XDECREF(self->rest);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
@@ -101,13 +135,14 @@ static PyMemberDef shortcut_members[] = {
 
 static PyGetSetDef shortcut_attributes[] = {
     {"way", (getter)shortcut_way, (setter)shortcut_set_way, "A Way, or None.", NULL},
+    {"rest", (getter)shortcut_rest, (setter)shortcut_set_rest, "A Rest, or None.", NULL},
     {NULL},
 };
 
 static PyTypeObject shortcut_type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "ovshim._hot.Shortcut",
-    .tp_doc = "Shortcut(road): a callable (args, kwargs), by its way or by the road.",
+    .tp_doc = "Shortcut(road): a callable (args, kwargs), by its way, at rest, or by the road.",
     .tp_basicsize = sizeof(Shortcut),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
     .tp_new = shortcut_new,
@@ -156,7 +191,7 @@ caught(void)
 /* --- the module --------------------------------------------------------------------------- */
 
 /* Counted up with each change of what Python calls: see `ovshim/helper.py`. */
-#define INTERFACE 3
+#define INTERFACE 4
 
 static PyMethodDef functions[] = {
     {"read_words", read_words, METH_O,
@@ -184,11 +219,14 @@ PyMODINIT_FUNC
 PyInit__hot(void)
 {
     if (make_names_of_answers() < 0 || make_names_of_inferences() < 0
-        || PyType_Ready(&way_type) < 0 || PyType_Ready(&shortcut_type) < 0) {
+        || make_names_of_rests() < 0
+        || PyType_Ready(&way_type) < 0 || PyType_Ready(&rest_type) < 0
+        || PyType_Ready(&shortcut_type) < 0) {
         return NULL;
     }
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL || PyModule_AddObjectRef(module, "Way", (PyObject *)&way_type) < 0
+        || PyModule_AddObjectRef(module, "Rest", (PyObject *)&rest_type) < 0
         || PyModule_AddObjectRef(module, "Shortcut", (PyObject *)&shortcut_type) < 0
         || PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0) {
         Py_XDECREF(module);

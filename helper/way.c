@@ -29,8 +29,7 @@ memory_of(PyObject *pairs, Memory **memory, Py_ssize_t *many)
     return 0;
 }
 
-/* Else TypeError. Of facts the name has to be one. */
-static int
+int
 are_tuples_of(PyObject *items, Py_ssize_t many)
 {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items); i++) {

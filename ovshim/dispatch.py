@@ -18,7 +18,7 @@ from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
-from ovshim.rest import Rest
+from ovshim.rest import Rest, rest_after
 from ovshim.shortcut import Laying
 from ovshim.signals import let_through
 from ovshim.special_mode import function_modes, in_special_mode, mode_reason
@@ -73,7 +73,7 @@ class Dispatcher(Unplanned):
                 return self.in_eager(OFF, args, kwargs)
         rest = self._at_rest
         if (  # not asked by a method of its own, which would take as long again
-            rest is not None
+            type(rest) is Rest
             and rest.left > 0
             and _grad_enabled() is rest.grad
             and not function_modes()  # a mode would see the glance
@@ -227,10 +227,15 @@ class Dispatcher(Unplanned):
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
         elif why.code == "slower" and self.rests:
-            self._at_rest = Rest.after(plan, self.tally.counter(why), args, kwargs)
+            self._let_rest(rest_after(plan, self.tally.counter(why), self.original, args, kwargs))
         if why.code == "eager-refuses":
             return self._refused(plan, why, args, kwargs)
         return self.in_eager(why, args, kwargs)
+
+    def _let_rest(self, rest: Any) -> None:
+        self._at_rest = rest
+        if self._laying is not None:
+            self._laying.shortcut.rest = None if type(rest) is Rest else rest
 
     def _refused(
         self, plan: Plan, why: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from ovshim import building
+from ovshim.helper import hot
 from ovshim.matcher import compile_glance
 from ovshim.plan import Counter, Plan
+from ovshim.special_mode import function_modes
 
-__all__ = ["Rest"]
+__all__ = ["Rest", "rest_after"]
 
 # Each call after so many goes all the way: the module may have changed, or be under another mode.
 _CALLS = 72
@@ -38,19 +41,41 @@ class Rest:
         self.grad = torch.is_grad_enabled()
         self.left = _CALLS
 
-    @staticmethod
-    def after(
-        plan: Plan, counter: Counter, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Rest | None:
-        """The rest after a call of this plan; None where a glance tells nothing.
 
-        Args:
-            counter: of the calls that eager has served for this reason.
-        """
-        if plan.glance is None:
-            plan.glance = compile_glance(plan.kind) or _blind
-        sizes = plan.glance(args, kwargs)
-        return None if sizes is None else Rest(plan, counter, sizes)
+def rest_after(
+    plan: Plan, counter: Counter, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The rest after a call of this plan: of the compiled helper, or one of those above; both have
+    `left`. None where a glance tells nothing.
+
+    Args:
+        counter: of the calls that eager has served for this reason.
+        original: the user's own method.
+    """
+    if plan.glance is None:
+        plan.glance = compile_glance(plan.kind) or _blind
+    sizes = plan.glance(args, kwargs)
+    if sizes is None:
+        return None
+    if hot is None or original.usual is None:
+        return Rest(plan, counter, sizes)
+    function, method = original.usual
+    calls, add = plan.eager_calls, counter.add
+    plain = not kwargs and all(type(argument) is torch.Tensor for argument in args)
+    return hot.Rest(
+        left=_CALLS,
+        facts=((building, "running", 0), (plan, "eager_calls", calls), (counter, "add", add)),
+        questions=((torch.is_grad_enabled, torch.is_grad_enabled()), (function_modes, 0)),
+        glance=None if plain else plan.glance,  # what it would ask is asked without it
+        sizes=sizes,
+        tensor=torch.Tensor,
+        dtypes=tuple(argument.dtype for argument in args) if plain else (),
+        counts=(calls.add, add),
+        module=original.module,
+        name=original.name,
+        function=function,
+        method=method,
+    )
 
 
 def _blind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -100,8 +100,8 @@ class Laying:
         return way_of(plan, served, tensors, calls.add, facts)
 
     def lift(self) -> None:
-        """Give up the way: plans have come, or gone."""
-        self.shortcut.way = None
+        """Give up the way, and what rests: plans have come, or gone."""
+        self.shortcut.way = self.shortcut.rest = None
         self.after = 0
 
 

@@ -22,7 +22,6 @@ from ovshim.plan import Plan
 from ovshim.planner import Given, Planner, known_kind, unfit
 from ovshim.reasons import Reason, reason
 from ovshim.recordable import look_out, unrecordable
-from ovshim.rest import Rest
 from ovshim.signature import describe, flatten_call, sizes_of
 from ovshim.special_mode import in_special_mode
 from ovshim.tally import Tally
@@ -74,7 +73,7 @@ class Unplanned:
         )
         self._planner.may_wait = may_wait and options.memory != "lean"
         self._looks_out = True
-        self._at_rest: Rest | None = None
+        self._at_rest: Any = None  # see `rest`
         self._off = not enabled_in_environment()
         self._room = room_for(module, method, original, options, self._planner.store, self.tally)
 

@@ -3,6 +3,8 @@ was found is kept with the entry."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,10 +109,11 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
                 return plan.served.answer(tensors)
             return None
 
-        with job.stage("race"):
+        with job.stage("race"), _fastest_mode(job, args, kwargs):
             candidate()
             ours = raced(plan, args, kwargs, otherwise=candidate)
-            finish = race(lambda: job.call(*args, **kwargs), ours, job.race_seconds())
+            eager = functools.partial(job.call, *args, **kwargs)
+            finish = race(eager, ours, job.race_seconds())
         if plan.notes is not None:
             plan.notes.raced(bucket, finish)
     plan.speedup = finish.eager / finish.candidate
@@ -118,6 +121,24 @@ def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple
     if finish.lost:
         plan.reason = slower(finish)
     return finish.eager, finish.candidate
+
+
+def _fastest_mode(
+    job: Job, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> contextlib.AbstractContextManager[Any]:
+    """The mode that eager is fastest in, which the program may be in: `inference_mode`, where no
+    gradients are recorded and the module takes it. A module of a few microseconds takes a tenth
+    less in it than under `no_grad`.
+
+    Whatever it keeps for itself it has kept by now, under `no_grad`, where it was watched."""
+    if job.grad:
+        return contextlib.nullcontext()
+    try:
+        with torch.inference_mode():
+            job.call(*args, **kwargs)
+    except Exception:  # of one that records gradients inside, whatever it raises then
+        return contextlib.nullcontext()
+    return torch.inference_mode()
 
 
 def slower(finish: Finish) -> Reason:

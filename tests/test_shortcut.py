@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import ROOT, Seen, by_the_road, check, counts, same, served, standing
+from checks import (
+    ROOT,
+    Seen,
+    by_the_road,
+    check,
+    counts,
+    eager_reasons,
+    quietly,
+    same,
+    served,
+    standing,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modules import Mlp, make
@@ -127,6 +138,119 @@ def test_beside_calls_at_rest(
         check(fast, module, torch.randn(3, 8))
         check(fast, module, torch.randn(2, 3, 8), path="eager", reason="slower")
     assert not by_python
+
+
+class Fragile(Mlp):
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if self.broken:
+            raise ArithmeticError("broken")
+        return super().forward(x) * scale
+
+
+Fragile.broken = False  # type: ignore[attr-defined] # of the class: nobody watches it
+
+
+@pytest.fixture
+def resting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """A module, and its twin whose calls of three rows are at rest in inference mode."""
+    monkeypatch.setattr(verdict, "race", lambda *_: Finish(1.0, 2.0, 0.5, 0.5))
+    monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
+    module, x = make(Fragile), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, cache_dir=None)
+    with torch.inference_mode():
+        while type(laying(fast).shortcut.rest) is not helper.hot.Rest:
+            fast(x)
+    yield module, fast
+    Fragile.broken = False  # type: ignore[attr-defined]
+
+
+def test_calls_at_rest_go_to_the_module(resting: tuple[nn.Module, nn.Module]) -> None:
+    module, fast = resting
+    shortcut = laying(fast).shortcut
+    fast.ovshim.reset_stats()  # type: ignore[union-attr, operator]
+    with torch.inference_mode():
+        fast(torch.randn(3, 8))  # by the road: what was reset is counted by others
+    missed, left = shortcut.missed, shortcut.rest.left
+    for _ in range(left):
+        check(fast, module, torch.randn(3, 8), path="eager", reason="slower")
+    assert (shortcut.missed, shortcut.rest.left) == (missed, 0)
+    assert counts(fast)["eager"] == eager_reasons(fast)["slower"] == left + 1
+    check(fast, module, torch.randn(3, 8), path="eager", reason="slower")
+    assert (shortcut.missed, shortcut.rest.left) == (missed + 1, left)
+
+
+OTHERS: Mapping[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "rows": lambda: ((torch.randn(2, 8),), {}),
+    "rank": lambda: ((torch.randn(8),), {}),
+    "class": lambda: ((nn.Parameter(torch.randn(3, 8)),), {}),
+    "name": lambda: ((), {"x": torch.randn(3, 8)}),
+    "more": lambda: ((torch.randn(3, 8), 2.0), {}),
+    "more by name": lambda: ((torch.randn(3, 8),), {"scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_calls_are_not_at_rest(resting: tuple[nn.Module, nn.Module], other: str) -> None:
+    module, fast = resting
+    shortcut = laying(fast).shortcut
+    args, kwargs = OTHERS[other]()
+    missed = shortcut.missed
+    with torch.inference_mode():
+        same(fast(*args, **kwargs), module(*args, **kwargs))
+    assert shortcut.missed > missed
+
+
+@pytest.mark.parametrize("around", ["functions", "disabled"])
+def test_in_a_mode_nothing_is_at_rest(resting: tuple[nn.Module, nn.Module], around: str) -> None:
+    module, fast = resting
+    shortcut, x = laying(fast).shortcut, torch.randn(3, 8)
+    missed = shortcut.missed
+    with torch.inference_mode(), quietly(), AROUND[around]():
+        same(fast(x), module(x))
+    assert shortcut.missed > missed
+    with quietly():  # in grad mode
+        same(fast(x).detach(), module(x).detach())
+    assert shortcut.missed > missed + 1
+
+
+def test_what_a_module_raises_at_rest(resting: tuple[nn.Module, nn.Module]) -> None:
+    _, fast = resting
+    left = laying(fast).shortcut.rest.left
+    Fragile.broken = True  # type: ignore[attr-defined]
+    with pytest.raises(ArithmeticError, match="broken"), torch.inference_mode():
+        fast(torch.randn(3, 8))
+    assert laying(fast).shortcut.rest.left == left - 1
+
+
+def test_nothing_stays_of_calls_at_rest(resting: tuple[nn.Module, nn.Module]) -> None:
+    _, fast = resting
+    x = torch.randn(3, 8)
+    watched = [x, None, Fragile.forward, torch.float32, fast, torch.Tensor]
+    with torch.inference_mode():
+        fast(x)
+        fast(x[:2])
+        gc.collect()
+        before = [sys.getrefcount(each) for each in watched]
+        for _ in range(1000):
+            fast(x)
+            fast(x[:2])
+        gc.collect()
+        after = [sys.getrefcount(each) for each in watched]
+    assert all(abs(a - b) <= 3 for a, b in zip(after, before, strict=True)), (before, after)
+
+
+def test_a_module_at_rest_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "race", lambda *_: Finish(1.0, 2.0, 0.5, 0.5))
+    monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
+    x = torch.randn(3, 8)
+    fast = ovshim.accelerate(make(Mlp), x, cache_dir=None)
+    with torch.inference_mode():
+        while laying(fast).shortcut.rest is None:
+            fast(x)
+    gone = weakref.ref(fast)
+    del fast
+    gc.collect()
+    assert gone() is None
 
 
 def test_indices(exact_wins: list[Any], by_python: list[int]) -> None:
@@ -507,6 +631,8 @@ def test_what_a_shortcut_takes() -> None:
     assert made.missed == 1
     with pytest.raises(TypeError, match="a Way, or None"):
         made.way = 3
+    with pytest.raises(TypeError, match="a Rest, or None"):
+        made.rest = 3
     with pytest.raises(TypeError):
         helper.hot.Way(facts=())
     for wrong in ({"facts": (1,)}, {"facts": ((1, 2, 3),)}, {"questions": (5,)}, {"heads": (3,)}):
@@ -519,6 +645,33 @@ def test_what_a_shortcut_takes() -> None:
     for function in (helper.hot.read_words, helper.hot.same_words):
         with pytest.raises(TypeError):
             function(3)
+
+
+def test_what_a_rest_takes() -> None:
+    for wrong in ({"facts": (1,)}, {"questions": (5,)}, {"sizes": 3}, {"counts": []}, {"name": 3}):
+        with pytest.raises(TypeError):
+            helper.hot.Rest(**{**_rest(), **wrong})
+    with pytest.raises(ValueError, match="a dtype and sizes"):
+        helper.hot.Rest(**{**_rest(), "sizes": ((3, 8),)})
+    made = helper.hot.Shortcut(lambda args, kwargs: "the road")
+    made.rest = helper.hot.Rest(**_rest())
+    assert [made((), {}) for _ in range(3)] == ["at rest", "at rest", "the road"]
+    assert made.rest.left == 0
+    for args, kwargs in (((1,), {}), ((), {"a": 1}), ([], {}), ((), None)):
+        made.rest.left = 1
+        assert made(args, kwargs) == "the road"
+    made.rest = helper.hot.Rest(**{**_rest(), "glance": lambda args, kwargs: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        made((), {})
+
+
+def _rest() -> dict[str, Any]:
+    """What a Rest takes of which no call has an argument."""
+    module = Mlp()
+    tuples = dict.fromkeys(("facts", "questions", "sizes", "dtypes", "counts"), ())
+    method = {"module": module, "name": "forward", "function": Mlp.forward}
+    answer = {"method": lambda: "at rest", "tensor": torch.Tensor}
+    return {"left": 2, "glance": None, **tuples, **method, **answer}
 
 
 def _way() -> dict[str, Any]:
