@@ -13,7 +13,7 @@ in doubt, it calls Python's own road, which asks all of them again.
     inference.c what is computed for it
     rest.c      a call that is eager's
     shortcut.c  the callable, and the module
-    words.c     words of memory, for `ovshim/untouched.py`
+    words.c     words of memory, for `ovshim/untouched.py` and `ovshim/values.py`
 */
 
 #ifndef OVSHIM_HOT_H
@@ -121,5 +121,6 @@ PyObject *is_held(PyObject *module, PyObject *pool);
 PyObject *forget_held(PyObject *module, PyObject *unused);
 PyObject *read_words(PyObject *module, PyObject *addresses);
 PyObject *same_words(PyObject *module, PyObject *state);
+PyObject *all_within(PyObject *module, PyObject *const *given, Py_ssize_t many);
 
 #endif

@@ -199,6 +199,9 @@ static PyMethodDef functions[] = {
     {"same_words", same_words, METH_O,
      "same_words(state) -> bool: whether words are what they were; state is (addresses, words,"
      " ...), each bytes, as far as it is."},
+    {"all_within", (PyCFunction)(void (*)(void))all_within, METH_FASTCALL,
+     "all_within(address, many, low, high) -> bool: whether so many integers of 64 bits are between"
+     " these, or are these."},
     {"is_held", is_held, METH_O,
      "is_held(pool) -> bool: whether this thread is inside of a Shortcut that holds one of its"
      " slots."},

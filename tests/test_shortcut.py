@@ -647,6 +647,17 @@ def test_what_a_shortcut_takes() -> None:
             function(3)
 
 
+def test_integers_that_are_not_there() -> None:
+    within = helper.hot.all_within
+    assert within(0, 0, 1, 2)
+    assert not within(0, 5, 1, 2)  # of a tensor whose memory was taken away
+    for wrong in ((), (0, 0, 1), ("a", 0, 1, 2), (0, None, 1, 2)):
+        with pytest.raises(TypeError):
+            within(*wrong)
+    with pytest.raises(OverflowError):
+        within(0, 0, 0, 2**63)
+
+
 def test_what_a_rest_takes() -> None:
     for wrong in ({"facts": (1,)}, {"questions": (5,)}, {"sizes": 3}, {"counts": []}, {"name": 3}):
         with pytest.raises(TypeError):

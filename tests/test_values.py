@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from checks import share_of_other_threads
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ovshim.values import compile_value_check
@@ -50,6 +52,27 @@ def test_integers_are_judged_alike_however_many(dtype: torch.dtype) -> None:
             value = int(few[3, 5])
             expected = low <= min(value, 1) and max(value, 1) <= high
             assert fits([few]) == fits([many]) == expected, value
+
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
+FORMS: list[Any] = [
+    Tensor.clone,
+    torch._neg_view,
+    lambda x: x[::2],
+    lambda x: x[:1].expand(3),
+    lambda x: x[1:],
+    lambda x: x.view(-1, 1),
+]
+
+
+@given(st.lists(INTEGERS, max_size=40), st.sampled_from(FORMS), INTEGERS, INTEGERS)
+def test_integers_in_any_form(held: list[int], form: Any, one: int, other: int) -> None:
+    x = form(torch.tensor(held or [0], dtype=torch.int64))
+    low, high = sorted((one, other))
+    values = x.resolve_neg().flatten().tolist()
+    for limits in ((low, high), (min(values, default=0), max(values, default=0)), (5, 4), (0, 0)):
+        fits = compile_value_check([x], {0: limits})
+        assert fits([x]) == all(limits[0] <= value <= limits[1] for value in values)
 
 
 @pytest.mark.skipif(torch.get_num_threads() == 1, reason="torch has no other threads")

@@ -54,9 +54,9 @@ def check_ranges(module: fx.GraphModule) -> Checked:
     for node in list(graph.nodes):
         for argument, index, table, dim, size, negative in _look_ups(node):
             with graph.inserting_before(node):
-                limits = (index, table, dim, size, negative)
-                verdicts.append(graph.call_function(_in_range, limits))
-                argument(graph.call_function(_clamped, limits))
+                clamped = graph.call_function(_clamped, (index, table, dim, size, negative))
+                verdicts.append(graph.call_function(_in_range, (index, clamped)))
+                argument(clamped)
     if verdicts:
         output = next(node for node in graph.nodes if node.op == "output")
         with graph.inserting_before(output):
@@ -66,30 +66,24 @@ def check_ranges(module: fx.GraphModule) -> Checked:
     return Checked(module, bool(verdicts))
 
 
-def _limits(table: torch.Tensor, dim: int, size: int, negative: bool) -> tuple[Any, Any]:
-    # A size that may change is read from the table, where the tracer sees it.
-    count = table.shape[dim] if size < 0 else size
-    return (-count if negative else 0), count - 1
-
-
-def _in_range(
-    index: torch.Tensor, table: torch.Tensor, dim: int, size: int, negative: bool
-) -> torch.Tensor:
-    low, high = _limits(table, dim, size, negative)
-    fits: torch.Tensor = ((index >= low) & (index <= high)).all()
-    return fits
-
-
 def _clamped(
     index: torch.Tensor, table: torch.Tensor, dim: int, size: int, negative: bool
 ) -> torch.Tensor:
-    low, high = _limits(table, dim, size, negative)
+    # A size that may change is read from the table, where the tracer sees it.
+    count = table.shape[dim] if size < 0 else size
+    low, high = (-count if negative else 0), count - 1
     lowest = torch.as_tensor(low, dtype=index.dtype)
     return torch.maximum(torch.minimum(index, torch.as_tensor(high, dtype=index.dtype)), lowest)
 
 
-def _all(*verdicts: torch.Tensor) -> torch.Tensor:
-    return torch.stack(verdicts).all()
+def _in_range(index: torch.Tensor, clamped: torch.Tensor) -> torch.Tensor:
+    # Two operations; to compare with both limits would be four, of a microsecond each.
+    fits: torch.Tensor = (index == clamped).all()
+    return fits
+
+
+def _all(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return torch.stack((first, *others)).all() if others else first
 
 
 def _size(table: fx.Node, dim: int) -> int | None:
