@@ -54,7 +54,8 @@ same_words(PyObject *module, PyObject *state)
     Py_RETURN_TRUE;
 }
 
-/* Without a way out of the loop: it is a few elements at a time then. */
+/* Without a way out of the loop, so that it is several at a time. They need not be aligned: what a
+   tensor is made of may begin anywhere. */
 PyObject *
 all_within(PyObject *module, PyObject *const *given, Py_ssize_t many)
 {
@@ -62,7 +63,7 @@ all_within(PyObject *module, PyObject *const *given, Py_ssize_t many)
         PyErr_SetString(PyExc_TypeError, "An address, a number of integers, and two limits.");
         return NULL;
     }
-    const int64_t *at = PyLong_AsVoidPtr(given[0]);
+    const char *at = PyLong_AsVoidPtr(given[0]);
     Py_ssize_t count = PyLong_AsSsize_t(given[1]);
     int64_t low = PyLong_AsLongLong(given[2]), high = PyLong_AsLongLong(given[3]);
     if (PyErr_Occurred()) {
@@ -70,7 +71,9 @@ all_within(PyObject *module, PyObject *const *given, Py_ssize_t many)
     }
     int outside = at == NULL && count > 0; /* of a tensor whose memory was taken away */
     for (Py_ssize_t i = 0; i < count && at != NULL; i++) {
-        outside |= (at[i] < low) | (at[i] > high);
+        int64_t value;
+        memcpy(&value, at + i * (Py_ssize_t)sizeof(value), sizeof(value));
+        outside |= (value < low) | (value > high);
     }
     return PyBool_FromLong(!outside);
 }

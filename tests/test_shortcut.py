@@ -225,7 +225,8 @@ def test_what_a_module_raises_at_rest(resting: tuple[nn.Module, nn.Module]) -> N
 def test_nothing_stays_of_calls_at_rest(resting: tuple[nn.Module, nn.Module]) -> None:
     _, fast = resting
     x = torch.randn(3, 8)
-    watched = [x, None, Fragile.forward, torch.float32, fast, torch.Tensor]
+    ours, shared = [x, Fragile.forward, fast], [None, torch.float32, torch.Tensor]
+    watched = [*ours, *shared]  # of the shared ones others may let go meanwhile
     with torch.inference_mode():
         fast(x)
         fast(x[:2])
@@ -236,7 +237,9 @@ def test_nothing_stays_of_calls_at_rest(resting: tuple[nn.Module, nn.Module]) ->
             fast(x[:2])
         gc.collect()
         after = [sys.getrefcount(each) for each in watched]
-    assert all(abs(a - b) <= 3 for a, b in zip(after, before, strict=True)), (before, after)
+    grown = [a - b for a, b in zip(after, before, strict=True)]
+    assert all(abs(more) <= 3 for more in grown[: len(ours)]), (before, after)
+    assert all(more <= 3 for more in grown), (before, after)
 
 
 def test_a_module_at_rest_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
