@@ -879,6 +879,30 @@ def test_negative_indices_that_eager_takes() -> None:
         fast(torch.randn(3, 6), torch.tensor([0, -7, 1]))
 
 
+class BehindFour(nn.Module):
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[4:][index] * 2
+
+
+class SelectsBehindFour(nn.Module):
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[4:].index_select(0, index) * 2
+
+
+@pytest.mark.parametrize("cls", [BehindFour, SelectsBehindFour])
+def test_nothing_is_in_the_range_of_an_empty_table(cls: type[nn.Module]) -> None:
+    module, index = cls().eval(), torch.tensor([0, 0])
+    fast = ovshim.accelerate(module, (torch.randn(7, 8), index), prefer="openvino")
+    for rows in (7, 9, 5):
+        check(fast, module, torch.randn(rows, 8), index, path=None)
+    assert counts(fast)["openvino"] > 0
+    for rows in (4, 3, 0):
+        for wrong in (0, -1):
+            for each in (module, fast):
+                with torch.inference_mode(), pytest.raises((IndexError, RuntimeError)):
+                    each(torch.randn(rows, 8), torch.tensor([wrong, wrong]))
+
+
 def test_labels_in_one_hot_and_scatter() -> None:
     class Scatters(nn.Module):
         def forward(self, index: Tensor) -> Tensor:

@@ -54,8 +54,9 @@ def check_ranges(module: fx.GraphModule) -> Checked:
     for node in list(graph.nodes):
         for argument, index, table, dim, size, negative in _look_ups(node):
             with graph.inserting_before(node):
-                clamped = graph.call_function(_clamped, (index, table, dim, size, negative))
-                verdicts.append(graph.call_function(_in_range, (index, clamped)))
+                limits = (table, dim, size, negative)
+                clamped = graph.call_function(_clamped, (index, *limits))
+                verdicts.append(graph.call_function(_in_range, (index, clamped, *limits)))
                 argument(clamped)
     if verdicts:
         output = next(node for node in graph.nodes if node.op == "output")
@@ -66,20 +67,35 @@ def check_ranges(module: fx.GraphModule) -> Checked:
     return Checked(module, bool(verdicts))
 
 
+def _limits(table: torch.Tensor, dim: int, size: int, negative: bool) -> tuple[Any, Any]:
+    # A size that may change is read from the table, where the tracer sees it.
+    count = table.shape[dim] if size < 0 else size
+    return (-count if negative else 0), count - 1
+
+
 def _clamped(
     index: torch.Tensor, table: torch.Tensor, dim: int, size: int, negative: bool
 ) -> torch.Tensor:
-    # A size that may change is read from the table, where the tracer sees it.
-    count = table.shape[dim] if size < 0 else size
-    low, high = (-count if negative else 0), count - 1
+    low, high = _limits(table, dim, size, negative)
     lowest = torch.as_tensor(low, dtype=index.dtype)
     return torch.maximum(torch.minimum(index, torch.as_tensor(high, dtype=index.dtype)), lowest)
 
 
-def _in_range(index: torch.Tensor, clamped: torch.Tensor) -> torch.Tensor:
-    # Two operations; to compare with both limits would be four, of a microsecond each.
-    fits: torch.Tensor = (index == clamped).all()
-    return fits
+def _in_range(
+    index: torch.Tensor,
+    clamped: torch.Tensor,
+    table: torch.Tensor,
+    dim: int,
+    size: int,
+    negative: bool,
+) -> torch.Tensor:
+    fits: torch.Tensor
+    if size > 0:  # two operations instead of four, of a microsecond each
+        fits = index == clamped
+    else:  # nothing is in the range of an empty table, where what is clamped may be what is given
+        low, high = _limits(table, dim, size, negative)
+        fits = (index >= low) & (index <= high)
+    return fits.all()
 
 
 def _all(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
