@@ -162,4 +162,6 @@ def test_residual_blocks_on_devices_that_hand_on(device: str) -> None:
     process = start_python(RESIDUAL, device, "1", "1")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0
-    assert set(output.split()) <= {"openvino", "eager"}
+    # Where OpenVINO would end the process over the whole, its parts are served.
+    assert len(output.split()) == 6
+    assert set(output.split()) <= {"openvino", "mixed"}

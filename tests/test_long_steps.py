@@ -1,6 +1,9 @@
 """Steps of many tokens: both answer until it is clear who is faster, and it is kept."""
 
 import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,6 +79,9 @@ def test_buckets_are_settled_each_for_itself() -> None:
         {"1,10,10,0": [[1.0]] * 3},
         {"1,10,10,0": [["a", None]] * 3},
         {"1,10,10,x": [[1.0, 2.0]] * 3},
+        {"1,10,10,0": [[10**400, 1.0]] * 3},
+        {"1,10,10,0": [[math.nan, 1.0]] * 3},
+        {"1,20000,20000,0": [[1.0, 2.0]] * 3},
     ],
 )
 def test_what_is_no_finding_is_found_anew(known: Any) -> None:
@@ -83,3 +89,22 @@ def test_what_is_no_finding_is_found_anew(known: Any) -> None:
     assert steps.open(PROMPT)
     assert not steps.lost(PROMPT)
     assert steps.to_list() == []
+
+
+def test_threads_may_settle_buckets_at_once() -> None:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            steps, kept = made()
+
+            def work(k: int, steps: LongSteps = steps) -> None:
+                for i in range(60):
+                    steps.add((1, 10, i, k), 2.0, 1.0)
+                    steps.to_list()
+
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(work, range(4)))
+            assert len(kept) == len(steps.to_list()) == 240
+    finally:
+        sys.setswitchinterval(usual)

@@ -44,6 +44,8 @@ if what == "text":
     sys.exit("a text")
 if what == "interrupt":
     import signal
+    # A shell has it ignored by what it starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait(5)
 """

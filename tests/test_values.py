@@ -76,6 +76,14 @@ def test_integers_in_any_form(held: list[int], form: Any, one: int, other: int) 
         assert fits([x]) == all(limits[0] <= value <= limits[1] for value in values)
 
 
+def test_integers_of_a_view_whose_memory_was_taken_away() -> None:
+    x = torch.arange(10)[2:]
+    fits = compile_value_check([x], {0: (0, 100)})
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):  # as eager's own operations say
+        fits([x])
+
+
 @pytest.mark.skipif(torch.get_num_threads() == 1, reason="torch has no other threads")
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int64], ids=str)
 def test_the_check_does_not_wake_torchs_threads(dtype: torch.dtype) -> None:

@@ -10,7 +10,9 @@ at build time could try would not be those that come.
 
 from __future__ import annotations
 
+import math
 import statistics
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +22,8 @@ __all__ = ["LongSteps"]
 _FEWEST = 16
 # Eager serves where it was faster so often, and OpenVINO never.
 _OFTEN = 3
+# The exponent of no size is larger.
+_LARGEST = 64
 
 Bucket = tuple[int, ...]
 
@@ -30,11 +34,14 @@ class LongSteps:
     Args:
         known: what was found out earlier, as `keep` was given it; anything at all.
         keep: called with all that is known whenever a bucket is settled.
+
+    Several threads may ask and add at once.
     """
 
     def __init__(self, known: Any, keep: Callable[[dict[str, Any]], None]) -> None:
         self._samples: dict[Bucket, list[tuple[float, float]]] = _checked(known)
         self._keep = keep
+        self._lock = threading.Lock()
 
     def open(self, bucket: Bucket) -> bool:
         """Whether both are to answer a step, so that their time can be taken."""
@@ -48,21 +55,26 @@ class LongSteps:
 
     def add(self, bucket: Bucket, eager: float, openvino: float) -> None:
         """Both have answered the same step, in so many seconds."""
-        if self.open(bucket):
+        with self._lock:
+            if not self.open(bucket):
+                return
             samples = self._samples.setdefault(bucket, [])
             samples.append((eager, openvino))
-            if _settled(samples):
-                self._keep(self._to_json())
+            found = self._to_json() if _settled(samples) else None
+        if found is not None:
+            self._keep(found)
 
     def to_list(self) -> list[dict[str, Any]]:
         """For reports: who serves which bucket; medians of eager and of OpenVINO, in seconds."""
+        with self._lock:
+            known = {bucket: tuple(samples) for bucket, samples in self._samples.items()}
         return [
             {
                 "bucket": list(bucket),
                 "path": "eager" if self.lost(bucket) else "openvino",
                 "medians": [statistics.median(each) for each in zip(*samples, strict=True)],
             }
-            for bucket, samples in sorted(self._samples.items())
+            for bucket, samples in sorted(known.items())
             if samples
         ]
 
@@ -86,8 +98,9 @@ def _checked(known: Any) -> dict[Bucket, list[tuple[float, float]]]:
         try:
             bucket = tuple(map(int, key.split(",")))
             pairs = [(float(eager), float(openvino)) for eager, openvino in samples]
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, OverflowError, TypeError, ValueError):
             continue
-        if len(bucket) == 4 and min(bucket) >= 0:
+        sizes = len(bucket) == 4 and min(bucket) >= 0 and max(bucket) <= _LARGEST
+        if sizes and all(math.isfinite(second) for pair in pairs for second in pair):
             found[bucket] = pairs
     return found
