@@ -66,7 +66,8 @@ def _named(steps: list[dis.Instruction], n: int) -> dis.Instruction | None:
     """What loads the name of the variable that is asked for where step `n` loads `os.environ` or
     `os.getenv`; None where it is a part of what does."""
     if steps[n + 1].opname == "CONTAINS_OP":
-        return steps[n - 1 if steps[n].opname == "LOAD_GLOBAL" else n - 2]
+        first = n if steps[n].opname == "LOAD_GLOBAL" else n - 1
+        return None if steps[first].is_jump_target else steps[first - 1]
     n += 1
     while steps[n].argval == "get" or steps[n].opname == "PUSH_NULL":
         n += 1

@@ -40,6 +40,8 @@ _UNBOUNDED = {id(f): name for f, name in (
     (importlib.import_module, "importlib.import_module"), (sys.modules, "sys.modules"),
     (os.getenv, "os.getenv"))}  # fmt: skip
 
+_JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
+
 
 def asks_for_any(value: object) -> bool:
     """Whether it looks up attributes by names that it is given."""
@@ -73,8 +75,8 @@ def _asked(steps: list[dis.Instruction]) -> tuple[str, ...]:
     """The same of one call, from where its function is loaded.
 
     The name is a constant where that comes to lie second on the stack, and under nothing but a
-    third until the call takes it. A jump that says otherwise than the order of the instructions
-    leaves the name unknown.
+    third until the call takes it. A jump before it lies there leaves it unknown: there is a second
+    way to the call, which may be written out a second time (Python 3.12).
     """
     first = steps[0].argval  # of an instruction that loads two, both
     own, constant, depth = (first[0] if isinstance(first, tuple) else first) == "self", False, 0
@@ -86,7 +88,9 @@ def _asked(steps: list[dis.Instruction]) -> tuple[str, ...]:
             value = step.argval if step.opname == "LOAD_CONST" else None
             constant = isinstance(value, str) and len(value) <= LONGEST_NAME
         elif depth <= 2:
-            constant = False
+            constant = constant and depth == 2 and step.opcode in _JUMPS
+        if step.opcode in _JUMPS and (depth == 1 or (depth == 2 and not constant)):
+            break
         own = own and (n == 0 or depth > 1)
     return ANY, METHODS
 
