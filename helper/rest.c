@@ -110,11 +110,14 @@ looks_alike(Rest *rest, PyObject *args, PyObject *kwargs)
     return same;
 }
 
-/* Whether the class has this method still: it may be replaced there. */
+/* Whether the class has this very method still: it may be replaced there, by one that says it is
+   equal. */
 static int
 has_its_method(Rest *rest)
 {
-    return has((PyObject *)Py_TYPE(rest->module), rest->name, rest->function);
+    PyObject *now = PyObject_GetAttr((PyObject *)Py_TYPE(rest->module), rest->name);
+    Py_XDECREF(now); /* it is compared with what is held */
+    return now == NULL ? -1 : now == rest->function;
 }
 
 static int

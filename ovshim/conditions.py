@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ovshim.signals import let_through
+
 __all__ = ["Conditions"]
 
 # Read at once in one expression, more nest too deeply for the compiler.
@@ -24,7 +26,7 @@ class Conditions:
 
     def __init__(self, *false_if_raised: type[Exception]) -> None:
         self._texts: list[str] = []
-        self._scope: dict[str, Any] = {"raised": false_if_raised}
+        self._scope: dict[str, Any] = {"raised": false_if_raised, "let_through": let_through}
 
     def add(self, text: str, *operands: Any) -> None:
         """A condition as a Python expression, in which `{0}`, `{1}` and so on are the operands."""
@@ -38,6 +40,7 @@ class Conditions:
         for start in range(0, len(self._texts), _AT_ONCE):
             together = " and ".join(f"({text})" for text in self._texts[start : start + _AT_ONCE])
             lines.append(f"        if not ({together}): return False")
-        lines += ["        return True", "    except raised:", "        return False"]
+        lines += ["        return True", "    except raised as error:"]
+        lines += ["        let_through(error)", "        return False"]
         exec("\n".join(lines), self._scope)
         return self._scope["holds"]  # type: ignore[no-any-return]

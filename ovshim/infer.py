@@ -42,7 +42,7 @@ from ovshim.waiting import SHARED_OUT
 
 _log = logging.getLogger("ovshim")
 
-_COPY_INPUT_BYTES = 64 * 1024
+_COPY_INPUT_BYTES = 128 * 1024
 _BIND_OUTPUT_BYTES = 256 * 1024
 _BUFFERS_PER_INPUT = 16
 
@@ -148,10 +148,13 @@ class Engine:
         that an input was copied into is looked at in half of the time that the tensor takes."""
         checked = self.checked.union(i for i in inputs if self._dtypes[i] == torch.float32)
         if checked != self.checked:  # two plans may share it
-            with self._pool.alone() as slots:
+
+            def begin(slots: list[Slot]) -> None:
                 self.checked = checked
                 for slot in slots:
                     slot.forget(len(self._types))
+
+            self._pool.alone(begin)
         if self.exact is not None:
             self.exact.check(inputs)
 
@@ -170,10 +173,13 @@ class Engine:
 
     def rest(self, wake: Callable[[], Any]) -> None:
         """Give up the compiled model until a call needs it. `wake` compiles it again."""
-        with self._pool.alone() as slots:
+
+        def begin(slots: list[Slot]) -> None:
             self._wake = wake
             self._compiled = None
             slots.clear()
+
+        self._pool.alone(begin)
 
     def run(self, tensors: Sequence[torch.Tensor], alone: bool = False) -> list[torch.Tensor]:
         """Outputs for one set of inputs, each owned by the caller alone.
@@ -331,6 +337,7 @@ class Engine:
         try:
             slot.request.set_input_tensor(index, tensor)
         except RuntimeError as error:
+            let_through(error)
             raise ValueError(f"The model does not take input {index}: {error}") from error
         return array
 

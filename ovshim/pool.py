@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Generic, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = ["Pool", "ReenteredError"]
 _GATHERING_SECONDS = 20e-6
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ReenteredError(RuntimeError):
@@ -81,16 +82,16 @@ class Pool(Generic[T]):
             finally:
                 self._give_back(gathered)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[list[T]]:
-        """Inside, nobody holds any: no call runs. Gives them all; what is taken out of the list is
-        let go. Raises ReenteredError."""
+    def alone(self, work: Callable[[list[T]], R]) -> R:
+        """What `work` gives, called while nobody holds any: no call runs. It is given them all;
+        what it takes out of the list is let go. Raises ReenteredError, and whatever `work` raises.
+        """
         self._refuse_within(sys._getframe(1))
         with self._making:
             gathered: list[T] = []
             try:
                 self._gather(gathered)
-                yield gathered
+                return work(gathered)
             finally:
                 self._give_back(gathered)
 
@@ -108,13 +109,24 @@ class Pool(Generic[T]):
     def _gather(self, gathered: list[T]) -> None:
         """Wait for all that there are. Raises ReenteredError."""
         if self.back is not self.free:  # by this thread, whose lock it is
-            raise ReenteredError
+            if self._is_gathering(sys._getframe(2)):
+                raise ReenteredError
+            self._give_back(self.back)  # an interrupt on the way into it has left them so
         self.back = gathered
         while len(gathered) < len(self._all):
             try:
                 gathered.append(self.free.pop())
             except IndexError:
                 time.sleep(_GATHERING_SECONDS)
+
+    def _is_gathering(self, frame: FrameType | None) -> bool:
+        """Whether this thread is about it further down its stack."""
+        about = Pool.new.__code__, Pool.alone.__code__
+        while frame is not None:
+            if frame.f_code in about and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def _give_back(self, gathered: list[T]) -> None:
         if self.back is gathered:

@@ -241,7 +241,7 @@ class Record:
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),
             rung=rungs[graph["rung"][0]],
             pinned=frozenset((int(t), int(d)) for t, d in proof.get("pinned", ())),
-            limits={int(t): (int(a), int(b)) for t, (a, b) in proof.get("limits", {}).items()},
+            limits=_limits(proof.get("limits", {})),
             error=float(proof.get("error", 0.0)),
             sizes=_small(_sizes(proof.get("sizes", ()), pattern)) if verdict is None else (),
             met=tuple(
@@ -259,6 +259,13 @@ class Record:
 
 def _pattern(stored: Sequence[Sequence[Any]]) -> Pattern:
     return tuple(tuple(None if n is None else int(n) for n in dims) for dims in stored)
+
+
+def _limits(stored: Mapping[str, Sequence[Any]]) -> dict[int, tuple[int, int]]:
+    limits = {int(t): (int(low), int(high)) for t, (low, high) in stored.items()}
+    if any(not -(2**63) <= limit < 2**63 for both in limits.values() for limit in both):
+        raise ValueError("its limits are no integers of 64 bits")
+    return limits
 
 
 def checked_rest(stored: Any) -> dict[str, str]:

@@ -134,6 +134,9 @@ def _compared(by: Answering, asked: Asked, lane: Lane, unmet: Unmet | None) -> A
         by.tally.note(_OUT_OF_RANGE)
         return expected
     except Mismatch as mismatch:
+        if plan.generation is not None and not plan.generation.holds():
+            by.tally.note(reason("stale", plan.generation.change()))  # while both answered
+            return expected
         by.tally.retire([plan])
         plan.served = None
         plan.reason = reason("first-use-mismatch", f"{sizes_of(tensors)}: {mismatch}")

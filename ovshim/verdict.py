@@ -130,10 +130,12 @@ def _fastest_mode(
     gradients are recorded and the module takes it. A module of a few microseconds takes a tenth
     less in it than under `no_grad`.
 
-    Whatever it keeps for itself it has kept by now, under `no_grad`, where it was watched."""
+    Whatever it keeps of these sizes it keeps in the mode it is called in first: a tensor made under
+    `inference_mode` can never again be trained with."""
     if job.grad:
         return contextlib.nullcontext()
     try:
+        job.call(*args, **kwargs)
         with torch.inference_mode():
             job.call(*args, **kwargs)
     except Exception:  # of one that records gradients inside, whatever it raises then

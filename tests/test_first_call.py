@@ -1,7 +1,7 @@
 """First calls without an example, of a cached graph: eager is asked once."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from checks import same
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import hit
+from ovshim import hit, verdict
 from ovshim.planner import Planner
 
 
@@ -254,3 +254,38 @@ def test_parts_do_not_see_the_nan(tmp_path: Path) -> None:
             fast = ovshim.accelerate(module, bad, prefer="openvino", cache_dir=tmp_path)
         same(fast(bad), module(bad))
     assert fast.ovshim.stats() == {"openvino": 0, "mixed": 1, "eager": 0}
+
+
+class Tabled(nn.Module):
+    """Reads a table that is kept by size, outside of it."""
+
+    kept: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(1500, 1500)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if torch.compiler.is_compiling():
+            return self.last(x) * torch.arange(rows)[:, None].sin()
+        if rows not in self.kept:
+            self.kept[rows] = torch.arange(rows)[:, None].sin()
+        return self.last(x) * self.kept[rows]
+
+
+def test_what_a_module_keeps_can_be_trained_with_after_a_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tabled, "kept", {})
+    for told in ("miss", "hit"):
+        Tabled.kept.clear()
+        torch.manual_seed(0)
+        module, x = Tabled().eval(), torch.randn(64, 1500)
+        monkeypatch.setattr(verdict, "_where", lambda *_, told=told: told)  # it is raced each time
+        fast = ovshim.accelerate(module, x, cache_dir=tmp_path, dynamic_shapes={"x": {0: "n"}})
+        assert cached(fast) == told
+        assert len(Tabled.kept) > 1 or told == "miss"
+        assert not any(table.is_inference() for table in Tabled.kept.values())
+        module.train()
+        module(x).sum().backward()

@@ -1106,6 +1106,108 @@ def test_a_long_turn_is_eagers_and_the_conversation_goes_on_in_openvino(
         assert counts(fast)["openvino"] == before["openvino"] + 20 - eagers
 
 
+def test_long_turns_that_we_leave_to_eager_are_nobodys_look(
+    pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(FEW[0])
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    lost = {f"1,5,{columns},0": [[1.0, 2.0]] * 3 for columns in range(4, 10)}
+    monkeypatch.setattr(decoding, "long_steps", LongSteps(lost, lambda found: None))
+    before, refused = counts(fast)["openvino"], eager_reasons(fast).get("cache-unknown", 0)
+    mine, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
+    with torch.no_grad():
+        for _ in range(6):
+            for ids in (PROMPT.repeat(1, 2)[:, :16], PROMPT[:, :1], PROMPT[:, 1:2]):
+                found = fast(ids, past_key_values=mine, use_cache=True).logits
+                expected = model(ids, past_key_values=theirs, use_cache=True).logits
+                assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert counts(fast)["openvino"] == before + 12
+    assert eager_reasons(fast).get("cache-unknown", 0) == refused
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
+    reordered: bool, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(FEW[0])
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    engine = decoding.ready.engine
+    run = type(engine)._run
+
+    def halfway(*given: Any) -> Any:
+        run(engine, *given)
+        raise KeyboardInterrupt
+
+    prompt = torch.cat([PROMPT, PROMPT.flip(1)])
+    mine, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
+    with torch.no_grad():
+        for n, ids in enumerate((prompt, prompt[:, :1], prompt[:, 1:2], prompt[:, 2:3])):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "_run", halfway)
+                with pytest.raises(KeyboardInterrupt):
+                    fast(ids, past_key_values=mine, use_cache=True)
+            if reordered and n:
+                for cache in (mine, theirs):
+                    cache.reorder_cache(torch.tensor([1, 0]))
+            before = counts(fast)["openvino"]
+            found = fast(ids, past_key_values=mine, use_cache=True).logits
+            expected = model(ids, past_key_values=theirs, use_cache=True).logits
+            assert (found - expected).norm() <= 1e-5 * expected.norm()
+            assert counts(fast)["openvino"] == before + 1
+    same_caches(mine, theirs)
+
+
+def test_a_cache_that_cannot_be_copied_is_left_to_eager(
+    pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(FEW[0])
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    monkeypatch.setattr(decoding, "long_steps", LongSteps(None, lambda found: None))
+    cache = hf.DynamicCache(config=model.config)
+    cache.lock = threading.Lock()
+    with torch.no_grad():
+        found = fast(LONG, past_key_values=cache, use_cache=True)
+        expected = model(LONG, use_cache=True)
+    assert found.past_key_values is cache
+    assert torch.equal(found.logits, expected.logits)
+    assert eager_reasons(fast)["cache-unknown"] > 0
+
+
+def test_a_weight_that_is_changed_while_both_answer_condemns_nothing(
+    pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(FEW[0])
+    room = installed(fast)["forward"].dispatcher._room  # type: ignore[attr-defined]
+    (decoding,) = room.plans
+    monkeypatch.setattr(decoding, "met", set())
+    ours, weight = room._by_eager, model.get_output_embeddings().weight
+    kept = weight.detach().clone()
+
+    def changed(*given: Any) -> Any:
+        answer = ours(*given)
+        with torch.no_grad():
+            weight.mul_(2.0)  # as another thread does
+        return answer
+
+    monkeypatch.setattr(room, "_by_eager", changed)
+    cache = hf.DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(PROMPT, use_cache=True).logits
+        monkeypatch.setattr(decoding.ready.engine, "step", wrong(decoding.ready.engine.step))
+        try:
+            found = fast(PROMPT, past_key_values=cache, use_cache=True).logits
+        finally:
+            weight.copy_(kept)
+    assert torch.equal(found, expected)
+    assert cache.get_seq_length() == PROMPT.shape[1]
+    assert decoding.reason is None
+    assert eager_reasons(fast)["stale"] > 0
+
+
+def wrong(step: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *given: [output + 1 for output in step(*given)]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager_wins_long_steps")
 def test_who_is_faster_at_long_steps_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

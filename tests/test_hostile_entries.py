@@ -118,6 +118,14 @@ def test_any_value_of_a_manifest(case: Case, many: int) -> None:
     assert outcomes == {"hit", "miss"}
 
 
+@pytest.mark.parametrize("limit", [2**63, -(10**30)])
+def test_limits_that_no_integer_of_a_tensor_has(case: Case, limit: int) -> None:
+    proof = {**case.manifest["proof"], "limits": {"0": sorted([0, limit])}}
+    case.forge({**case.manifest, "proof": proof})
+    with quietly():
+        assert case.accelerated() == "miss"
+
+
 FUZZ = """
 import faulthandler, random, sys
 from pathlib import Path

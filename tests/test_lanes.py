@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, counts, falls_back, paths, plans, run_python, same, standing
+from checks import (
+    check,
+    counts,
+    eager_reasons,
+    falls_back,
+    paths,
+    plans,
+    run_python,
+    same,
+    standing,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from modules import Mlp, make
@@ -74,6 +84,27 @@ def test_a_graph_that_is_wrong_at_new_sizes_never_answers_there() -> None:
         check(fast, module, x, path="eager", reason="first-use-mismatch")
         check(fast, module, x, path="eager", reason="first-use-mismatch")
     assert paths(fast) == ["eager"]
+
+
+def test_a_graph_is_not_to_blame_for_a_weight_changed_while_both_answer() -> None:
+    module = make(Mlp)
+    fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None, prefer="openvino")
+    engine, x = spoil(fast), torch.randn(64, 8)
+    (plan,) = standing(fast)
+    run, weight = engine.run, module.get_parameter("last.weight")
+
+    def changed(tensors: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            weight.mul_(2.0)  # as another thread does
+        return run(tensors)
+
+    engine.run = changed  # type: ignore[method-assign]
+    with torch.inference_mode():
+        expected = module(x)
+        assert torch.equal(fast(x), expected)
+    assert engine.asked
+    assert plan.reason is None
+    assert eager_reasons(fast) == {"stale": 1}
 
 
 @pytest.mark.slow

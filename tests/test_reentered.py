@@ -99,8 +99,7 @@ class Holder:
             pool.back.append(held)
 
     def alone(self) -> int:
-        with self.pool.alone() as held:
-            return len(held)
+        return self.pool.alone(len)
 
 
 def test_within_a_call_nobody_waits_for_all_to_end() -> None:
@@ -116,8 +115,32 @@ def test_within_a_call_nobody_waits_for_all_to_end() -> None:
 def test_who_has_all_refuses_itself_and_nothing_is_lost() -> None:
     one = Holder()
     one.run(int)
-    with one.pool.alone() as held, pytest.raises(ReenteredError):
-        one.run(int)
-    assert one.pool.free == held
+
+    def refused(held: list[Held]) -> list[Held]:
+        with pytest.raises(ReenteredError):
+            one.run(int)
+        return list(held)
+
+    assert one.pool.alone(refused) == one.pool.free
     assert one.pool.free is one.pool.back
     assert one.run(lambda: 7) == 7
+
+
+def test_what_an_interrupt_has_left_gathered_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Holder()
+    one.run(int)
+    (before,) = one.pool.free
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.pool, "_give_back", interrupted)  # as a signal does on the way into it
+        with pytest.raises(KeyboardInterrupt):
+            one.alone()
+    assert one.pool.back is not one.pool.free
+    assert one.run(lambda: 7) == 7
+    assert one.pool.back is one.pool.free
+    assert before in one.pool.free

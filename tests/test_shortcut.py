@@ -179,6 +179,38 @@ def test_calls_at_rest_go_to_the_module(resting: tuple[nn.Module, nn.Module]) ->
     assert (shortcut.missed, shortcut.rest.left) == (missed + 1, left)
 
 
+class Doubled:
+    """Wraps a method, and says that it is what it wraps, as tracers' proxies do."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * self.wrapped(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return Doubled(self.wrapped.__get__(instance, owner))
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.wrapped == other)
+
+    def __hash__(self) -> int:
+        return hash(self.wrapped)
+
+
+def test_a_method_at_rest_that_is_replaced_by_an_equal_one(
+    resting: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, fast = resting
+    x = torch.randn(3, 8)
+    with torch.inference_mode():
+        before = module(x)
+        assert laying(fast).shortcut.rest.left > 2
+        monkeypatch.setattr(Fragile, "forward", Doubled(Fragile.forward))
+        for _ in range(3):
+            assert torch.equal(fast(x), 2 * before)
+
+
 OTHERS: Mapping[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "rows": lambda: ((torch.randn(2, 8),), {}),
     "rank": lambda: ((torch.randn(8),), {}),

@@ -17,6 +17,7 @@ from checks import check, eager_reasons, plans, run_python, standing
 from modules import Mlp, make
 
 import ovshim
+from ovshim.conditions import Conditions
 from ovshim.imports import apart, import_apart
 from ovshim.signals import heard, let_through, raise_heard
 
@@ -183,6 +184,16 @@ def test_an_inference_that_it_comes_upon_ends_no_graph(
             fast(torch.randn(3, 8))
     check(fast, module, x)
     assert not eager_reasons(fast)
+
+
+def test_a_handler_that_raises_within_a_question_is_no_answer() -> None:
+    conditions = Conditions(Exception)
+    conditions.add("{0}()", functools.partial(signal.raise_signal, SIGNAL))
+    with pytest.raises(TooLateError):
+        conditions.compiled()()
+    conditions = Conditions(Exception)
+    conditions.add("{0} / 0", 1)
+    assert not conditions.compiled()()
 
 
 # Imports

@@ -56,6 +56,7 @@ class Session:
         self.order: torch.Tensor | None = None
         # The columns of the tokens, where some others are masked.
         self._kept: torch.Tensor | None = None
+        self._torn = False  # a step has ended halfway: the state may have it behind it
         self._release = weakref.finalize(self, engine.release, self.slot)
         self._release.atexit = False
 
@@ -76,8 +77,14 @@ class Session:
             EngineDead, ValueError: see `StatefulEngine.step`.
         """
         rows = self.numbers(0, batch, torch.int32) if self.order is None else self.order
-        outputs = self.engine.step(self.slot, (*given, rows))
-        self._grow(batch, length)
+        before = self._kept, self.batch, self.columns, self.order
+        try:
+            outputs = self.engine.step(self.slot, (*given, rows))
+            self._grow(batch, length)
+        except BaseException:  # of a signal handler, too: the program may go on
+            self._kept, self.batch, self.columns, self.order = before
+            self._torn = True
+            raise
         if len(outputs) > 1 and not outputs[1]:
             self.cut(length)
             raise OutOfRangeError
@@ -111,6 +118,7 @@ class Session:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Go on from these rows."""
+        self._mend()
         rows = rows.to(torch.int32)
         self.order = rows if self.order is None else self.order[rows]
 
@@ -125,13 +133,22 @@ class Session:
         return mask
 
     def tidy(self) -> None:
-        """Drop the masked columns where they are many, or cannot be masked or left in a window."""
+        """Drop the masked columns where they are many, or cannot be masked or left in a window; and
+        what a step that ended halfway has left."""
+        self._mend()
         if self._kept is None:
             return
         masked = self.columns - len(self._kept)
         can_stay = self.form.masks and self.form.window is None
         if not can_stay or masked > _MOST_MASKED + _SHARE_MASKED * self.columns:
             self.write(self.read())
+
+    def _mend(self) -> None:
+        if self._torn and self.columns:
+            self.write(self.read())
+        elif self._torn:
+            self.slot.request.reset_state()
+        self._torn = False
 
     def read(self) -> list[torch.Tensor]:
         """Copies of the keys and values of all tokens, [batch, heads, length, width] each."""
@@ -284,6 +301,13 @@ def refusal(cache: Any, form: Form) -> str | None:
             if tensor.requires_grad or type(tensor) is not torch.Tensor:
                 return "a cache that requires grad"
     return None
+
+
+def hand_over(cache: StatefulCache) -> None:
+    """Free a bound cache for a step of eager's, into which nobody has looked."""
+    freed = cache.__dict__.get(_FREED, 0)
+    _free(cache)
+    cache.__dict__[_FREED] = freed
 
 
 def bind(cache: DynamicCache, engine: StatefulEngine, form: Form) -> None:

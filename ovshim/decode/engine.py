@@ -79,8 +79,7 @@ class StatefulEngine(Engine):
         try:
             return self._idle.pop()
         except IndexError:
-            with self._turns.alone():
-                slot = self._new_slot()
+            slot = self._turns.alone(lambda turns: self._new_slot())
             self._all.add(slot)
             return slot
 

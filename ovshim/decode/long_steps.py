@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,13 +34,12 @@ class LongSteps:
         known: what was found out earlier, as `keep` was given it; anything at all.
         keep: called with all that is known whenever a bucket is settled.
 
-    Several threads may ask and add at once.
+    Several threads may ask and add at once, also one within a call of its own: there is no lock.
     """
 
     def __init__(self, known: Any, keep: Callable[[dict[str, Any]], None]) -> None:
         self._samples: dict[Bucket, list[tuple[float, float]]] = _checked(known)
         self._keep = keep
-        self._lock = threading.Lock()
 
     def open(self, bucket: Bucket) -> bool:
         """Whether both are to answer a step, so that their time can be taken."""
@@ -55,19 +53,15 @@ class LongSteps:
 
     def add(self, bucket: Bucket, eager: float, openvino: float) -> None:
         """Both have answered the same step, in so many seconds."""
-        with self._lock:
-            if not self.open(bucket):
-                return
+        if self.open(bucket):
             samples = self._samples.setdefault(bucket, [])
             samples.append((eager, openvino))
-            found = self._to_json() if _settled(samples) else None
-        if found is not None:
-            self._keep(found)
+            if _settled(samples):
+                self._keep(self._to_json())
 
     def to_list(self) -> list[dict[str, Any]]:
         """For reports: who serves which bucket; medians of eager and of OpenVINO, in seconds."""
-        with self._lock:
-            known = {bucket: tuple(samples) for bucket, samples in self._samples.items()}
+        known = {bucket: tuple(samples) for bucket, samples in dict(self._samples).items()}
         return [
             {
                 "bucket": list(bucket),
@@ -79,7 +73,8 @@ class LongSteps:
         ]
 
     def _to_json(self) -> dict[str, Any]:
-        settled = [(b, samples) for b, samples in self._samples.items() if _settled(samples)]
+        known = dict(self._samples)  # at once: others add to it
+        settled = [(b, samples) for b, samples in known.items() if _settled(samples)]
         return {",".join(map(str, b)): [list(one) for one in samples] for b, samples in settled}
 
 

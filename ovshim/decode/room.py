@@ -22,7 +22,7 @@ from ovshim.builder import Work, pause
 from ovshim.building import Building, building_here
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
-from ovshim.decode.cache import StatefulCache, bind, refusal, session_of
+from ovshim.decode.cache import StatefulCache, bind, hand_over, refusal, session_of
 from ovshim.decode.calls import LeftToEager
 from ovshim.decode.decoding import Decoding, Ready
 from ovshim.decode.manner import Causal
@@ -38,7 +38,7 @@ from ovshim.plan import OutOfRangeError
 from ovshim.planner import unfit
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
-from ovshim.signals import heard
+from ovshim.signals import heard, let_through
 from ovshim.signature import flatten_call, kind_of
 from ovshim.tally import Tally
 from ovshim.values import compile_value_check
@@ -121,7 +121,9 @@ class Room:
         try:
             return self._served(made, ready, call, args, kwargs)
         except LeftToEager as left:
-            return self._in_eager(left.reason, args, kwargs)
+            why = left.reason
+        # Not above, where what was raised holds the cache, and is the context of what eager raises.
+        return self._in_eager(why, args, kwargs)
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether such a call is a step that can be served."""
@@ -187,6 +189,8 @@ class Room:
         sizes = batch, length, columns, given[2].shape[1] if ready.form.cross else 0
         alike, timed = bucket(*sizes), made.long_steps
         if timed is not None and timed.lost(alike):
+            if bound:
+                hand_over(cache)
             raise LeftToEager(_SLOWER)
         if not ready.fits(*sizes):
             raise LeftToEager(reason("decode-call", f"sizes {sizes}"))
@@ -211,12 +215,13 @@ class Room:
         except OutOfRangeError:
             raise LeftToEager(_OUT_OF_RANGE) from None
         except (EngineDead, RuntimeError, ValueError) as error:
+            let_through(error)
             raise LeftToEager(self._failed(made, error)) from error
         if expected is not None:
             seconds = time.perf_counter() - started
             why = self._mismatch(made, sizes, expected, logits)
             if why is not None:
-                return self._condemned(made, why, call, expected)
+                return self._by_eager_alone(made, why, call, expected)
             if timed is not None:
                 timed.add(alike, eager_seconds, seconds)
         made.calls.add()
@@ -228,7 +233,13 @@ class Room:
         """Eager's answer to a step, and the seconds it would take to leave the step to it: keys and
         values of so many tokens would be copied out of the state, and back."""
         begun = time.perf_counter()
-        arguments = self._manner.eager_arguments(call, args, kwargs)
+        try:
+            arguments = self._manner.eager_arguments(call, args, kwargs)
+        except Exception as error:  # whatever a program's own attribute of a cache raises
+            let_through(error)
+            raise LeftToEager(
+                reason("cache-unknown", f"a cache without copies: {error}")
+            ) from error
         started = time.perf_counter()
         answer = self.original(**arguments)
         copying = 2 * (started - begun) if past else 0.0
@@ -247,11 +258,15 @@ class Room:
         self._keep(made, "met", [list(one) for one in sorted(made.met)])
         return None
 
-    def _condemned(self, made: Decoding, why: Reason, call: Any, expected: Any) -> Any:
-        """The graph is wrong: it never serves again, and the caller gets what eager answered."""
-        self.tally.retire([made])
-        made.ready, made.reason = None, why
-        self._keep(made, "verdict", why.to_dict())
+    def _by_eager_alone(self, made: Decoding, why: Reason, call: Any, expected: Any) -> Any:
+        """Eager's answer to a step that both have answered. Unless the module has been changed
+        meanwhile, the graph is wrong, and never serves again."""
+        if made.generation is not None and not made.generation.holds():
+            why = reason("stale", made.generation.change())
+        else:
+            self.tally.retire([made])
+            made.ready, made.reason = None, why
+            self._keep(made, "verdict", why.to_dict())
         self.tally.note(why)
         if call.cache is not None:
             # The caller's own object, with what eager has put into the copy.
