@@ -277,6 +277,25 @@ def test_looking_for_the_words_leaves_no_trace() -> None:
     assert found is not None or sys.version_info[:2] != (3, 11)  # later ones may count otherwise
 
 
+def test_bytes_that_look_like_a_word_cost_another_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = untouched._places.__wrapped__()
+    if expected is None:
+        pytest.skip("memory does not tell")
+    found, wrong = untouched._found, [None, expected._replace(keys=expected.dtype), None]
+
+    def search() -> Any:
+        if not wrong:
+            return found()
+        answer = wrong.pop()
+        if answer is None:
+            raise untouched.UnknownPlaceError
+        return answer
+
+    monkeypatch.setattr(untouched, "_found", search)
+    assert untouched._places.__wrapped__() == expected
+    assert not wrong
+
+
 class Refusing(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
