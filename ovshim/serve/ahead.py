@@ -34,6 +34,7 @@ log = logging.getLogger("ovshim")
 # So many calls a thread may have been made of which nobody has taken the answers: where one of them
 # is held up, the other threads go on.
 _AHEAD = 2
+_TAKEN_FOR_SHORT = 63
 
 
 # --- map ------------------------------------------------------------------------------------------
@@ -65,6 +66,10 @@ class _Line:
         self.dispatcher = dispatcher_of(module)
         self.waiting: collections.deque[tuple[Flight, Future[Any]]] = collections.deque()
         self.pool: ThreadPoolExecutor | None = None
+        # Sizes of a call that was none for a thread, and how many more are taken for such by them:
+        # to ask what serves a call, and what it takes, costs half of a short one's time.
+        self.short: tuple[torch.Size, ...] | None = None
+        self.left = 0
 
     def answers(self, items: Iterable[Any]) -> Iterator[Any]:
         """What the module answers to each. Raises at an item's turn what it raises."""
@@ -73,6 +78,10 @@ class _Line:
                 if isinstance(call, Exception):
                     yield from self.landed(0)
                     raise call
+                if self.left > 0 and self.is_short(call):
+                    self.left -= 1
+                    yield self.here(None, call)
+                    continue
                 found = None if self.in_flight == 1 else ready(self.module, self.dispatcher, *call)
                 threaded = found is not None and self.is_worth_a_thread(*found)
                 flight = Flight(*found, call) if found is not None and threaded else None
@@ -84,6 +93,7 @@ class _Line:
                     yield from self.landed(0)
                     yield self.here(None, call)
                 else:
+                    self.note(call, found)
                     yield self.here(found, call)
             yield from self.landed(0)
         finally:
@@ -97,6 +107,23 @@ class _Line:
             return False
         # A quick one does not wait for those that are long.
         return not (plan.pace(given).quick and all(f.pace.quick for f, _ in self.waiting))
+
+    def note(self, call: Call, found: Ready | None) -> None:
+        """A call is made here. `found`: what serves it, if that was asked."""
+        args, kwargs = call
+        plain = not kwargs and all(type(x) is torch.Tensor for x in args)
+        self.left = 0 if found is None or not plain else _TAKEN_FOR_SHORT
+        self.short = tuple(x.shape for x in args) if self.left else None
+
+    def is_short(self, call: Call) -> bool:
+        """Whether it looks like one that was made here, and nothing is under way."""
+        args, kwargs = call
+        return (
+            not self.waiting
+            and not kwargs
+            and all(type(x) is torch.Tensor for x in args)
+            and tuple(x.shape for x in args) == self.short
+        )
 
     def begun(self, flight: Flight) -> bool:
         """Whether a thread computes it: none does after the main thread's end."""
