@@ -1106,6 +1106,24 @@ def test_a_long_turn_is_eagers_and_the_conversation_goes_on_in_openvino(
         assert counts(fast)["openvino"] == before["openvino"] + 20 - eagers
 
 
+def test_a_model_of_few_positions_is_raced_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovshim.decode import finish
+
+    raced: list[Any] = []
+
+    def race(*ways: Any) -> Finish:
+        for way in ways[:2]:
+            way()
+        raced.append(ways)
+        return Finish(2.0, 1.0, 1.9, 2.1)
+
+    monkeypatch.setattr(finish, "race", race)
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**lm._GPT, n_embd=48, n_positions=16)).eval()
+    fast = ovshim.accelerate(model, PROMPT[:, :6], cache_dir=None)
+    assert len(raced) == 1
+    alike(fast, model, inputs=PROMPT[:, :6], do_sample=False, max_new_tokens=8)
+
+
 def test_long_turns_that_we_leave_to_eager_are_nobodys_look(
     pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

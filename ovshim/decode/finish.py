@@ -53,12 +53,12 @@ def finished(
 def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> None:
     """Let eager and OpenVINO go through a short conversation; what was found is kept."""
     where = runtime.measured_on(torch.get_num_threads()) + placed(job.options)
-    finish = Finish.of_json(record.race.get(where))
+    finish, raced = Finish.of_json(record.race.get(where)), _conversation(manner)
     if finish is None:
-        finish = _raced(job, manner, made)
+        finish = _raced(job, manner, made, raced)
         if made.entry is not None and finish.decided:
             job.store.amend(made.entry, "race", {**record.race, where: finish.to_json()})
-    steps = len(_RACED.pieces)
+    steps = len(raced.pieces)
     made.medians = (finish.eager / steps, finish.candidate / steps)
     made.speedup = finish.eager / finish.candidate
     if finish.lost:
@@ -66,19 +66,25 @@ def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> No
     made.long_steps = _long_steps(job, made, record, where)
 
 
-def _raced(job: Job, manner: Causal, made: Decoding) -> Finish:
+def _conversation(manner: Causal) -> probes.Probe:
+    """What is raced, in as many tokens as the model has positions for."""
+    most = manner.longest
+    return _RACED if most is None or most >= _RACED.length else probes.Probe((1,) * most)
+
+
+def _raced(job: Job, manner: Causal, made: Decoding, raced: probes.Probe) -> Finish:
     ready, generation = made.ready, made.generation
     assert ready is not None
     assert generation is not None
 
     def eager() -> None:
-        way = manner.eager(job.call, ready.form, _RACED)
-        for _ in probes.ask(_RACED, [way], manner.vocabulary):
+        way = manner.eager(job.call, ready.form, raced)
+        for _ in probes.ask(raced, [way], manner.vocabulary):
             pass
 
     def candidate() -> None:
-        way = manner.candidate(job.call, ready.form, ready.engine, _RACED)
-        for _ in probes.ask(_RACED, [way], manner.vocabulary):
+        way = manner.candidate(job.call, ready.form, ready.engine, raced)
+        for _ in probes.ask(raced, [way], manner.vocabulary):
             generation.holds()  # which a step pays for and eager does not
 
     with job.stage("race"):
