@@ -1143,9 +1143,9 @@ def test_long_turns_that_we_leave_to_eager_are_nobodys_look(
     assert eager_reasons(fast).get("cache-unknown", 0) == refused
 
 
-@pytest.mark.parametrize("reordered", [False, True])
+@pytest.mark.parametrize("reordered", ["never", "before", "after"])
 def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
-    reordered: bool, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+    reordered: str, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, fast = pair(FEW[0])
     (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
@@ -1158,15 +1158,21 @@ def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
 
     prompt = torch.cat([PROMPT, PROMPT.flip(1)])
     mine, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
+
+    def reorder() -> None:
+        for cache in (mine, theirs):
+            cache.reorder_cache(torch.tensor([1, 0]))
+
     with torch.no_grad():
         for n, ids in enumerate((prompt, prompt[:, :1], prompt[:, 1:2], prompt[:, 2:3])):
+            if reordered == "before" and n:
+                reorder()
             with monkeypatch.context() as patch:
                 patch.setattr(engine, "_run", halfway)
                 with pytest.raises(KeyboardInterrupt):
                     fast(ids, past_key_values=mine, use_cache=True)
-            if reordered and n:
-                for cache in (mine, theirs):
-                    cache.reorder_cache(torch.tensor([1, 0]))
+            if reordered == "after" and n:
+                reorder()
             before = counts(fast)["openvino"]
             found = fast(ids, past_key_values=mine, use_cache=True).logits
             expected = model(ids, past_key_values=theirs, use_cache=True).logits
