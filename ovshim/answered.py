@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ovshim.infer import Engine, Rival
+from ovshim.special_mode import without_grad
 
 __all__ = ["forget_answer", "hold_the_same", "keep_answer"]
 
@@ -83,8 +84,8 @@ def hold_the_same(given: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
     """Whether tensors, of the same dtypes, hold the same bits: 1 / -0.0 is not 1 / 0.0."""
     if len(given) != len(tensors) or any(tensor.is_neg() for tensor in tensors):
         return False
-    with torch.no_grad():
-        return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(given, tensors, strict=True))
+    pairs = list(zip(given, tensors, strict=True))
+    return without_grad(lambda: all(torch.equal(_bits(a), _bits(b)) for a, b in pairs))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ from ovshim.slots import (
     port_dtype,
     references,
 )
+from ovshim.special_mode import outside_inference
 from ovshim.waiting import SHARED_OUT
 
 _log = logging.getLogger("ovshim")
@@ -344,10 +345,9 @@ class Engine:
     def _buffer(self, index: int, shape: torch.Size) -> tuple[Any, Copy]:
         tensor = self._tensor(self._types[index], list(shape))
         # An inference tensor could not be written to by a later call under no_grad.
-        with torch.inference_mode(False):
-            buffer = torch.from_numpy(tensor.data)
-            if self._dtypes[index] == torch.bfloat16:
-                buffer = buffer.view(torch.bfloat16)
+        buffer = outside_inference(lambda: torch.from_numpy(tensor.data))
+        if self._dtypes[index] == torch.bfloat16:
+            buffer = outside_inference(lambda: buffer.view(torch.bfloat16))
         return tensor, buffer.copy_
 
     def _wrapped(self, index: int, x: torch.Tensor) -> tuple[Array, Any]:

@@ -30,6 +30,7 @@ from ovshim.race import Finish
 from ovshim.record import Record
 from ovshim.signature import flatten
 from ovshim.single import engine_for
+from ovshim.special_mode import without_grad
 from ovshim.verdict import EntryNotes
 from ovshim.verify import Mismatch, compare
 from ovshim.wanted import settings_of
@@ -157,8 +158,7 @@ class Rival:
         outputs = engine.run(tensors, alone=True)
         try:
             others = candidate.run(tensors)
-            with torch.no_grad():
-                compare(*flatten(outputs), others, self._tolerance)
+            without_grad(lambda: compare(*flatten(outputs), others, self._tolerance))
         except (Mismatch, RuntimeError, ValueError) as error:
             log.info("a graph for %s alone is not used: %s", self._sizes, error)
             self._withdraw(engine)

@@ -1,6 +1,10 @@
-"""Modes of torch in which a call is not what it looks like: autocast, transforms, overrides."""
+"""Modes of torch in which a call is not what it looks like: autocast, transforms, overrides. And
+how calls of our own change a mode for a moment."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -9,7 +13,16 @@ from torch.utils._device import DeviceContext
 
 from ovshim.reasons import Reason, reason
 
-__all__ = ["USUAL_MODES", "function_modes", "in_special_mode", "mode_reason"]
+__all__ = [
+    "USUAL_MODES",
+    "function_modes",
+    "in_special_mode",
+    "mode_reason",
+    "outside_inference",
+    "without_grad",
+]
+
+T = TypeVar("T")
 
 _AUTOCAST = reason("autocast")
 _SPECIAL_MODE = reason("special-mode")
@@ -45,3 +58,27 @@ def _only_cpu_devices() -> bool:
         type(mode) is DeviceContext and mode.device.type == "cpu"
         for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     )
+
+
+# Torch's context managers are Python's: a signal handler may raise on the way into one, or out of
+# it, and the program is in another mode from then on. Here nobody asks for signals on the way.
+
+
+def outside_inference(make: Callable[[], T]) -> T:
+    """What `make` gives outside of inference mode: tensors that may be used anywhere."""
+    guard = torch._C._InferenceMode(False)
+    try:
+        guard.__enter__()  # type: ignore[no-untyped-call]
+        return make()
+    finally:
+        guard.__exit__(None, None, None)
+
+
+def without_grad(make: Callable[[], T]) -> T:
+    """What `make` gives where no gradients are recorded."""
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(False)
+        return make()
+    finally:
+        torch._C._set_grad_enabled(before)

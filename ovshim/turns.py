@@ -13,6 +13,7 @@ from ovshim.lanes import Lane, Turn
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.reasons import Reason, reason
 from ovshim.signature import flatten, sizes_of
+from ovshim.special_mode import without_grad
 from ovshim.tally import Tally
 from ovshim.unmet import Unmet
 from ovshim.verify import Mismatch, compare, compare_views
@@ -118,6 +119,13 @@ def _met(by: Answering, asked: Asked, unmet: Unmet) -> Any:
     return answer
 
 
+def _compare(asked: Asked, expected: Any, answer: Any) -> None:
+    """Raises Mismatch."""
+    leaves, structure = flatten(expected)
+    compare(leaves, structure, answer, asked.plan.tolerance)
+    compare_views(leaves, asked.served.views)
+
+
 def _compared(by: Answering, asked: Asked, lane: Lane, unmet: Unmet | None) -> Any:
     """Both answer sizes that are met for the first time; a graph that is wrong there goes."""
     plan, tensors = asked.plan, asked.tensors
@@ -126,10 +134,7 @@ def _compared(by: Answering, asked: Asked, lane: Lane, unmet: Unmet | None) -> A
     started = time.perf_counter()
     try:
         answer = asked.served.answer(tensors)
-        with torch.no_grad():
-            leaves, structure = flatten(expected)
-            compare(leaves, structure, answer, plan.tolerance)
-            compare_views(leaves, asked.served.views)
+        without_grad(lambda: _compare(asked, expected, answer))
     except OutOfRangeError:
         by.tally.note(_OUT_OF_RANGE)
         return expected

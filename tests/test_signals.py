@@ -20,6 +20,7 @@ import ovshim
 from ovshim.conditions import Conditions
 from ovshim.imports import apart, import_apart
 from ovshim.signals import heard, let_through, raise_heard
+from ovshim.special_mode import outside_inference, without_grad
 
 # There is one on every system.
 SIGNAL = signal.SIGTERM
@@ -194,6 +195,26 @@ def test_a_handler_that_raises_within_a_question_is_no_answer() -> None:
     conditions = Conditions(Exception)
     conditions.add("{0} / 0", 1)
     assert not conditions.compiled()()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no such timers")
+@pytest.mark.parametrize("change", [outside_inference, without_grad])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_mode_of_a_moment_ends_with_it(change: Any, grad: bool) -> None:
+    """Wherever in it a handler raises."""
+    before, ended = signal.signal(signal.SIGALRM, too_late), 0
+    with torch.set_grad_enabled(grad):
+        for n in range(600):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + n * 1e-7)
+                while True:
+                    change(int)
+            except TooLateError:
+                ended += 1
+            assert torch.is_grad_enabled() is grad
+            assert not torch.is_inference_mode_enabled()
+    signal.signal(signal.SIGALRM, before)
+    assert ended == 600
 
 
 # Imports

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ovshim.decode.engine import StatefulEngine
 from ovshim.decode.step import Form
 from ovshim.plan import OutOfRangeError
+from ovshim.special_mode import outside_inference
 
 __all__ = ["Session", "StatefulCache", "bind", "refusal", "session_of"]
 
@@ -94,8 +95,7 @@ class Session:
     @functools.lru_cache(maxsize=256)
     def numbers(first: int, end: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Integers in a row; nobody may write to them."""
-        with torch.inference_mode(False):  # they will be used outside of that mode as well
-            return torch.arange(first, end, dtype=dtype)
+        return outside_inference(lambda: torch.arange(first, end, dtype=dtype))
 
     def _grow(self, batch: int, tokens: int) -> None:
         """A step has added so many tokens to so many rows."""

@@ -22,7 +22,7 @@ from ovshim.pace import Pace
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.serve.copies import copied
 from ovshim.signature import flatten_call, unflatten_call
-from ovshim.special_mode import in_special_mode
+from ovshim.special_mode import in_special_mode, outside_inference
 
 __all__ = [
     "FAILURES",
@@ -104,8 +104,7 @@ class Kept:
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """A plain copy, whatever mode this thread is in."""
-    with torch.inference_mode(False):
-        return copied(tensor.detach())
+    return outside_inference(lambda: copied(tensor.detach()))
 
 
 class Flight:
