@@ -344,11 +344,13 @@ class Engine:
 
     def _buffer(self, index: int, shape: torch.Size) -> tuple[Any, Copy]:
         tensor = self._tensor(self._types[index], list(shape))
+
+        def made() -> torch.Tensor:
+            buffer = torch.from_numpy(tensor.data)
+            return buffer.view(torch.bfloat16) if self._dtypes[index] == torch.bfloat16 else buffer
+
         # An inference tensor could not be written to by a later call under no_grad.
-        buffer = outside_inference(lambda: torch.from_numpy(tensor.data))
-        if self._dtypes[index] == torch.bfloat16:
-            buffer = outside_inference(lambda: buffer.view(torch.bfloat16))
-        return tensor, buffer.copy_
+        return tensor, outside_inference(made).copy_
 
     def _wrapped(self, index: int, x: torch.Tensor) -> tuple[Array, Any]:
         """An array over the tensor's own memory where that will do, and OpenVINO's view of it."""

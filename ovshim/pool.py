@@ -68,25 +68,26 @@ class Pool(Generic[T]):
         with self._making:
             with contextlib.suppress(IndexError):
                 return self.free.pop()
-            gathered: list[T] = []
-            # No context manager: an interrupt on the way into its block would leave them gathered
-            # for as long as anybody keeps the exception.
-            try:
-                self._gather(gathered)
-                # As many again: the next threads need not wait for all the others.
-                for _ in range(max(1, len(gathered))):
-                    made = make()
-                    self._all.add(made)
-                    gathered.append(made)
-                return gathered.pop()
-            finally:
-                self._give_back(gathered)
+            return self._with_all(lambda gathered: self._one_more(gathered, make))
 
     def alone(self, work: Callable[[list[T]], R]) -> R:
         """What `work` gives, called while nobody holds any: no call runs. It is given them all;
         what it takes out of the list is let go. Raises ReenteredError, and whatever `work` raises.
         """
         self._refuse_within(sys._getframe(1))
+        return self._with_all(work)
+
+    def _one_more(self, gathered: list[T], make: Callable[[], T]) -> T:
+        # As many again: the next threads need not wait for all the others.
+        for _ in range(max(1, len(gathered))):
+            made = make()
+            self._all.add(made)
+            gathered.append(made)
+        return gathered.pop()
+
+    def _with_all(self, work: Callable[[list[T]], R]) -> R:
+        # No context manager: an interrupt on the way into its block would leave them gathered for
+        # as long as anybody keeps the exception.
         with self._making:
             gathered: list[T] = []
             try:
@@ -121,9 +122,8 @@ class Pool(Generic[T]):
 
     def _is_gathering(self, frame: FrameType | None) -> bool:
         """Whether this thread is about it further down its stack."""
-        about = Pool.new.__code__, Pool.alone.__code__
         while frame is not None:
-            if frame.f_code in about and frame.f_locals.get("self") is self:
+            if frame.f_code is Pool._with_all.__code__ and frame.f_locals.get("self") is self:
                 return True
             frame = frame.f_back
         return False

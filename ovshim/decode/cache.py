@@ -27,7 +27,7 @@ from ovshim.decode.step import Form
 from ovshim.plan import OutOfRangeError
 from ovshim.special_mode import outside_inference
 
-__all__ = ["Session", "StatefulCache", "bind", "refusal", "session_of"]
+__all__ = ["Session", "StatefulCache", "bind", "hand_over", "refusal", "session_of"]
 
 _SESSION = "_ovshim_session"
 _FREED = "_ovshim_freed"

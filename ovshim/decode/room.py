@@ -172,8 +172,8 @@ class Room:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        manner, whole = self._manner, call.cache
-        cache: Any = None if whole is None else manner.bindable(whole)
+        manner = self._manner
+        cache: Any = None if call.cache is None else manner.bindable(call.cache)
         bound = type(cache) is StatefulCache
         if bound and session_of(cache).engine is not ready.engine:
             cache.layers  # noqa: B018 # frees it: it may be bound to this engine then
@@ -204,19 +204,7 @@ class Room:
         if alike not in made.met or (timed is not None and timed.open(alike)):
             expected, eager_seconds = self._by_eager(call, past if bound else 0, args, kwargs)
         started = time.perf_counter()
-        try:
-            if not bound:
-                whole = manner.new_cache() if whole is None else whole
-                cache = manner.bindable(whole)
-                bind(cache, ready.engine, ready.form)
-            session = session_of(cache)
-            physical = manner.over_columns(session, call, given)
-            logits = session.step(physical, batch, length)
-        except OutOfRangeError:
-            raise LeftToEager(_OUT_OF_RANGE) from None
-        except (EngineDead, RuntimeError, ValueError) as error:
-            let_through(error)
-            raise LeftToEager(self._failed(made, error)) from error
+        whole, logits = self._stepped(made, ready, call, given, bound)
         if expected is not None:
             seconds = time.perf_counter() - started
             why = self._mismatch(made, sizes, expected, logits)
@@ -226,6 +214,26 @@ class Room:
                 timed.add(alike, eager_seconds, seconds)
         made.calls.add()
         return manner.output(ready.form, logits, call, whole)
+
+    def _stepped(
+        self, made: Decoding, ready: Ready, call: Any, given: tuple[torch.Tensor, ...], bound: bool
+    ) -> tuple[Any, torch.Tensor]:
+        """The cache that a step's tokens are in then, and its logits."""
+        manner, whole = self._manner, call.cache
+        try:
+            if whole is None:
+                whole = manner.new_cache()
+            cache = manner.bindable(whole)
+            if not bound:
+                bind(cache, ready.engine, ready.form)
+            session = session_of(cache)
+            physical = manner.over_columns(session, call, given)
+            return whole, session.step(physical, *call.input_ids.shape)
+        except OutOfRangeError:
+            raise LeftToEager(_OUT_OF_RANGE) from None
+        except (EngineDead, RuntimeError, ValueError) as error:
+            let_through(error)
+            raise LeftToEager(self._failed(made, error)) from error
 
     def _by_eager(
         self, call: Any, past: int, args: tuple[Any, ...], kwargs: dict[str, Any]

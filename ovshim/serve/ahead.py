@@ -78,8 +78,7 @@ class _Line:
                 if isinstance(call, Exception):
                     yield from self.landed(0)
                     raise call
-                if self.left > 0 and self.is_short(call):
-                    self.left -= 1
+                if self.is_short(call):
                     yield self.here(None, call)
                     continue
                 found = None if self.in_flight == 1 else ready(self.module, self.dispatcher, *call)
@@ -110,20 +109,15 @@ class _Line:
 
     def note(self, call: Call, found: Ready | None) -> None:
         """A call is made here. `found`: what serves it, if that was asked."""
-        args, kwargs = call
-        plain = not kwargs and all(type(x) is torch.Tensor for x in args)
-        self.left = 0 if found is None or not plain else _TAKEN_FOR_SHORT
-        self.short = tuple(x.shape for x in args) if self.left else None
+        self.short = None if found is None else _plain_sizes(call)
+        self.left = 0 if self.short is None else _TAKEN_FOR_SHORT
 
     def is_short(self, call: Call) -> bool:
-        """Whether it looks like one that was made here, and nothing is under way."""
-        args, kwargs = call
-        return (
-            not self.waiting
-            and not kwargs
-            and all(type(x) is torch.Tensor for x in args)
-            and tuple(x.shape for x in args) == self.short
-        )
+        """Whether a call is taken for such a one, which nothing that is under way waits for."""
+        if self.left == 0 or self.waiting or _plain_sizes(call) != self.short:
+            return False
+        self.left -= 1
+        return True
 
     def begun(self, flight: Flight) -> bool:
         """Whether a thread computes it: none does after the main thread's end."""
@@ -163,6 +157,14 @@ class _Line:
         except FAILURES as error:
             log.debug("computed ahead in vain: %s", error)
         return flight.call(self.module)
+
+
+def _plain_sizes(call: Call) -> tuple[torch.Size, ...] | None:
+    """Of the tensors of a call; None where it has other arguments, or names for them."""
+    args, kwargs = call
+    if kwargs or any(type(x) is not torch.Tensor for x in args):
+        return None
+    return tuple(x.shape for x in args)
 
 
 def _calls(items: Iterable[Any]) -> Iterator[Call | Exception]:
