@@ -40,7 +40,7 @@ def compiled(
 ) -> Any:
     inputs = [ops.parameter(list(shape), _TYPES[dtype]) for shape, dtype in parameters]
     results = [ops.result(output) for output in body(*inputs)]
-    return ov.Core().compile_model(
+    return runtime.core().compile_model(
         ov.Model(results, inputs, "test"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
 
@@ -191,7 +191,7 @@ def test_types_and_numbers_that_cannot_be_right_are_refused() -> None:
     engine = Engine(model, [torch.float32], [torch.float32])
     with pytest.raises(ValueError, match="0 tensors for 1"):
         engine.run([])
-    odd = ov.Core().compile_model(
+    odd = runtime.core().compile_model(
         ov.Model([ops.relu(x := ops.parameter([2], ov.Type.u32))], [x], "test"), "CPU"
     )
     with pytest.raises(TypeError, match="element type"):
@@ -447,7 +447,7 @@ def test_outputs_of_one_size_are_marked_too(rows: int) -> None:
     x = ops.parameter([rows, 4], ov.Type.f32)
     model = ov.Model([ops.result(ops.relu(x)), ops.result(ops.abs(x))], [x], "test")
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    made = ov.Core().compile_model(model, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+    made = runtime.core().compile_model(model, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
     engine = SingleThreadEngine(made, [torch.float32], [torch.float32] * 2)
     kept = []
     for _ in range(4):
@@ -475,7 +475,7 @@ def test_outputs_of_one_size_are_marked_too(rows: int) -> None:
 def test_an_output_that_is_the_mark_is_no_failure(rows: int, sizes: str) -> None:
     x = ops.parameter([rows if sizes == "fixed" else -1], ov.Type.i32)
     model = ov.Model([ops.result(ops.convert(x, "u8"))], [x], "test")
-    made = ov.Core().compile_model(
+    made = runtime.core().compile_model(
         model, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
     )
     engine = SingleThreadEngine(made, [torch.int32], [torch.uint8])
@@ -492,7 +492,9 @@ def test_a_failure_in_one_thread_is_noticed_and_poisons_no_other_model() -> None
         two = ops.constant(np.ones((2, 4), np.float32))
         model = ov.Model([ops.result(ops.add(ops.relu(x), two))], [x], "test")
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        made = ov.Core().compile_model(model, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+        made = runtime.core().compile_model(
+            model, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"}
+        )
         assert runtime.hides_failures(made, None)
         return SingleThreadEngine(made, [torch.float32], [torch.float32])
 
