@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import mmap
-import tempfile
 import threading
 import warnings
 import weakref
@@ -22,6 +21,7 @@ import torch
 import xxhash
 
 from ovshim import mapped, pages
+from ovshim.cache.scratch import scratch
 from ovshim.errors import OvshimWarning
 from ovshim.fingerprint import Unkeyable
 from ovshim.fingerprint.weights import weights as weights_of
@@ -115,14 +115,13 @@ def _mapped(
                 lease.release()
                 log.warning("%s does not serve: %s", entry.path, error)
                 job.store.discard(entry)
-    directory = tempfile.TemporaryDirectory(prefix="ovshim-", ignore_cleanup_errors=True)
+    directory, remove = scratch(write)
     try:
-        write(Path(directory.name))
-        file_map, old = mapped.map_onto(Path(directory.name) / _FILE, blocks)
+        file_map, old = mapped.map_onto(directory / _FILE, blocks)
     except (OSError, ValueError):
-        directory.cleanup()
+        remove()
         raise
-    return file_map, directory.cleanup, old
+    return file_map, remove, old
 
 
 def _key(job: Job, blocks: list[mapped.Block]) -> str | None:

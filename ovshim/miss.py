@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from ovshim import pages, proof, runtime
 from ovshim.assemble import eager_of, engine_of, generation_of, plan_of, served_by
 from ovshim.cache import Entry, StoreError
+from ovshim.cache.scratch import scratch
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.floats import in_fp32, may_be_refused
 from ovshim.generation import Generation
@@ -175,9 +175,8 @@ def _publish(
                 return entry.file("model.xml"), entry, lease.release
         except StoreError as error:
             log.warning("%s is not cached: %s", type(job.module).__qualname__, error)
-    directory = tempfile.TemporaryDirectory(prefix="ovshim-", ignore_cleanup_errors=True)
-    write(Path(directory.name))
-    return Path(directory.name) / "model.xml", None, directory.cleanup
+    directory, remove = scratch(write)
+    return directory / "model.xml", None, remove
 
 
 def _served_and_proved(

@@ -1,8 +1,8 @@
 """What OpenVINO did not compile for want of memory, threads or files may be compiled later."""
 
-import os
 import re
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,21 +74,20 @@ def test_no_verdict_is_kept_and_no_entry_lost(monkeypatch: pytest.MonkeyPatch) -
         check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
 
 
-def test_a_file_that_is_not_compiled_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    let_go = list[str]()
-    cleanup = tempfile.TemporaryDirectory.cleanup
+def test_a_file_that_is_not_compiled_is_let_go_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[bool] = []
 
-    def noted(directory: Any) -> None:
-        let_go.append(directory.name)
-        cleanup(directory)
-
-    def refuse(*args: Any) -> Any:
+    def refuse(source: Path, *args: Any) -> Any:
+        seen.append(source.exists() and tmp_path in source.parents)
         raise RuntimeError(LASTING[0])
 
-    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", noted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(runtime, "compile_model", refuse)
     with quietly():
         fast = ovshim.accelerate(make(Mlp), torch.randn(3, 8), cache_dir=False, prefer="openvino")
     assert plans(fast)[0]["reason"]["code"] == "compile-failed"
-    assert let_go
-    assert not any(map(os.path.exists, let_go))
+    assert seen
+    assert all(seen)
+    assert not list(tmp_path.glob("ovshim-*"))

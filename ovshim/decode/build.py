@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from ovshim import runtime
 from ovshim.assemble import generation_of
 from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
+from ovshim.cache.scratch import scratch
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
 from ovshim.checks import COMPRESSED
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
@@ -311,9 +311,8 @@ class _Build:
                     return entry.file("model.xml"), entry, lease.release
             except StoreError as error:
                 log.warning("%s is not cached: %s", type(self.job.module).__qualname__, error)
-        directory = tempfile.TemporaryDirectory(prefix="ovshim-", ignore_cleanup_errors=True)
-        write(Path(directory.name))
-        return Path(directory.name) / "model.xml", None, directory.cleanup
+        directory, remove = scratch(write)
+        return directory / "model.xml", None, remove
 
     # --- both ---------------------------------------------------------------------------------
 
