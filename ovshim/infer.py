@@ -33,6 +33,7 @@ from ovshim.slots import (
     Array,
     Copy,
     Slot,
+    bindable_outputs,
     conversion,
     element_types,
     port_dtype,
@@ -135,7 +136,7 @@ class Engine:
             for port in compiled.outputs
         ]
         self._alone = len(outputs) == 1
-        self._bindable = self._own_outputs()
+        self._bindable = bindable_outputs(compiled, self._fresh)
         self.checked: frozenset[int] = frozenset()
         self.exact: Engine | None = None
         self.rival: Rival | None = None
@@ -365,34 +366,6 @@ class Engine:
             return array, self._tensor(array, list(x.shape), self._types[index])
         array = x.numpy()
         return array, self._tensor(array, shared_memory=True)
-
-    def _own_outputs(self) -> list[bool]:
-        """Which outputs may be given a buffer.
-
-        Not one that is an input unchanged: both are one tensor to the request, and binding one
-        silently replaces the other. Of outputs that are the same tensor, the last takes the buffer.
-        Found out by trying, since names and graphs tell it only in part.
-        """
-        request = self._compiled.create_infer_request()
-        bound: list[int | None] = []
-        for index, (element_type, least) in enumerate(self._fresh):
-            tensor = self._tensor(element_type, [max(size, 1) for size in least])
-            try:
-                request.set_output_tensor(index, tensor)
-            except RuntimeError as error:
-                _log.debug("Output %d takes no buffer: %s", index, error)
-                bound.append(None)
-            else:
-                bound.append(tensor.data.ctypes.data)
-        taken = {
-            request.get_input_tensor(index).data.ctypes.data for index in range(len(self._types))
-        }
-        return [
-            where is not None
-            and where not in taken
-            and where == request.get_output_tensor(index).data.ctypes.data
-            for index, where in enumerate(bound)
-        ]
 
     def _choose_large(self, slot: Slot, results: dict[Any, Array]) -> None:
         for index, array in enumerate(results.values()):

@@ -1,7 +1,8 @@
 """What an engine's requests hold: buffers, what copies into them, and the types on both sides."""
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ __all__ = [
     "Array",
     "Copy",
     "Slot",
+    "bindable_outputs",
     "conversion",
     "element_types",
     "port_dtype",
     "references",
 ]
+
+_log = logging.getLogger("ovshim")
 
 Array = np.ndarray[Any, Any]
 Copy = Callable[[torch.Tensor], torch.Tensor]
@@ -83,6 +87,37 @@ def conversion(
     if model == wanted:
         return None
     return lambda tensor: tensor.to(wanted)
+
+
+def bindable_outputs(compiled: Any, fresh: Sequence[tuple[Any, Any]]) -> list[bool]:
+    """Which outputs of a compiled model may be given a buffer.
+
+    Not one that is an input unchanged: both are one tensor to the request, and binding one
+    silently replaces the other. Of outputs that are the same tensor, the last takes the buffer.
+    Found out by trying, since names and graphs tell it only in part.
+
+    `fresh`: the element type and the smallest shape of each.
+    """
+    request = compiled.create_infer_request()
+    bound: list[int | None] = []
+    for index, (element_type, least) in enumerate(fresh):
+        tensor = binding().Tensor(element_type, [max(size, 1) for size in least])
+        try:
+            request.set_output_tensor(index, tensor)
+        except RuntimeError as error:
+            _log.debug("Output %d takes no buffer: %s", index, error)
+            bound.append(None)
+        else:
+            bound.append(tensor.data.ctypes.data)
+    taken = {
+        request.get_input_tensor(index).data.ctypes.data for index in range(len(compiled.inputs))
+    }
+    return [
+        where is not None
+        and where not in taken
+        and where == request.get_output_tensor(index).data.ctypes.data
+        for index, where in enumerate(bound)
+    ]
 
 
 class Slot:

@@ -7,11 +7,11 @@ They are read at their addresses by a loop of NumPy's, so short that the process
 once, and compared as bytes. They decide only that there is nothing to look at: what differs is
 looked at as ever.
 
-Nobody promises where these words are. They are searched for by what is known of an object, and put
-to the test by writes of every kind, once in a process; where an interpreter or a torch has one of
-them elsewhere, all is looked at on every call. Only objects that are alive are read: the caller
-holds tensors, dictionaries and modules, and each group of words holds the addresses of the next,
-which is read only where it is what it was. Where the compiled helper is there, its loop does it.
+Nobody promises where these words are. They are searched for (`places`), and put to the test by
+writes of every kind, once in a process; where an interpreter or a torch has one of them elsewhere,
+all is looked at on every call. Only objects that are alive are read: the caller holds tensors,
+dictionaries and modules, and each group of words holds the addresses of the next, which is read
+only where it is what it was. Where the compiled helper is there, its loop does it.
 """
 
 from __future__ import annotations
@@ -21,66 +21,34 @@ import ctypes
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ovshim.conditions import Conditions
-from ovshim.dict_versions import tells_writes
 from ovshim.helper import hot
+from ovshim.places import (
+    MOST_DIMENSIONS,
+    WORD,
+    Places,
+    UnknownPlaceError,
+    agree,
+    find,
+    groups_of,
+    read,
+    reader,
+    words_at,
+)
 
 __all__ = ["add_unless_touched"]
 
 log = logging.getLogger("ovshim")
 
-_WORD = 8
-# Addresses of a program have 48 bits at most, where it does not ask for more.
-_ADDRESSABLE = 1 << 48
-# NumPy gives up the interpreter's lock to read more at once, and another thread could let go of
-# what is read.
-_AT_ONCE = 500
-# Sizes and strides of more dimensions lie elsewhere.
-_MOST_DIMENSIONS = 5
-# Words of a TensorImpl that are looked through; it has some more.
-_OF_IMPL = 22
 _TRIES = 8
 _MANAGED_DICT = 1 << 4  # Py_TPFLAGS_MANAGED_DICT
-
-
-class UnknownPlaceError(Exception):
-    """Something is not where it was looked for."""
-
-
-class _Places(NamedTuple):
-    """Where the words are, in bytes from the beginning of each object.
-
-    Attributes:
-        type, attributes: of an object: its type and its dictionary.
-        writes: a dictionary's count.
-        impl: a tensor's TensorImpl; in that, `storage`, `counter`, `offset`, `dtype`, `keys` (with
-            what the values are to be taken for: conjugate, negative), `sizes` (behind their number)
-            and `strides`.
-        data: a storage's memory.
-        version: the version, in a counter.
-    """
-
-    type: int
-    attributes: int
-    writes: int
-    impl: int
-    storage: int
-    counter: int
-    offset: int
-    dtype: int
-    keys: int
-    sizes: int
-    strides: int
-    data: int
-    version: int
 
 
 class Watched:
@@ -93,7 +61,7 @@ class Watched:
 
     def __init__(
         self,
-        places: _Places,
+        places: Places,
         tensors: Sequence[torch.Tensor],
         dicts: Sequence[dict[Any, Any]],
         modules: Sequence[nn.Module],
@@ -120,7 +88,7 @@ class Watched:
         """What `state` would hold now."""
         (*known, leading, storages), found = self.state[0], []
         for i in range(0, len(known), 2):
-            words = _read(known[i])
+            words = read(known[i])
             if i < 2 * leading and words != known[i + 1]:
                 return self._laid()
             found += [known[i], words]
@@ -128,14 +96,14 @@ class Watched:
 
     def _laid(self) -> tuple[Any, ...]:
         storages = [StorageWeakRef(t.untyped_storage()) for t in self._held[0]]  # type: ignore[no-untyped-call]
-        leading = [*_cut(self._of_tensors()), *_cut(self._of_impls())]
-        groups = [*leading, *_cut(self._of_contents()), *_cut(self._of_objects())]
-        parts = (part for at in groups for part in (at, _read(at)))
+        leading = [*groups_of(self._of_tensors()), *groups_of(self._of_impls())]
+        groups = [*leading, *groups_of(self._of_contents()), *groups_of(self._of_objects())]
+        parts = (part for at in groups for part in (at, read(at)))
         return *parts, len(leading), storages
 
     def _of_tensors(self) -> list[int]:
         found = [id(tensor) + self._places.impl for tensor in self._held[0]]
-        _agree(found, [tensor._cdata for tensor in self._held[0]])
+        agree(found, [tensor._cdata for tensor in self._held[0]])
         return found
 
     def _of_impls(self) -> list[int]:
@@ -145,27 +113,27 @@ class Watched:
         for tensor in self._held[0]:
             impl, sizes, strides = tensor._cdata, tensor.shape, tensor.stride()
             dims = len(sizes)
-            if dims > _MOST_DIMENSIONS:
+            if dims > MOST_DIMENSIONS:
                 raise UnknownPlaceError(f"a tensor of {dims} dimensions")
             found += (impl + places.storage, impl + places.counter, impl + places.offset)
             known += (tensor.untyped_storage()._cdata, None, tensor.storage_offset())
             found += (impl + places.dtype, impl + places.keys)
             known += (None, None)
-            found += range(impl + places.sizes - _WORD, impl + places.sizes + _WORD * dims, _WORD)
+            found += range(impl + places.sizes - WORD, impl + places.sizes + WORD * dims, WORD)
             known += (dims, *sizes)
-            found += range(impl + places.strides, impl + places.strides + _WORD * dims, _WORD)
+            found += range(impl + places.strides, impl + places.strides + WORD * dims, WORD)
             known += strides
-        _agree(found, known)
+        agree(found, known)
         return found
 
     def _of_contents(self) -> list[int]:
         places, (tensors, _, _) = self._places, self._held
         storages = [tensor.untyped_storage() for tensor in tensors]
         data = [storage._cdata + places.data for storage in storages]
-        _agree(data, [storage.data_ptr() for storage in storages])
-        counters = _words_at([tensor._cdata + places.counter for tensor in tensors])
+        agree(data, [storage.data_ptr() for storage in storages])
+        counters = words_at([tensor._cdata + places.counter for tensor in tensors])
         versions = [counter + places.version for counter in counters]
-        found = [word & 0xFFFFFFFF for word in _words_at(versions)]
+        found = [word & 0xFFFFFFFF for word in words_at(versions)]
         if found != [tensor._version for tensor in tensors]:
             raise UnknownPlaceError("a version is not where such a thing was")
         return [*data, *versions]
@@ -176,8 +144,8 @@ class Watched:
             raise UnknownPlaceError("a module's attributes")
         types = [id(m) + places.type for m in modules]
         attributes = [id(m) + places.attributes for m in modules]
-        _agree(types, [id(type(m)) for m in modules])
-        _agree(attributes, [id(m.__dict__) for m in modules])
+        agree(types, [id(type(m)) for m in modules])
+        agree(attributes, [id(m.__dict__) for m in modules])
         return [*types, *attributes, *(id(d) + places.writes for d in dicts)]
 
 
@@ -215,56 +183,13 @@ def add_unless_touched(
         watched.state[0], looked[0] = found, True
         return True
 
-    reader = _reader() if hot is None else hot.same_words
+    reads = reader() if hot is None else hot.same_words
     condition = watched.condition()
-    conditions.add(f"({{2}}[0] and {condition}) or {{3}}()", reader, watched.state, looked, again)
+    conditions.add(f"({{2}}[0] and {condition}) or {{3}}()", reads, watched.state, looked, again)
     return True
 
 
-# --- memory -----------------------------------------------------------------------------------
-
-
-@functools.cache
-def _reader() -> Callable[[Any], Any]:
-    """Reads words: `array[indices]` of all memory but its first word, for an array at no address is
-    none. Not the array itself, lest a debugger or a report of an error try to print it."""
-    words = ctypes.c_uint64 * (_ADDRESSABLE // _WORD - 1)
-    array = np.ctypeslib.as_array(words.from_address(_WORD))
-    return array.__getitem__
-
-
-def _read(at: Any) -> bytes:
-    """The words at places of `_places_of`."""
-    found: bytes = _reader()(at).tobytes() if hot is None else hot.read_words(at)
-    return found
-
-
-def _places_of(addresses: Iterable[int]) -> Any:
-    found = np.fromiter(addresses, np.int64)
-    return found // _WORD - 1 if hot is None else found.tobytes()
-
-
-def _word(address: int) -> int:
-    return int(_reader()(address // _WORD - 1))
-
-
-def _cut(addresses: Sequence[int]) -> list[Any]:
-    groups = (addresses[i : i + _AT_ONCE] for i in range(0, len(addresses), _AT_ONCE))
-    return [_places_of(group) for group in groups]
-
-
-def _words_at(addresses: Sequence[int]) -> list[int]:
-    return [word for at in _cut(addresses) for word in np.frombuffer(_read(at), np.uint64).tolist()]
-
-
-def _agree(addresses: Sequence[int], known: Sequence[int | None]) -> None:
-    """Raise UnknownPlaceError where other words are there than are known to be."""
-    for found, word in zip(_words_at(addresses), known, strict=True):
-        if word is not None and found != word:
-            raise UnknownPlaceError(f"{word} is not where such a thing was")
-
-
-# --- where the words are ----------------------------------------------------------------------
+# --- the test ---------------------------------------------------------------------------------
 
 
 class _Probe(nn.Module):
@@ -300,10 +225,10 @@ _WRITES: Sequence[Callable[[Any], Any]] = (
 
 
 @functools.cache
-def _places() -> _Places | None:
+def _places() -> Places | None:
     """None where something is nowhere, or does not tell of every write."""
     gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if sys.implementation.name != "cpython" or not gil or ctypes.sizeof(ctypes.c_void_p) != _WORD:
+    if sys.implementation.name != "cpython" or not gil or ctypes.sizeof(ctypes.c_void_p) != WORD:
         return None
     try:
         with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
@@ -313,13 +238,12 @@ def _places() -> _Places | None:
         return None
 
 
-def _tried() -> _Places | None:
-    """What bytes between its fields an object got from others before it may look like one of them:
-    one search in forty comes to nothing, where many objects have come and gone."""
+def _tried() -> Places | None:
+    """The places as one search of a few has found them that stands the test."""
     held: list[torch.Tensor] = []
     for _ in range(_TRIES):
         with contextlib.suppress(UnknownPlaceError):
-            found = _found()
+            found = find()
             if all(_tells(found, write) for write in _WRITES):
                 return found
         # Into the memory that the next search would get again.
@@ -327,7 +251,7 @@ def _tried() -> _Places | None:
     return None
 
 
-def _tells(places: _Places, write: Callable[[Any], Any]) -> bool:
+def _tells(places: Places, write: Callable[[Any], Any]) -> bool:
     module = _Probe()
     dicts: list[Any] = [vars(module), module._parameters, module._forward_hooks]
     watched = Watched(places, [module.weight], dicts, [module])
@@ -341,77 +265,3 @@ def _tells(places: _Places, write: Callable[[Any], Any]) -> bool:
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one[1:-2:2] == other[1:-2:2]
-
-
-def _found() -> _Places:
-    whole = torch.zeros(5000, dtype=torch.float32, device="cpu")
-    one = whole.as_strided((41, 43), (53, 59), 37)
-    for _ in range(29):
-        one.add_(1)
-    same, other, module = one.detach(), one.clone(), _Probe()
-    impl, storage = one._cdata, one.untyped_storage()
-    own = _words(impl, 0, _OF_IMPL)
-    # A detached tensor shares its storage and its counter of versions, and nothing else does.
-    theirs, others = (_words(tensor._cdata, 0, _OF_IMPL) for tensor in (same, other))
-    shared = [at for at, word in own.items() if word == theirs[at] != others[at]]
-    in_storage = _first(at for at in shared if own[at] == storage._cdata)
-    sizes = _first(at for at, word in own.items() if (word, own.get(at + _WORD)) == (41, 43))
-    strides = _words(impl, sizes, 2 * _MOST_DIMENSIONS)
-    counter = _first(
-        at
-        for at in shared
-        if at not in (in_storage, sizes) and own[at] > max(one.shape + one.stride() + (37,)) << 12
-    )
-    versions = _words(own[counter], 0, 3)
-    dtype, keys = _of_kind()
-    return _Places(
-        type=_first(at for at, word in _words(id(module), 0, 2).items() if word == id(_Probe)),
-        attributes=_first(
-            at for at, word in _words(id(module), -4 * _WORD, 4).items() if word == id(vars(module))
-        ),
-        writes=_first(at for at in _words(id({}), 2 * _WORD, 3) if _counts_writes(at)),
-        impl=_first(at for at, word in _words(id(one), 2 * _WORD, 3).items() if word == impl),
-        storage=in_storage,
-        counter=counter,
-        offset=_first(at for at, word in own.items() if word == 37),
-        dtype=dtype,
-        keys=keys,
-        sizes=sizes,
-        strides=_first(at for at, word in strides.items() if word == 53),
-        data=_first(
-            at for at, word in _words(storage._cdata, 0, 6).items() if word == storage.data_ptr()
-        ),
-        version=_first(at for at, word in versions.items() if word & 0xFFFFFFFF == one._version),
-    )
-
-
-def _of_kind() -> tuple[int, int]:
-    """Words of a TensorImpl in which tensors differ that are alike in all but their type, or in
-    what their values are to be taken for."""
-    one, alike = (torch.zeros(4, dtype=torch.float32, device="cpu") for _ in range(2))
-    others = one.detach().view(torch.int32), torch._neg_view(one.detach())
-    # Detached: a view has a word more of its own, for gradients.
-    own, same, *changed = (
-        _words(tensor._cdata, 0, _OF_IMPL)
-        for tensor in (one, alike, *[other.detach() for other in others])
-    )
-    dtype, keys = (
-        _first(at for at, word in own.items() if word == same[at] != words[at]) for words in changed
-    )
-    return dtype, keys
-
-
-def _words(address: int, start: int, count: int) -> dict[int, int]:
-    """Words of an object, by their places."""
-    places = range(start, start + count * _WORD, _WORD)
-    return {at: _word(address + at) for at in places}
-
-
-def _counts_writes(at: int) -> bool:
-    return tells_writes(lambda held: _word(id(held) + at))
-
-
-def _first(places: Iterable[int]) -> int:
-    for at in places:
-        return at
-    raise UnknownPlaceError("a word is nowhere")

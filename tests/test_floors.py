@@ -52,6 +52,7 @@ FLOORS: dict[str, set[str]] = {
         "reached",
         "dict_versions",
         "carried",
+        "places",
         "untouched",
         "special_mode",
         "modes",

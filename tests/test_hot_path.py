@@ -17,7 +17,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ovshim
-from ovshim import conditions, dict_versions, generation, parts, runtime, tiny, untouched, verdict
+from ovshim import (
+    conditions,
+    dict_versions,
+    generation,
+    parts,
+    places,
+    runtime,
+    tiny,
+    untouched,
+    verdict,
+)
 from ovshim.bound import installed
 from ovshim.matcher import compile_glance
 from ovshim.race import Finish
@@ -281,17 +291,17 @@ def test_bytes_that_look_like_a_word_cost_another_search(monkeypatch: pytest.Mon
     expected = untouched._places.__wrapped__()
     if expected is None:
         pytest.skip("memory does not tell")
-    found, wrong = untouched._found, [None, expected._replace(keys=expected.dtype), None]
+    found, wrong = untouched.find, [None, expected._replace(keys=expected.dtype), None]
 
     def search() -> Any:
         if not wrong:
             return found()
         answer = wrong.pop()
         if answer is None:
-            raise untouched.UnknownPlaceError
+            raise places.UnknownPlaceError
         return answer
 
-    monkeypatch.setattr(untouched, "_found", search)
+    monkeypatch.setattr(untouched, "find", search)
     assert untouched._places.__wrapped__() == expected
     assert not wrong
 
@@ -325,7 +335,7 @@ def test_odd_tensors_are_watched_too(odd: torch.Tensor) -> None:
 
 
 def test_memory_is_never_shown() -> None:
-    assert "method" in repr(untouched._reader())  # an array of it all would end the process
+    assert "method" in repr(places.reader())  # an array of it all would end the process
 
 
 # --- calls that eager serves because it is faster ---------------------------------------------
