@@ -57,6 +57,17 @@ is_held(PyObject *module, PyObject *pool)
 }
 
 PyObject *
+is_held_by_any(PyObject *module, PyObject *pool)
+{
+    for (Way *way = held; way != NULL; way = way->next) {
+        if (way->pool == pool) {
+            Py_RETURN_TRUE;
+        }
+    }
+    Py_RETURN_FALSE;
+}
+
+PyObject *
 forget_held(PyObject *module, PyObject *unused)
 {
     held = NULL;

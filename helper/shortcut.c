@@ -191,7 +191,7 @@ caught(void)
 /* --- the module --------------------------------------------------------------------------- */
 
 /* Counted up with each change of what Python calls: see `ovshim/helper.py`. */
-#define INTERFACE 4
+#define INTERFACE 5
 
 static PyMethodDef functions[] = {
     {"read_words", read_words, METH_O,
@@ -205,6 +205,8 @@ static PyMethodDef functions[] = {
     {"is_held", is_held, METH_O,
      "is_held(pool) -> bool: whether this thread is inside of a Shortcut that holds one of its"
      " slots."},
+    {"is_held_by_any", is_held_by_any, METH_O,
+     "is_held_by_any(pool) -> bool: whether any thread is."},
     {"forget_held", forget_held, METH_NOARGS,
      "forget_held(): in a child, where the threads are not that held any."},
     {NULL},

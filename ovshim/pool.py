@@ -22,6 +22,9 @@ from ovshim.helper import hot
 __all__ = ["Pool", "ReenteredError"]
 
 _GATHERING_SECONDS = 20e-6
+# So many times of it and more, some tens of milliseconds, before it is asked who holds what is
+# still waited for.
+_PATIENCE = 256
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +49,7 @@ class Pool(Generic[T]):
     def __init__(self, holder: CodeType) -> None:
         self.free: list[T] = []
         self.back = self.free
-        # Weakly, so that one is never waited for that an interrupt has cost.
+        # Weakly: who gives one up has nothing to say.
         self._all: weakref.WeakSet[T] = weakref.WeakSet()
         self._holder = holder
         self._making = threading.RLock()
@@ -66,6 +69,7 @@ class Pool(Generic[T]):
         """
         self._refuse_within(sys._getframe(2))  # the next one is the call itself
         with self._making:
+            admitted = True  # noqa: F841 # read by `_is_inside`
             with contextlib.suppress(IndexError):
                 return self.free.pop()
             return self._with_all(lambda gathered: self._one_more(gathered, make))
@@ -103,7 +107,7 @@ class Pool(Generic[T]):
         if hot is not None and hot.is_held(self):
             raise ReenteredError
         while frame is not None:
-            if frame.f_code is self._holder and any(v is self for v in frame.f_locals.values()):
+            if self._is_in(frame):
                 raise ReenteredError
             frame = frame.f_back
 
@@ -114,11 +118,41 @@ class Pool(Generic[T]):
                 raise ReenteredError
             self._give_back(self.back)  # an interrupt on the way into it has left them so
         self.back = gathered
+        sleeps = unseen = 0
         while len(gathered) < len(self._all):
             try:
                 gathered.append(self.free.pop())
             except IndexError:
                 time.sleep(_GATHERING_SECONDS)
+                sleeps += 1
+                if sleeps % _PATIENCE == 0:
+                    unseen = 0 if self._is_held() else unseen + 1
+                    if unseen == 2:  # at the first look one may have been on its way back
+                        self._all = weakref.WeakSet(gathered)
+
+    def _is_held(self) -> bool:
+        """Whether another thread's call holds one, or may. What is neither held nor here an
+        interrupt has cost: it came as one was taken, and an exception that somebody keeps, with the
+        frames of an earlier call, keeps that one alive."""
+        if hot is not None and hot.is_held_by_any(self):
+            return True
+        own = threading.get_ident()
+        frames = sys._current_frames()
+        return any(self._is_inside(top) for thread, top in frames.items() if thread != own)
+
+    def _is_inside(self, frame: FrameType | None) -> bool:
+        """Whether a stack is inside of a call that has not been told to wait here."""
+        waits = False
+        while frame is not None:
+            if not waits and self._is_in(frame):
+                return True
+            waits = frame.f_code is Pool.new.__code__ and "admitted" not in frame.f_locals
+            frame = frame.f_back
+        return False
+
+    def _is_in(self, frame: FrameType) -> bool:
+        """Whether it is a call's that holds one, or takes or gives back one just now."""
+        return frame.f_code is self._holder and any(v is self for v in frame.f_locals.values())
 
     def _is_gathering(self, frame: FrameType | None) -> bool:
         """Whether this thread is about it further down its stack."""

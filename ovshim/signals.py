@@ -71,7 +71,12 @@ def let_through(error: Exception) -> None:
     if theirs and comes_here():
         handlers = map(_code_of, map(signal.getsignal, signal.valid_signals()))
         if not theirs.isdisjoint(handlers):
-            raise error
+            try:
+                raise error
+            finally:
+                # Its traceback leads here: it would hold itself, and whatever the frames between
+                # hold, until the collector comes.
+                del error, frames
 
 
 def _code_of(handler: Any) -> CodeType | None:

@@ -125,11 +125,13 @@ class Slot:
 
     __slots__ = (
         *("__weakref__", "arrays", "bound", "capacity", "checked", "copies", "heads", "held"),
-        *("large", "ready", "request", "shapes"),
+        *("large", "ready", "request", "shapes", "sound"),
     )
 
     def __init__(self, request: Any, inputs: int) -> None:
         self.request = request
+        # Whether its state, where it has one, is of one time.
+        self.sound = True
         # How often anything was bound, or taken for unbound.
         self.bound = 0
         self.forget(inputs)

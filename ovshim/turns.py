@@ -12,6 +12,7 @@ import torch
 from ovshim.lanes import Lane, Turn
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.reasons import Reason, reason
+from ovshim.signals import let_through
 from ovshim.signature import flatten, sizes_of
 from ovshim.special_mode import without_grad
 from ovshim.tally import Tally
@@ -84,6 +85,7 @@ def _by_openvino(by: Answering, asked: Asked) -> Any:
     try:
         answer = asked.served.answer(asked.tensors)
     except NOT_ANSWERED as raised:
+        let_through(raised)
         # A traceback would keep this frame, and the tensors in it.
         failure = raised.with_traceback(None)
     else:
@@ -150,6 +152,7 @@ def _compared(by: Answering, asked: Asked, lane: Lane, unmet: Unmet | None) -> A
         by.tally.note(plan.reason)
         return expected
     except (RuntimeError, ValueError) as error:
+        let_through(error)
         by.failed(plan, error)
         return expected
     if unmet is not None:

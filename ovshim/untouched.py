@@ -42,6 +42,7 @@ from ovshim.places import (
     reader,
     words_at,
 )
+from ovshim.signals import let_through
 
 __all__ = ["add_unless_touched"]
 
@@ -176,7 +177,8 @@ def add_unless_touched(
         # Before the look: a write meanwhile is a write after it.
         try:
             found = watched.read()
-        except Exception:  # tensors have become such as have other words, or become it just now
+        except Exception as error:  # tensors have become such as have other words, or do just now
+            let_through(error)
             return look()
         if not look():
             return False

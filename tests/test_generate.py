@@ -1,5 +1,6 @@
 """`generate()` of language models: eager's token ids and logits, and OpenVINO really ran."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -10,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 import ovshim
 from ovshim import deferred, floats, runtime
 from ovshim.bound import installed
+from ovshim.decode import engine as engine_module
 from ovshim.decode.long_steps import LongSteps
 from ovshim.race import Finish
 
@@ -1179,6 +1182,108 @@ def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
             assert (found - expected).norm() <= 1e-5 * expected.norm()
             assert counts(fast)["openvino"] == before + 1
     same_caches(mine, theirs)
+
+
+def interrupted_at(count: int, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
+    """A block in which an interrupt comes as the n-th tensor of a state is set."""
+    left, plain = [count], engine_module._as_openvino
+
+    def late(*given: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "_as_openvino", late)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+        assert left[0] <= 0
+
+    return block()
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_what_was_written_halfway_is_written_again(
+    count: int, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(FEW[0])
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    engine = decoding.ready.engine
+    run = type(engine)._run
+
+    def halfway(*given: Any) -> Any:
+        run(engine, *given)
+        raise KeyboardInterrupt
+
+    prompt = torch.cat([PROMPT, PROMPT.flip(1)])
+    mine, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
+    with torch.no_grad():
+        fast(prompt, past_key_values=mine, use_cache=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_run", halfway)
+            with pytest.raises(KeyboardInterrupt):
+                fast(prompt[:, :1], past_key_values=mine, use_cache=True)
+        model(prompt, past_key_values=theirs, use_cache=True)
+        with interrupted_at(count, monkeypatch):
+            mine.reorder_cache(torch.tensor([1, 0]))
+        same_caches(copy.deepcopy(mine), theirs)
+        for cache in (mine, theirs):
+            cache.reorder_cache(torch.tensor([1, 0]))
+        before = counts(fast)["openvino"]
+        found = fast(prompt[:, :1], past_key_values=mine, use_cache=True).logits
+        expected = model(prompt[:, :1], past_key_values=theirs, use_cache=True).logits
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert counts(fast)["openvino"] == before + 1
+    same_caches(mine, theirs)
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_a_cache_that_is_bound_halfway_is_as_it_was_and_harms_no_other(
+    count: int, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fast = pair(FEW[0])
+
+    def step(cache: Any, ids: Tensor) -> None:
+        found = fast(ids, past_key_values=cache, use_cache=True).logits
+        expected = model(ids, past_key_values=theirs, use_cache=True).logits
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+    with torch.no_grad():
+        for _ in range(3):
+            plain, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
+            for cache in (plain, theirs):
+                model(PROMPT, past_key_values=cache, use_cache=True)
+            with interrupted_at(count, monkeypatch):
+                fast(PROMPT[:, :1], past_key_values=plain, use_cache=True)
+            assert type(plain) is hf.DynamicCache
+            same_caches(plain, theirs)
+            before = counts(fast)["openvino"]
+            step(plain, PROMPT[:, :1])
+            theirs, other = (hf.DynamicCache(config=model.config) for _ in range(2))
+            for ids in (PROMPT, PROMPT[:, :1], PROMPT[:, 1:2]):
+                step(other, ids)
+            assert counts(fast)["openvino"] == before + 4
+
+
+def test_a_cache_in_which_eager_was_interrupted_is_left_to_eager(
+    pair: Callable[[str], tuple[Any, Any]],
+) -> None:
+    model, fast = pair(FEW[0])
+    torn, fine = (hf.DynamicCache(config=model.config) for _ in range(2))
+    with torch.no_grad():
+        for cache in (torn, fine):
+            model(PROMPT, past_key_values=cache, use_cache=True)
+        torn.layers[0].values = torn.layers[0].values[:, :, :-1]
+        before = eager_reasons(fast).get("cache-unknown", 0)
+        with contextlib.suppress(RuntimeError):
+            fast(PROMPT[:, :1], past_key_values=torn, use_cache=True)
+        assert eager_reasons(fast)["cache-unknown"] == before + 1
+        found = fast(PROMPT[:, :1], past_key_values=fine, use_cache=True).logits
+        expected = model(torch.cat([PROMPT, PROMPT[:, :1]], 1)).logits[:, -1:]
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_cache_that_cannot_be_copied_is_left_to_eager(

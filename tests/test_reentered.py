@@ -1,6 +1,8 @@
 """Calls from within a call: a signal handler's, or of what is freed, at any place of it."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -144,3 +146,34 @@ def test_what_an_interrupt_has_left_gathered_is_given_back(
     assert one.run(lambda: 7) == 7
     assert one.pool.back is one.pool.free
     assert before in one.pool.free
+
+
+def test_what_an_interrupt_has_cost_is_not_waited_for() -> None:
+    """Where an exception that somebody keeps, with its frames, keeps it alive."""
+    one = Holder()
+    one.run(int)
+    kept = one.pool.free.pop()
+    assert one.run(lambda: 7) == 7
+    assert kept not in one.pool.free
+    assert one.pool.busy() is False
+
+
+def test_what_another_thread_holds_is_waited_for() -> None:
+    one = Holder()
+    one.run(int)
+    begun, ends = threading.Event(), threading.Event()
+
+    def work() -> int:
+        begun.set()
+        assert ends.wait(60)
+        return 7
+
+    with ThreadPoolExecutor(3) as threads:
+        long = threads.submit(one.run, work)
+        assert begun.wait(60)
+        waiting = [threads.submit(one.run, int) for _ in range(2)]
+        assert not wait(waiting, timeout=0.3).done
+        assert len(one.pool) == 1
+        ends.set()
+        assert long.result() == 7
+        assert [future.result() for future in waiting] == [0, 0]

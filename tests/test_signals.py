@@ -2,12 +2,13 @@
 and cuts no import short."""
 
 import functools
+import gc
 import importlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,73 @@ def test_an_inference_that_it_comes_upon_ends_no_graph(
             fast(torch.randn(3, 8))
     check(fast, module, x)
     assert not eager_reasons(fast)
+
+
+class TooLateRuntimeError(RuntimeError):
+    """Of a kind that OpenVINO's own failures are."""
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "plain": lambda fast: fast(torch.randn(3, 8)),
+    "both answer": lambda fast: fast(torch.randn(40, 8)),
+    "map": lambda fast: list(fast.ovshim.map([torch.randn(3, 8)])),
+    "submit": lambda fast: fast.ovshim.submit(torch.randn(3, 8)).result(),
+    "a batch": lambda fast: ovshim.serve.Batcher(fast, max_batch=4)(torch.randn(1, 8)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_comes_out_of_every_way_to_be_answered(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def late(number: int, frame: Any) -> None:
+        raise TooLateRuntimeError
+
+    module, x = make(Mlp), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino", cache_dir=tmp_path)
+    (plan,) = standing(fast)
+    with torch.inference_mode():
+        for _ in range(20):
+            fast.ovshim.submit(x).result()  # known to be quick: answered in this thread
+    left = iter((1,))
+    with monkeypatch.context() as patch, torch.inference_mode():
+        for engine in filter(None, (plan.served.engine, plan.served.engine.exact)):
+
+            def interrupted(*args: Any, infer: Any = engine._infer) -> Any:
+                found = infer(*args)
+                if next(left, 0):
+                    signal.raise_signal(SIGNAL)
+                return found
+
+            patch.setattr(engine, "_infer", interrupted)
+        signal.signal(SIGNAL, late)
+        with pytest.raises(TooLateRuntimeError):
+            WAYS[way](fast)
+        signal.signal(SIGNAL, too_late)
+    check(fast, module, x)
+    assert "infer-failed" not in eager_reasons(fast)
+
+
+def test_what_is_let_through_is_freed_with_its_frames() -> None:
+    class Big:
+        pass
+
+    def held() -> Any:
+        big = Big()
+        try:
+            signal.raise_signal(SIGNAL)
+        except TooLateError as error:
+            let_through(error)
+        return big
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(TooLateError):
+            held()
+        assert not [one for one in gc.get_objects() if type(one) is Big]
+    finally:
+        gc.enable()
 
 
 def test_a_handler_that_raises_within_a_question_is_no_answer() -> None:

@@ -52,13 +52,18 @@ class Session:
         self.engine = engine
         self.form = form
         self.layers = layers
-        self.slot = engine.open()
         self.batch = self.columns = self.steps = 0
         self.order: torch.Tensor | None = None
         # The columns of the tokens, where some others are masked.
         self._kept: torch.Tensor | None = None
         self._torn = False  # a step has ended halfway: the state may have it behind it
-        self._release = weakref.finalize(self, engine.release, self.slot)
+        # What is being written; after an interrupt it is what holds, and not the state.
+        self._written: Sequence[torch.Tensor] | None = None
+        self._take_slot()
+
+    def _take_slot(self) -> None:
+        self.slot = self.engine.open()
+        self._release = weakref.finalize(self, self.engine.release, self.slot)
         self._release.atexit = False
 
     @property
@@ -109,9 +114,12 @@ class Session:
 
     def cut(self, tokens: int) -> None:
         """Forget the last tokens; they are masked from now on."""
+        self._mend()
         if tokens == self.length:
-            self.slot.request.reset_state()
+            self._torn = True  # until it is reset
             self.columns, self._kept, self.order = 0, None, None
+            self.slot.request.reset_state()
+            self._torn = False
             return
         kept = torch.arange(self.columns) if self._kept is None else self._kept
         self._kept = kept[: len(kept) - tokens]
@@ -144,14 +152,21 @@ class Session:
             self.write(self.read())
 
     def _mend(self) -> None:
-        if self._torn and self.columns:
-            self.write(self.read())
-        elif self._torn:
-            self.slot.request.reset_state()
+        """Undo what was done by halves: in another slot, for that one is not sound any more."""
+        if self._written is None and not self._torn:
+            return
+        if self._written is None and self.columns:
+            self._written = self.read()
+        self.close()
+        self._take_slot()
+        if self._written is not None:
+            self.write(self._written)
         self._torn = False
 
     def read(self) -> list[torch.Tensor]:
         """Copies of the keys and values of all tokens, [batch, heads, length, width] each."""
+        if self._written is not None:
+            return [tensor.clone() for tensor in self._written]
         return [self._tokens(tensor) for tensor in self.engine.read(self.slot)]
 
     def _tokens(self, state: torch.Tensor) -> torch.Tensor:
@@ -163,10 +178,11 @@ class Session:
         return state[:, :, : self.columns]
 
     def write(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace the state by these keys and values."""
+        """Replace the state by these keys and values, of as many tokens."""
+        self._written = tensors
         self.engine.write(self.slot, tensors)
         self.batch, _, self.columns, _ = tensors[0].shape
-        self._kept = self.order = None
+        self._kept = self.order = self._written = None
 
     def close(self) -> None:
         """Give the slot back."""
@@ -291,6 +307,8 @@ def refusal(cache: Any, form: Form) -> str | None:
     for i, layer in enumerate(layers):
         if not layer.is_initialized or layer.get_seq_length() != length:
             return "a cache with layers of different lengths"
+        if layer.keys.shape[-2:-1] != layer.values.shape[-2:-1]:
+            return "a cache in which a step has ended halfway"
         for tensor, (heads, width) in zip(
             (layer.keys, layer.values), form.sizes[2 * i : 2 * i + 2], strict=True
         ):
@@ -315,12 +333,13 @@ def bind(cache: DynamicCache, engine: StatefulEngine, form: Form) -> None:
     session = Session(engine, form, cache.layers)
     if cache.get_seq_length():
         session.write([t for layer in cache.layers for t in _whole(layer)])
-        for layer in cache.layers:
-            layer.keys = layer.values = None
     held = cache.__dict__
+    # Nothing is called in between: a signal handler finds it plain or bound.
     del held["layers"]
     held[_SESSION] = session
     cache.__class__ = StatefulCache
+    for layer in session.layers:
+        layer.keys = layer.values = None
 
 
 def _free(cache: StatefulCache) -> list[Any]:

@@ -85,7 +85,9 @@ class StatefulEngine(Engine):
 
     def release(self, slot: Slot) -> None:
         """Take a slot back; its state is lost."""
-        if self.dead is None and len(self._idle) < _MOST_IDLE:
+        # Of one that was written halfway the next conversation is wrong, after `reset_state` too
+        # (2026.4).
+        if self.dead is None and slot.sound and len(self._idle) < _MOST_IDLE:
             slot.request.reset_state()
             self._idle.append(slot)
 
@@ -104,6 +106,7 @@ class StatefulEngine(Engine):
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
+            slot.sound = False
             slot.forget(len(self._types))
             raise
         finally:
@@ -116,10 +119,13 @@ class StatefulEngine(Engine):
         return [_as_torch(found[name]).to(self.dtype) for name in self._names]
 
     def write(self, slot: Slot, tensors: Sequence[torch.Tensor]) -> None:
-        """Set the slot's keys and values to copies of these."""
+        """Set the slot's keys and values to copies of these. After an interrupt it is not `sound`,
+        and must not serve any more."""
         given = dict(zip(self._names, tensors, strict=True))
+        slot.sound = False
         for state in slot.request.query_state():
             state.state = _as_openvino(self._tensor, given[state.name].detach())
+        slot.sound = True
 
     def _settle(self) -> None:
         self._turns: Pool[Turn] = Pool(StatefulEngine.step.__code__)

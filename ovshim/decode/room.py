@@ -183,7 +183,7 @@ class Room:
         if bound:
             if session_of(cache).batch not in (0, batch):
                 raise LeftToEager(reason("decode-call", "another batch than the cache's"))
-            session_of(cache).tidy()
+            self._tidied(made, cache)
         given = manner.given(ready.form, ready.conventions, call, past)
         columns = (session_of(cache).columns if bound else past) + length
         sizes = batch, length, columns, given[2].shape[1] if ready.form.cross else 0
@@ -214,6 +214,13 @@ class Room:
                 timed.add(alike, eager_seconds, seconds)
         made.calls.add()
         return manner.output(ready.form, logits, call, whole)
+
+    def _tidied(self, made: Decoding, cache: StatefulCache) -> None:
+        try:
+            session_of(cache).tidy()
+        except (EngineDead, RuntimeError) as error:
+            let_through(error)
+            raise LeftToEager(self._failed(made, error)) from error
 
     def _stepped(
         self, made: Decoding, ready: Ready, call: Any, given: tuple[torch.Tensor, ...], bound: bool

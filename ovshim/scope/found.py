@@ -31,6 +31,7 @@ from ovshim.scope import calls
 from ovshim.scope.calls import forward_all, inside
 from ovshim.scope.patient import Patient
 from ovshim.scope.summary import Row, Summary, row_of
+from ovshim.signals import let_through
 
 __all__ = ["Finder"]
 
@@ -72,7 +73,8 @@ class Finder:
         if found is None or type(module) is not found.cls or module.__dict__ is not found.held:
             try:
                 found = self._meet(module)
-            except Exception:  # a fault of ours must not become one of the user's program
+            except Exception as error:  # a fault of ours must not become one of the user's program
+                let_through(error)
                 log.debug("%s is left alone", type(module).__qualname__, exc_info=True)
                 return forward_all(module, args, kwargs)
         return found.call(module, args, kwargs)

@@ -18,6 +18,7 @@ from ovshim.parts import divide
 from ovshim.plan import Plan
 from ovshim.planner import Given, known_kind
 from ovshim.reasons import Reason, reason
+from ovshim.signals import let_through
 from ovshim.signature import flatten_call, sizes_of
 
 __all__ = ["Patient"]
@@ -116,7 +117,8 @@ class Patient(Dispatcher):
     def _finds_due(self, question: Callable[[], bool]) -> bool:
         try:
             return question()
-        except Exception:  # a fault of ours must not become one of the user's program
+        except Exception as error:  # a fault of ours must not become one of the user's program
+            let_through(error)
             log.debug("%s is left to eager", self.tally.name, exc_info=True)
             return False
 

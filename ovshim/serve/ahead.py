@@ -25,6 +25,7 @@ from ovshim.errors import OptionError
 from ovshim.example import as_call
 from ovshim.plan import Plan, Served
 from ovshim.serve.flight import FAILURES, Call, Flight, Kept, Modes, Ready, dispatcher_of, ready
+from ovshim.signals import let_through
 from ovshim.special_mode import in_special_mode
 
 __all__ = ["in_order", "submitted"]
@@ -155,6 +156,7 @@ class _Line:
             if flight.modes.hold() and flight.holds():
                 return flight.answer(computed)
         except FAILURES as error:
+            let_through(error)
             log.debug("computed ahead in vain: %s", error)
         return flight.call(self.module)
 
@@ -193,6 +195,7 @@ def _at_once(plan: Plan, served: Served, given: Sequence[torch.Tensor]) -> tuple
     try:
         answer = served.answer(given)
     except FAILURES as error:
+        let_through(error)
         log.debug("to be answered by eager: %s", error)
         return None
     plan.pace(given).took(time.perf_counter() - started, here=True)

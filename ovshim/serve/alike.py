@@ -17,6 +17,7 @@ from ovshim.plan import Plan, Served
 from ovshim.serve import sizing
 from ovshim.serve.copies import copied, joined
 from ovshim.serve.flight import FAILURES, Flight, take_off
+from ovshim.signals import let_through
 from ovshim.signature import flatten, flatten_call, unflatten_call
 from ovshim.verify import Mismatch, compare
 
@@ -84,6 +85,7 @@ class Call:
         try:
             self._dispatcher.call(*call)
         except Exception as error:  # the user's own, of a call among the batch: it will meet it
+            let_through(error)
             raise NoPlanError from error
 
     def seconds(self, rows: int) -> float:
@@ -145,6 +147,7 @@ class Rows:
             both = [call.given, _other_values(call.given)]
             self.apart = self._parts(call, both, compared=True) is not None
         except FAILURES as error:
+            let_through(error)
             log.debug("no batches: %s", error)
             self.apart = False
 

@@ -28,6 +28,7 @@ from ovshim.plan import Served
 from ovshim.serve import sizing
 from ovshim.serve.alike import Call, NoPlanError, Rows, call_of
 from ovshim.serve.flight import FAILURES, dispatcher_of
+from ovshim.signals import let_through
 
 __all__ = ["Batcher"]
 
@@ -201,6 +202,7 @@ class Batcher:
         try:
             done = rows is not None and rows.compute(calls)
         except (NoPlanError, *FAILURES) as error:
+            let_through(error)
             # One of them may be at fault: each finds out for itself whether it is the one.
             log.debug("a batch of %d calls is given up: %s", len(calls), error)
             return
@@ -235,6 +237,7 @@ class Batcher:
                 rows.limit = sizing.best_size(call.seconds, sizing.free_memory)
                 log.info("batches of up to %d rows", rows.limit)
         except (NoPlanError, *FAILURES) as error:
+            let_through(error)
             log.debug("nothing was learnt of batches: %s", error)
             return None
         if self._max_batch != "auto":
