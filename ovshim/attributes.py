@@ -16,6 +16,7 @@ __all__ = ["Attributes", "tensors_of"]
 Named = tuple[str, torch.Tensor]
 
 _MISSING: Any = object()
+_HOOKS = frozenset(key for key in vars(nn.Module()) if "hooks" in key)
 
 
 class Attributes:
@@ -57,6 +58,13 @@ class Attributes:
             for key, value in self._module.__dict__.items()
             if before.get(key, _MISSING) is not value
         }
+
+    def filled(self) -> str | None:
+        """The name of a list, a dict or a set that does not hold what it did, hooks left out."""
+        for key, value, items in self._held:
+            if key not in _HOOKS and not _same_items(items, value):
+                return key
+        return None
 
     def put_back(self) -> None:
         """Let them be what they were."""

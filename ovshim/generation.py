@@ -95,11 +95,12 @@ class Generation:
         self._types = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._dict_copies = [_copy(d) for d in self._dicts]
-        self._children = [m._modules for m in self._modules if m._modules and is_plain(m)]
+        plain = list(filter(is_plain, self._modules))
+        self._children = [m._modules for m in plain if m._modules]
         self._child_copies = [dict(d) for d in self._children]
-        held = [d for m in self._modules if is_plain(m) for d in (m._parameters, m._buffers)]
+        held = [d for m in plain for d in (m._parameters, m._buffers)]
         self._holders = [d for d in held if d]
-        self._empty = tuple(d for d in held if not d)
+        self._empty = tuple(d for d in (*held, *(m._modules for m in plain)) if not d)
         hooks = list(inner_hooks(module, self._modules))
         self._hooks = tuple(held for held in hooks if not held or are_called(held))
         self._recorders = [(held, dict(held)) for held in hooks if held and not are_called(held)]

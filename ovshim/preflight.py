@@ -69,7 +69,8 @@ class Look:
         overlaps: pairs of leaves, tensors that have memory in common.
         seconds: how long the call took.
         undo: puts attributes back to what they were before the call.
-        made: attributes that are not what they were before the call, by path.
+        made: attributes that are not what they were before the call, by path; None where a list, a
+            dict or a set was written to, hooks left out.
         reason: why this module cannot be served by a graph, or None.
     """
 
@@ -82,7 +83,7 @@ class Look:
     seconds: float
     reason: Reason | None = None
     undo: Callable[[], None]
-    made: Callable[[], dict[str, Any]]
+    made: Callable[[], dict[str, Any] | None]
 
 
 def look(
@@ -127,9 +128,11 @@ def look(
         raise
     finally:
         found.seconds = time.perf_counter() - started
-        found.reason = found.reason or world.difference(call if restore else None, apart)
-        if restore:
-            world.put_back()
+        try:
+            found.reason = found.reason or world.difference(call if restore else None, apart)
+        finally:  # it calls as well
+            if restore:
+                world.put_back()
     try:
         _describe(found, output, inputs, world)
     except Exception as error:  # a fault of ours must not take away the user's answer
@@ -254,6 +257,14 @@ class _World:
 
     def difference(self, call: Callable[[], Any] | None, apart: bool) -> Reason | None:
         """What the call has changed. `call` may be called again to find out."""
+        written = self._written_to()
+        if not apart:
+            self.drew = self.generators.moved()
+            if self.drew and call is not None:
+                self.drew = drawn_by(call, self.drew)
+        return written or (reason("random") if self.drew else None)
+
+    def _written_to(self) -> Reason | None:
         for i, (tensor, version) in enumerate(self.inputs):
             if _version(tensor) != version:
                 return reason("mutates-input", f"input tensor {i}")
@@ -264,11 +275,7 @@ class _World:
             changed = attributes.changed()
             if changed:
                 return reason("mutates-attribute", f"{attributes.name}.{changed}".lstrip("."))
-        if not apart:
-            self.drew = self.generators.moved()
-            if self.drew and call is not None:
-                self.drew = drawn_by(call, self.drew)
-        return reason("random") if self.drew else None
+        return None
 
     def put_back(self) -> None:
         self.generators.put_back(self.drew)
@@ -277,7 +284,9 @@ class _World:
                 if not torch.equal(buffer, copy):
                     buffer.copy_(copy)
 
-    def made_attributes(self) -> dict[str, Any]:
+    def made_attributes(self) -> dict[str, Any] | None:
+        if any(attributes.filled() for attributes in self.attributes):
+            return None
         made = (attributes.made() for attributes in self.attributes)
         return dict(pair for each in made for pair in each.items())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -115,28 +115,64 @@ def settled(job: Job) -> Look | None:
 
 
 def _made_alike(job: Job) -> bool:
-    """Whether a first call makes the same attributes of other data: the user's first call, which
-    is to make them, is not the example. Asked before a capture; what an entry is of, was asked."""
+    """Whether a first call makes the same attributes of other data and of other sizes: the user's
+    first call, which is to make them, is not the example. Not where it fills a list or a dict, of
+    its own or the buffers': those the original has as well. Asked before a capture; what an entry
+    is of, was asked."""
     of_example = _made(job)
-    for floats_alone in (False, True):
+    if of_example is None or not _is_made_of(job, _other_values(job), of_example):
+        return False
+    sizes = {size for tensor in job.tensors for size in tensor.shape[1:] if size > 1}
+    sizes.update(tensor.shape[0] for tensor in job.tensors if tensor.dim() > 0)
+    return all(
+        _is_made_of(job, [_with_other_sizes(job, size)], of_example, refused=True)
+        for size in sorted(sizes)
+    )
+
+
+def _is_made_of(
+    job: Job, others: Iterable[list[Any]], made: dict[str, Any], refused: bool = False
+) -> bool:
+    """Whether the first of other inputs that eager takes makes these attributes as well.
+
+    Args:
+        refused: the answer where it takes none.
+    """
+    for leaves in others:
+        job.check_time()
         try:
-            return _alike_value(of_example, _made(job, _others(job, floats_alone)))
+            other = _made(job, leaves)
         except Exception as error:  # as of a text without the places of its images
-            log.debug("eager refuses other values: %s", error)
-    return False
+            log.debug("eager refuses other inputs: %s", error)
+        else:
+            return other is not None and _alike_value(made, other)
+    return refused
 
 
-def _others(job: Job, floats_alone: bool) -> list[Any]:
-    generator = torch.Generator().manual_seed(0)
+def _other_values(job: Job) -> Iterator[list[Any]]:
+    for floats_alone in (False, True):
+        generator = torch.Generator().manual_seed(0)
 
-    def other(_: int, tensor: torch.Tensor) -> torch.Tensor:
-        kept = floats_alone and not tensor.is_floating_point()
-        return tensor.clone() if kept else redraw(tensor, generator)
+        def other(_: int, tensor: torch.Tensor) -> torch.Tensor:
+            kept = floats_alone and not tensor.is_floating_point()  # noqa: B023 # called at once
+            return tensor.clone() if kept else redraw(tensor, generator)  # noqa: B023
 
-    return job.leaves_with(once_each(job.tensors, other))
+        yield job.leaves_with(once_each(job.tensors, other))
 
 
-def _made(job: Job, leaves: Sequence[Any] | None = None) -> dict[str, Any]:
+def _with_other_sizes(job: Job, size: int) -> list[Any]:
+    """The example's leaves with one element more in each dimension of that size: the last twice."""
+
+    def longer(_: int, tensor: torch.Tensor) -> torch.Tensor:
+        for dim, length in enumerate(tensor.shape):
+            if length == size and (length > 1 or dim == 0):
+                tensor = torch.cat([tensor, tensor.narrow(dim, length - 1, 1)], dim)
+        return tensor.clone()
+
+    return job.leaves_with(once_each(job.tensors, longer))
+
+
+def _made(job: Job, leaves: Sequence[Any] | None = None) -> dict[str, Any] | None:
     seen = trial(job, leaves, keep=True)
     made = seen.made()
     seen.undo()

@@ -251,6 +251,70 @@ def test_what_is_kept_of_any_call_is_no_obstacle() -> None:
     check(fast, module, torch.randn(2, 8))
 
 
+class FillsAtFirst(nn.Module):
+    """Keeps something of its first call in what it has already."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.where = where
+        self.cache: dict[str, Any] = {}
+        self.rows: list[Any] = []
+        self.inner = nn.Module()
+        self.register_buffer("place", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.where == "dict":
+            if not self.cache:
+                self.cache["first"] = y.detach().mean(0)
+            return y - self.cache["first"]
+        if self.where == "list":
+            if not self.rows:
+                self.rows.append(x.shape[0])
+            return y * self.rows[0]
+        if self.where == "buffer":
+            if self.place is None:
+                self.place = y.detach().mean(0)
+            return y - self.place
+        if not hasattr(self.inner, "rows"):
+            self.inner.rows = x.shape[0]
+        return y * self.inner.rows
+
+
+@pytest.mark.parametrize("where", ["dict", "list", "buffer", "sizes"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_a_first_call_fills_is_filled_by_the_users(where: str, inplace: bool) -> None:
+    module = make(FillsAtFirst, where)
+    plain, untouched = copy.deepcopy(module), copy.deepcopy(module)
+    with torch.no_grad():
+        with falls_back("mutates-attribute"):
+            fast = ovshim.accelerate(
+                module, torch.randn(4, 8) * 9 + 5, prefer="openvino", inplace=inplace
+            )
+        assert (module.cache, module.rows, module.place) == ({}, [], None)
+        assert not hasattr(module.inner, "rows")
+        assert list(module.state_dict()) == list(untouched.state_dict())
+        for rows in (3, 4, 3):
+            x = torch.randn(rows, 8)
+            assert torch.equal(fast(x), plain(x))
+        settle(fast, plain, torch.randn(3, 8), within=20)
+
+
+class DrawsAndKeeps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.noise = torch.rand(3)
+        return x + self.noise
+
+
+def test_an_example_draws_nothing_where_attributes_change() -> None:
+    module = make(DrawsAndKeeps)
+    before = torch.get_rng_state()
+    with falls_back("mutates-attribute"):
+        ovshim.accelerate(module, torch.randn(2, 3, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class TakesPlaces(nn.Module):
     """Remembers at its first call that it had one, and refuses other places than it has."""
 

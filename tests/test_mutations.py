@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import counts, quietly, same
+from checks import check, counts, quietly, same
 from modules import DigitsCnn, Mlp, Recurrent, make, small_bert
 from torch import Tensor, nn
 
@@ -206,3 +206,32 @@ def test_no_call_is_answered_by_what_was(kind: str, rounds: int) -> None:
                 with ovshim.disabled():
                     expected = answer(fast, x)
                 same(answer(fast, x), expected, where=str(done))
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential, nn.ModuleDict])
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_layer_in_what_was_empty(
+    kind: type[nn.Module], memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not memory:
+        monkeypatch.setattr(untouched, "_places", lambda: None)
+
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.more = nn.Linear(8, 8), kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.more.children():
+                x = layer(x)
+            return self.first(x)
+
+    module, x = Grows().eval(), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino")
+    check(fast, module, x)
+    fast.more.add_module("0", nn.Tanh())
+    plain = Grows().eval()
+    plain.load_state_dict(module.state_dict())
+    plain.more.add_module("0", nn.Tanh())
+    with torch.inference_mode():
+        assert torch.equal(fast(x), plain(x))

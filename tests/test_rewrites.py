@@ -144,6 +144,7 @@ def sizes_of(x: Tensor) -> Tensor:
 
 
 # By the module of the entry and the name of its first target.
+HALVES = torch.tensor([30000, -3, 20000, 32767, 5], dtype=torch.int16)
 CASES = {
     "attention/scaled_dot_product_attention": case(
         lambda q, mask: F.scaled_dot_product_attention(q, q, q, mask),
@@ -176,6 +177,9 @@ CASES = {
     "integers/iadd": case(into(operator.iadd, 100), SMALL, LARGE),
     "integers/isub": case(into(operator.isub, 3), SMALL, LARGE),
     "integers/imul": case(into(operator.imul, 3), SMALL, LARGE),
+    "integers/lshift": case(lambda x: (x << 3) / 3, HALVES, -HALVES),
+    "integers/ilshift": case(into(operator.ilshift, 3), HALVES, -HALVES),
+    "integers/sum": case(lambda x: x.sum(0, dtype=torch.int16) / 3, HALVES, -HALVES),
     "integers/to": case(lambda x: (x * 300).to(torch.uint8), FLOATS),
     "integers/pow": case(lambda x: (x**2, x.square()), torch.tensor([-4097, 3, 46339])),
     "integers/clamp": case(lambda x: x.clamp(max=1.5), torch.arange(4)),
@@ -855,3 +859,27 @@ def test_padding_with_the_edge_of_nothing_is_eagers() -> None:
         fast = ovshim.accelerate(module, x, prefer="openvino", cache_dir=False)
     with torch.no_grad():
         assert torch.equal(fast(x), module(x))
+
+
+NARROW = {
+    "add": lambda x, y: x + y,
+    "subtract": lambda x, y: torch.subtract(x, y),
+    "multiply": lambda x, y: x.multiply(y),
+    "shift": lambda x, y: x << 2,
+    "compared": lambda x, y: x - y > 0,
+    "mean of products": lambda x, y: (x * y).float().mean(-1),
+    "wider": lambda x, y: (x + y).long().sum(),
+    "from 32 bits": lambda x, y: (x.int() * 5).to(x.dtype) / 2,
+    "from floats": lambda x, y: (x * 3.5).to(x.dtype) / 2,
+    "sum": lambda x, y: x.sum(-1, dtype=x.dtype),
+    "running sum": lambda x, y: y.cumsum(-1, dtype=y.dtype),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_integers_of_16_bits_wrap_although_the_example_does_not_show_it(name: str) -> None:
+    module = Function(NARROW[name]).eval()
+    small, large = (torch.randint(-n, n, (2, 2, 6), dtype=torch.int16) for n in (9, 2**15 - 1))
+    fast = ovshim.accelerate(module, tuple(small), prefer="openvino", cache_dir=False)
+    check(fast, module, *small)
+    check(fast, module, *large)

@@ -21,6 +21,7 @@ __all__ = [
     "argument",
     "dtype_of",
     "in_place",
+    "narrowed",
     "of_floats",
     "tensor_of",
     "value_of",
@@ -106,16 +107,23 @@ def in_place(function: Function) -> Function:
 
 def wrapping(function: Function) -> Function:
     """The operator on integers, those of narrow types computed in 32 bits and cut to their own:
-    OpenVINO's conversion wraps, its arithmetic saturates."""
+    OpenVINO's arithmetic saturates."""
 
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
         of = torch.result_type(*args[:2]) if len(args) > 1 else args[0].dtype
         if of in NARROW:
             args = tuple(_widened(x, of) for x in args)
-        made: torch.Tensor = function(*args, **kwargs).to(of)
-        return made
+        return narrowed(function(*args, **kwargs), of)
 
     return wrapped
+
+
+def narrowed(x: torch.Tensor, of: torch.dtype) -> torch.Tensor:
+    """Integers cut to another type. OpenVINO's conversion wraps, but to 16 bits there is none: it
+    computes those in 32 (2026.4)."""
+    if of is torch.int16 and x.dtype in WIDE:
+        x = ((x & 0xFFFF) ^ 0x8000) - 0x8000
+    return x.to(of)
 
 
 def _widened(x: Any, of: torch.dtype) -> Any:

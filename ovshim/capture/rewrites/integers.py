@@ -14,11 +14,13 @@ from ovshim.capture.magnitudes import Magnitude, magnitude
 from ovshim.capture.rewrites.entry import (
     INTEGERS,
     NARROW,
+    WIDE,
     Function,
     Rewrite,
     argument,
     dtype_of,
     in_place,
+    narrowed,
     tensor_of,
     wrapping,
 )
@@ -39,14 +41,16 @@ def _narrow(function: Function, write: bool = False) -> Any:
 
 
 def through_int64(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A conversion of floats to a narrow type, in two steps: the second one wraps."""
-    return x.to(torch.int64).to(dtype)
+    """A conversion to a narrow type, in two steps: the second one wraps."""
+    return narrowed(x.to(torch.int64), dtype)
 
 
 def _conversion(node: Node) -> Function | None:
     given, made = dtype_of(node.args[0]), dtype_of(node)
-    if given is None or not given.is_floating_point or made not in NARROW:
+    if given is None or made not in NARROW:
         return None
+    if not given.is_floating_point and (made is not torch.int16 or given not in WIDE):
+        return None  # OpenVINO's own conversion wraps
     node.args, node.kwargs = (node.args[0], made), {}
     return through_int64
 
@@ -152,10 +156,15 @@ def as_int64(function: Function) -> Function:
 def _accumulation(function: Function) -> Any:
     wide = as_int64(function)
 
+    def cut(x: torch.Tensor, *args: Any, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor:
+        return narrowed(wide(x, *args, **kwargs), dtype)
+
     def choose(node: Node) -> Function | None:
         tensor = tensor_of(node.args[0])
         if tensor is None or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             return None
+        if node.kwargs.get("dtype") in NARROW and "out" not in node.kwargs:
+            return cut
         plain = not node.kwargs.keys() & {"dtype", "out"}
         return wide if plain and tensor.dtype is not torch.int64 else None
 
@@ -167,22 +176,28 @@ def _refused(node: Node) -> None:
     raise CaptureError(reason("unsupported-op", f"{name}, which OpenVINO computes wrongly"))
 
 
+def _spelt(target: Function, *names: str) -> tuple[Function | str, ...]:
+    """An operator, its functions and its methods."""
+    return target, *(getattr(torch, name) for name in names), *names
+
+
 _SATURATE = "saturates where eager wraps"
 _IN_FLOAT = "computed in float32, which holds integers up to 2**24"
 
 TABLE = (
     *(
-        Rewrite((target, getattr(torch, name), name), _narrow(function), _SATURATE)
-        for target, name, function in (
-            (operator.add, "add", torch.add),
-            (operator.sub, "sub", torch.sub),
-            (torch.rsub, "rsub", torch.rsub),
-            (operator.mul, "mul", operator.mul),
-            (operator.neg, "neg", operator.neg),
-            (operator.abs, "abs", operator.abs),
-            (operator.matmul, "matmul", operator.matmul),
-            (torch.bmm, "bmm", torch.bmm),
-            (torch.mm, "mm", torch.mm),
+        Rewrite(_spelt(target, *names), _narrow(function), _SATURATE)
+        for target, names, function in (
+            (operator.add, ("add",), torch.add),
+            (operator.sub, ("sub", "subtract"), torch.sub),
+            (torch.rsub, ("rsub",), torch.rsub),
+            (operator.mul, ("mul", "multiply"), operator.mul),
+            (operator.neg, ("neg", "negative"), operator.neg),
+            (operator.abs, ("abs", "absolute"), operator.abs),
+            (operator.lshift, ("bitwise_left_shift",), operator.lshift),
+            (operator.matmul, ("matmul",), operator.matmul),
+            (torch.bmm, ("bmm",), torch.bmm),
+            (torch.mm, ("mm",), torch.mm),
         )
     ),
     *(
@@ -191,6 +206,7 @@ TABLE = (
             (operator.iadd, "add_", torch.add),
             (operator.isub, "sub_", torch.sub),
             (operator.imul, "mul_", operator.mul),
+            (operator.ilshift, "bitwise_left_shift_", operator.lshift),
         )
     ),
     Rewrite(("to", "type", "byte", "char", "short", "type_as"), _conversion, _SATURATE),
@@ -204,5 +220,6 @@ TABLE = (
     Rewrite((operator.ge, torch.ge, "ge"), _comparison(at_least), _IN_FLOAT),
     Rewrite((torch.cumsum, "cumsum"), _accumulation(torch.cumsum), "keeps a narrower type"),
     Rewrite((torch.prod, "prod"), _accumulation(torch.prod), "keeps a narrower type"),
+    Rewrite((torch.sum, "sum"), _accumulation(torch.sum), "keeps a narrower type"),
     Rewrite((torch.gcd, "gcd"), _refused, "wrong signs, and wrong where it broadcasts"),
 )
