@@ -18,7 +18,7 @@ from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
-from ovshim.rest import Rest, rest_after
+from ovshim.rest import REST, Rest, rest_after
 from ovshim.shortcut import Laying
 from ovshim.signals import let_through
 from ovshim.special_mode import function_modes, in_special_mode, mode_reason
@@ -34,6 +34,10 @@ _grad_enabled = torch.is_grad_enabled
 # Eager plans look at the module's state only every so often: when what was in the way is gone
 # (a hook, an attribute), the next call makes a plan.
 _LOOK_AGAIN = 8
+# After so many calls to eager, for a reason that is not of a call of its own, what is in the way
+# does not go soon.
+_MANY = 64
+_OF_A_CALL = frozenset({"training", "eager-refuses", "special-values"})
 _OUT_OF_RANGE = reason("out-of-range")
 _REENTERED = reason("reentered")
 _SLOWER = reason("slower")
@@ -221,16 +225,23 @@ class Dispatcher(Unplanned):
             plan.calls.add()
             return plan.parts(args, kwargs)
         why, rest = plan.reason or _SLOWER, self._at_rest
-        nth = plan.eager_calls.add() % _LOOK_AGAIN
-        often = nth == _LOOK_AGAIN - 1 or (rest is not None and rest.left <= 0)
-        look_again = plan.generation is not None and (often or why.code == "training")
+        count = plan.eager_calls.add()
+        often = count % _LOOK_AGAIN == _LOOK_AGAIN - 1 or (rest is not None and rest.left <= 0)
+        often = often or why.code == "training" or count >= plan.kept_until > 0
+        look_again = plan.generation is not None and often and count >= plan.kept_until
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
-        elif why.code == "slower" and self.rests:
+        elif self.rests and (why.code == "slower" or self._stays(plan, why, count)):
             self._let_rest(rest_after(plan, self.tally.counter(why), self.original, args, kwargs))
         if why.code == "eager-refuses":
             return self._refused(plan, why, args, kwargs)
         return self.in_eager(why, args, kwargs)
+
+    def _stays(self, plan: Plan, why: Reason, count: int) -> bool:
+        """Whether a plan's calls will be eager's for longer than a rest."""
+        if why.code in _OF_A_CALL or self.options.strict:  # which raises at each
+            return False
+        return plan.kept_until - count > REST if plan.kept_until else count >= _MANY
 
     def _let_rest(self, rest: Any) -> None:
         self._at_rest = rest

@@ -58,11 +58,18 @@ class Family:
         return covered
 
     def drop_stale(self) -> list[Plan]:
-        gone = [p for p in self.plans if p.generation is not None and not p.generation.holds()]
+        """Those that the module's present state contradicts go, and are returned. Where the next
+        build has to wait, one of eager's stays for so long: its answers are right, and calls with a
+        plan are answered sooner."""
+        stale = [p for p in self.plans if p.generation is not None and not p.generation.holds()]
+        new = [p for p in stale if not p.kept_until]
+        if new:
+            self.put_off(sum(p.calls.value for p in new))
+        kept = [p for p in new if self.wait and _may_stay(p)]
+        for plan in kept:
+            plan.kept_until, self.wait = plan.eager_calls.value + self.wait, 0
+        gone = [p for p in stale if p not in kept]
         self.plans = [p for p in self.plans if p not in gone]
-        served = sum(p.calls.value for p in gone)
-        if gone:
-            self.put_off(served)
         return gone
 
     def put_off(self, served: int = 0, why: Reason | None = None) -> None:
@@ -70,6 +77,12 @@ class Family:
         self.why = why or reason("stale", "it keeps changing")
         self.stale = 0 if served >= WORTH_BUILDING else self.stale + 1
         self.wait = 2**self.stale - 1 if self.stale > 1 else 0
+
+
+def _may_stay(plan: Plan) -> bool:
+    # Who has trained a submodule has it back in evaluation soon.
+    eagers = plan.served is None and plan.parts is None
+    return eagers and (plan.reason is None or plan.reason.code != "training")
 
 
 class Families:

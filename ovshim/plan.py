@@ -214,6 +214,8 @@ class Plan:
             where none was run.
         trouble: the exception behind the reason, where there was one.
         calls, eager_calls: served by OpenVINO (or with parts in it), and given to eager.
+        kept_until: so many calls given to eager it stays, although the module has changed; 0 while
+            nobody has decided that.
         used, counted: for `families`: at which look calls were last seen to have come here, and how
             many there were.
         seconds: what each stage of the build took.
@@ -265,6 +267,7 @@ class Plan:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: Counter = dataclasses.field(default_factory=Counter)
     eager_calls: Counter = dataclasses.field(default_factory=Counter)
+    kept_until: int = 0
     used: int = 0
     counted: int = 0
 

@@ -16,10 +16,10 @@ from ovshim.matcher import compile_glance
 from ovshim.plan import Counter, Plan
 from ovshim.special_mode import function_modes
 
-__all__ = ["Rest", "rest_after"]
+__all__ = ["REST", "Rest", "rest_after"]
 
 # Each call after so many goes all the way: the module may have changed, or be under another mode.
-_CALLS = 72
+REST = 72
 
 
 class Rest:
@@ -39,7 +39,7 @@ class Rest:
         self.glance = plan.glance or _blind
         self.sizes = sizes
         self.grad = torch.is_grad_enabled()
-        self.left = _CALLS
+        self.left = REST
 
 
 def rest_after(
@@ -63,7 +63,7 @@ def rest_after(
     calls, add = plan.eager_calls, counter.add
     plain = not kwargs and all(type(argument) is torch.Tensor for argument in args)
     return hot.Rest(
-        left=_CALLS,
+        left=REST,
         facts=((building, "running", 0), (plan, "eager_calls", calls), (counter, "add", add)),
         questions=((torch.is_grad_enabled, torch.is_grad_enabled()), (function_modes, 0)),
         glance=None if plain else plan.glance,  # what it would ask is asked without it

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks import check, quietly, standing
+from checks import check, counts, eager_reasons, plans, quietly, standing
 from modules import make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim import planner
 from ovshim.families import WORTH_BUILDING
+from ovshim.unplanned import Unplanned
 
 
 class Scaled(nn.Module):
@@ -95,3 +97,70 @@ def test_other_sizes_are_no_other_kind(cache: Any) -> None:
             fast(torch.randn(2, length, 8))
     check(fast, module, torch.randn(2, 9, 8))
     assert len(standing(fast)) == 1
+
+
+class Counts(nn.Module):
+    """Writes to a buffer, or to an attribute, in each call."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.linear, self.buffer, self.counting, self.calls = nn.Linear(8, 4), buffer, True, 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counting and self.buffer:
+            self.count += 1
+        elif self.counting:
+            self.calls += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_what_each_call_changes_is_built_seldom_and_goes_to_eager_at_a_glance(
+    buffer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = make(Counts, buffer), torch.randn(3, 8)
+    built, unplanned = list[int](), list[int]()
+    monkeypatch.setattr(planner, "_built", noted(planner._built, built))
+    with quietly():
+        fast: Any = ovshim.accelerate(module, x, prefer="openvino", cache_dir=False)
+        monkeypatch.setattr(Unplanned, "_unplanned", noted(Unplanned._unplanned, unplanned))
+        with torch.inference_mode():
+            for _ in range(3000):
+                assert torch.equal(fast(x), module.linear(x))
+    assert (fast.count if buffer else fast.calls) == 3000
+    code = "mutates-buffer" if buffer else "mutates-attribute"
+    assert plans(fast)[0]["reason"]["code"] == code
+    assert sum(eager_reasons(fast).values()) == 3000
+    assert len(built) < 20
+    assert len(unplanned) < 40
+
+
+def noted(function: Any, calls: list[int]) -> Any:
+    def note(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return note
+
+
+def test_what_changes_no_more_is_accelerated_after_all() -> None:
+    module, x = make(Counts, True), torch.randn(3, 8)
+    with quietly(), torch.inference_mode():
+        fast: Any = ovshim.accelerate(module, x, prefer="openvino", cache_dir=False)
+        for _ in range(60):
+            fast(x)
+        fast.counting = False
+        for _ in range(300):
+            assert torch.allclose(fast(x), module.linear(x), atol=1e-6)
+    assert fast.count == 60
+    assert counts(fast)["openvino"] > 0
+
+
+def test_strict_raises_at_each_call() -> None:
+    module, x = make(Counts, True), torch.randn(3, 8)
+    fast: Any = ovshim.accelerate(module, strict=True, prefer="openvino", cache_dir=False)
+    with torch.inference_mode():
+        for _ in range(300):
+            with pytest.raises(ovshim.FallbackError):
+                fast(x)
