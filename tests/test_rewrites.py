@@ -304,7 +304,17 @@ CASES = {
         (torch.randn(2, 6, 3), torch.randn(2, 6, 4)),
     ),
 }
+# All are 4 from the mean.
+HALF = torch.arange(16000.0)[torch.randperm(16000)].expand(2, -1) % 2 * 8
+FAR = HALF, HALF + 30000, HALF - 101325
 CASES |= {
+    "moments/mean": case(lambda x: (x - x.mean(-1, keepdim=True)).abs() > 3.9, *FAR),
+    "moments/var": case(
+        lambda x: (x.var(-1), torch.var(x, 1, False), x.var(), x.var((0, 1))), *FAR
+    ),
+    "moments/std": case(lambda x: (x.std(-1, keepdim=True), x.std(False), x.std(1)), *FAR),
+    "moments/var_mean": case(lambda x: torch.var_mean(x, 1, correction=2), *FAR),
+    "moments/std_mean": case(lambda x: torch.std_mean(x, dim=(1,), unbiased=False), *FAR),
     "missing/deg2rad": case(torch.deg2rad, FLOATS),
     "missing/sinc": case(torch.sinc, FLOATS, torch.full((6,), 1e-40)),
     "missing/dist": case(lambda x, y: (x.dist(y), torch.dist(x, y, 1)), (FLOATS, FLOATS.flip(0))),

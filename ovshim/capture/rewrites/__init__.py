@@ -33,6 +33,7 @@ from ovshim.capture.rewrites import (
     layout,
     losses,
     missing,
+    moments,
     nearest,
     operators,
     products,
@@ -56,6 +57,7 @@ _ROOMS = (
     losses,
     layout,
     nearest,
+    moments,
 )
 TABLE = tuple(entry for room in _ROOMS for entry in room.TABLE)
 
