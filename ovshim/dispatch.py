@@ -4,6 +4,7 @@ has no plan, `unplanned` sees to."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class Dispatcher(Unplanned):
     # Whether there is an eager that `disabled()` can leave calls to.
     _yields = True
     _laying: Laying | None = None
+    # Of the last call that eager has answered by a plan.
+    _sizes_before: Sequence[torch.Size] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -232,7 +235,12 @@ class Dispatcher(Unplanned):
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
         elif self.rests and (why.code == "slower" or self._stays(plan, why, count)):
-            self._let_rest(rest_after(plan, self.tally.counter(why), self.original, args, kwargs))
+            # Not where sizes take turns: what is made for the one is of no use to the next.
+            sizes = [tensor.shape for tensor in tensors]
+            if sizes == self._sizes_before:
+                counter = self.tally.counter(why)
+                self._let_rest(rest_after(plan, counter, self.original, args, kwargs))
+            self._sizes_before = sizes
         if why.code == "eager-refuses":
             return self._refused(plan, why, args, kwargs)
         return self.in_eager(why, args, kwargs)

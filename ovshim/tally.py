@@ -123,7 +123,7 @@ class Tally:
         for counter in list(self._eager.values()):
             counter.reset()
         for plan in self._plans():
-            plan.calls, plan.eager_calls = Counter(), Counter()
+            plan.calls, plan.eager_calls, plan.kept_until = Counter(), Counter(), 0
 
 
 def _users_level() -> int:
