@@ -52,22 +52,39 @@ def variables(codes: Iterable[types.CodeType]) -> list[str] | None:
     for code in codes:
         if "environ" not in code.co_names and "getenv" not in code.co_names:
             continue
-        steps = [s for s in dis.get_instructions(code) if s.opname != "EXTENDED_ARG"]
+        steps, targets = _steps(code)
         for n, step in enumerate(steps):
             if step.argval in ("environ", "getenv"):
-                name = _named(steps, n)
+                name = _named(steps, targets, n)
                 if name is None or name.opname != "LOAD_CONST" or not isinstance(name.argval, str):
                     return None
                 found[name.argval] = None
     return list(found)
 
 
-def _named(steps: list[dis.Instruction], n: int) -> dis.Instruction | None:
+def _steps(code: types.CodeType) -> tuple[list[dis.Instruction], set[int]]:
+    """The instructions, and the offsets of those that are jumped to. One with a large argument
+    begins with an instruction of its own, which is what is jumped to then."""
+    steps: list[dis.Instruction] = []
+    targets, jumped_to = set(), False
+    for step in dis.get_instructions(code):
+        jumped_to = jumped_to or step.is_jump_target
+        if step.opname != "EXTENDED_ARG":
+            steps.append(step)
+            if jumped_to:
+                targets.add(step.offset)
+            jumped_to = False
+    return steps, targets
+
+
+def _named(
+    steps: list[dis.Instruction], targets: Collection[int], n: int
+) -> dis.Instruction | None:
     """What loads the name of the variable that is asked for where step `n` loads `os.environ` or
     `os.getenv`; None where it is a part of what does."""
     if steps[n + 1].opname == "CONTAINS_OP":
         first = n if steps[n].opname == "LOAD_GLOBAL" else n - 1
-        return None if steps[first].is_jump_target else steps[first - 1]
+        return None if steps[first].offset in targets else steps[first - 1]
     n += 1
     while steps[n].argval == "get" or steps[n].opname == "PUSH_NULL":
         n += 1

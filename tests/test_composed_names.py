@@ -289,3 +289,14 @@ def test_variables_are_named_where_their_whole_name_is_there() -> None:
     assert variables([_named.__code__]) == ["A", "B", "C", "D"]
     for function in (_in_parts, _in_either, _has_either):
         assert variables([function.__code__]) is None
+
+
+@pytest.mark.parametrize("names", [0, 300])
+def test_a_choice_of_variables_in_a_long_function(names: int) -> None:
+    """What is jumped to there begins with an instruction of its own."""
+    lines = "\n".join(f"    a{n}" for n in range(names))
+    found: dict[str, types.FunctionType] = {}
+    for asked in ('("A" if flag else "B")', '"B"'):
+        exec(f"def f(flag):\n{lines}\n    return {asked} in environ", found)
+        expected = None if "if" in asked else ["B"]
+        assert variables([found["f"].__code__]) == expected
