@@ -106,8 +106,8 @@ class Watch:
     def conditions(
         self, conditions: Conditions, in_dicts: Conditions, dicts: Collection[int] = ()
     ) -> None:
-        """Add every guard's check. It raises where a name is gone: LookupError, AttributeError,
-        TypeError or BadGuardError.
+        """Add every guard's check. Some raise where a name is gone, or whatever an object of the
+        user's raises.
 
         Args:
             in_dicts: takes the checks of what is written in these dictionaries, given by their ids.
