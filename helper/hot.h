@@ -117,8 +117,7 @@ int make_names_of_answers(void);
 int make_names_of_inferences(void);
 int make_names_of_rests(void);
 
-PyObject *is_held(PyObject *module, PyObject *pool);
-PyObject *is_held_by_any(PyObject *module, PyObject *pool);
+PyObject *holders(PyObject *module, PyObject *pool);
 PyObject *forget_held(PyObject *module, PyObject *unused);
 PyObject *read_words(PyObject *module, PyObject *addresses);
 PyObject *same_words(PyObject *module, PyObject *state);

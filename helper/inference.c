@@ -45,26 +45,20 @@ hold_no_more(Way *way)
 }
 
 PyObject *
-is_held(PyObject *module, PyObject *pool)
+holders(PyObject *module, PyObject *pool)
 {
-    unsigned long thread = PyThread_get_thread_ident();
-    for (Way *way = held; way != NULL; way = way->next) {
-        if (way->pool == pool && way->thread == thread) {
-            Py_RETURN_TRUE;
+    PyObject *threads = PyList_New(0);
+    for (Way *way = held; threads != NULL && way != NULL; way = way->next) {
+        if (way->pool != pool) {
+            continue;
         }
-    }
-    Py_RETURN_FALSE;
-}
-
-PyObject *
-is_held_by_any(PyObject *module, PyObject *pool)
-{
-    for (Way *way = held; way != NULL; way = way->next) {
-        if (way->pool == pool) {
-            Py_RETURN_TRUE;
+        PyObject *thread = PyLong_FromUnsignedLong(way->thread);
+        if (thread == NULL || PyList_Append(threads, thread) < 0) {
+            Py_CLEAR(threads);
         }
+        Py_XDECREF(thread);
     }
-    Py_RETURN_FALSE;
+    return threads;
 }
 
 PyObject *

@@ -202,11 +202,9 @@ static PyMethodDef functions[] = {
     {"all_within", (PyCFunction)(void (*)(void))all_within, METH_FASTCALL,
      "all_within(address, many, low, high) -> bool: whether so many integers of 64 bits are between"
      " these, or are these."},
-    {"is_held", is_held, METH_O,
-     "is_held(pool) -> bool: whether this thread is inside of a Shortcut that holds one of its"
+    {"holders", holders, METH_O,
+     "holders(pool) -> list[int]: the threads that are inside of a Shortcut which holds one of its"
      " slots."},
-    {"is_held_by_any", is_held_by_any, METH_O,
-     "is_held_by_any(pool) -> bool: whether any thread is."},
     {"forget_held", forget_held, METH_NOARGS,
      "forget_held(): in a child, where the threads are not that held any."},
     {NULL},

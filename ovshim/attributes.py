@@ -59,12 +59,11 @@ class Attributes:
             if before.get(key, _MISSING) is not value
         }
 
-    def filled(self) -> str | None:
-        """The name of a list, a dict or a set that does not hold what it did, hooks left out."""
-        for key, value, items in self._held:
-            if key not in _HOOKS and not _same_items(items, value):
-                return key
-        return None
+    def filled(self) -> bool:
+        """Whether a list, a dict or a set does not hold what it did, hooks left out."""
+        return any(
+            key not in _HOOKS and not _same_items(items, value) for key, value, items in self._held
+        )
 
     def put_back(self) -> None:
         """Let them be what they were."""

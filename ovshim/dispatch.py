@@ -230,7 +230,7 @@ class Dispatcher(Unplanned):
         why, rest = plan.reason or _SLOWER, self._at_rest
         count = plan.eager_calls.add()
         often = count % _LOOK_AGAIN == _LOOK_AGAIN - 1 or (rest is not None and rest.left <= 0)
-        often = often or why.code == "training" or count >= plan.kept_until > 0
+        often = often or why.code == "training" or plan.kept_until > 0
         look_again = plan.generation is not None and often and count >= plan.kept_until
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()

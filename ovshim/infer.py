@@ -14,7 +14,6 @@ Where the microseconds go, and what was decided for it:
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import weakref
@@ -41,8 +40,6 @@ from ovshim.slots import (
 )
 from ovshim.special_mode import outside_inference
 from ovshim.waiting import SHARED_OUT
-
-_log = logging.getLogger("ovshim")
 
 _COPY_INPUT_BYTES = 128 * 1024
 _BIND_OUTPUT_BYTES = 256 * 1024

@@ -1,19 +1,25 @@
-"""What a process leaves to the next one beside a graph: that there is none for good, which data is
-in range, the compiled graph."""
+"""What a process leaves to the next one: a graph, that there is none for good, which data is in
+range, the compiled graph."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ovshim import blobs, early, runtime
 from ovshim.cache import Entry, StoreError
+from ovshim.cache.scratch import scratch
 from ovshim.job import Job
 from ovshim.reasons import Reason
 from ovshim.record import Record
 from ovshim.signals import raise_heard
 from ovshim.signature import sizes_of
 from ovshim.values import holds_nan
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 __all__ = [
     "head_of",
@@ -23,6 +29,7 @@ __all__ = [
     "keep_verdict",
     "known_data",
     "processor_of",
+    "published",
 ]
 
 log = logging.getLogger("ovshim")
@@ -35,6 +42,35 @@ _FOR_GOOD = frozenset({"unsupported-op", "value-dependent", "crashed-before"}) |
 _MOST_DATA = 32
 # What kernels make of a graph, another processor's may make otherwise: a cache may be an image's.
 _OF_PROCESSOR = frozenset({"crashed-before"}) | _OF_SIZES
+
+
+def published(
+    job: Job, model: ov.Model, named: tuple[str, str, Mapping[str, Any]] | None
+) -> tuple[Path, Entry | None, Callable[[], None]]:
+    """A graph as a file: in the cache, or, where that cannot be, in a directory of our own. Returns
+    the IR, its entry, and what lets go of the file when it is not needed any more.
+
+    Args:
+        named: family, variant and manifest of its entry; None: it is not to have one.
+    """
+
+    def write(directory: Path) -> None:
+        # Not compressed: fp16 weights would be off by 2e-3 on a BERT.
+        target = str(directory / "model.xml")
+        runtime.openvino().save_model(model, target, compress_to_fp16=False)
+        job.keep_details(directory)
+
+    if named is not None:
+        family, variant, head = named
+        try:
+            entry = job.store.publish(family, variant, write, head)
+            lease = job.store.hold(entry)
+            if lease is not None:
+                return entry.file("model.xml"), entry, lease.release
+        except StoreError as error:
+            log.warning("%s is not cached: %s", type(job.module).__qualname__, error)
+    directory, remove = scratch(write)
+    return directory / "model.xml", None, remove
 
 
 def keep_compiled(job: Job, entry: Entry) -> None:

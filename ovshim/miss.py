@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ovshim import pages, proof, runtime
 from ovshim.assemble import eager_of, engine_of, generation_of, plan_of, served_by
-from ovshim.cache import Entry, StoreError
-from ovshim.cache.scratch import scratch
+from ovshim.cache import Entry
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.floats import in_fp32, may_be_refused
 from ovshim.generation import Generation
 from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
-from ovshim.kept import head_of, keep_compiled
+from ovshim.kept import head_of, keep_compiled, published
 from ovshim.lowering import lowered, refuse_overflow
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
@@ -97,7 +95,8 @@ def _climb(job: Job, family: str | None, seen: Look, rung: Rung) -> Plan:
         with job.stage("capture"):
             _fold(captured)
     with job.stage("capture"):
-        source, entry, let_go = _publish(job, family, captured, record)
+        named = None if family is None else (family, record.variant(job.kind), head_of(job, record))
+        source, entry, let_go = published(job, captured.model, named)
     # From here on the graph is a file: torch's weights and OpenVINO's share nothing.
     del captured
     pages.trim()
@@ -152,31 +151,6 @@ def _wanted(seen: Look) -> tuple[int, ...]:
             first.setdefault(id(leaf), i)
     numbers = [i for i, leaf in enumerate(seen.leaves) if type(leaf) is int]
     return tuple(sorted([*first.values(), *numbers]))
-
-
-def _publish(
-    job: Job, family: str | None, captured: Captured, record: Record
-) -> tuple[Path, Entry | None, Callable[[], None]]:
-    """Write the graph to a file: in the cache, or, where that cannot be, in a directory of our
-    own. Returns the IR, its entry, and what lets go of the file when it is not needed any more.
-    """
-
-    def write(directory: Path) -> None:
-        # Not compressed: fp16 weights would be off by 2e-3 on a BERT.
-        target = str(directory / "model.xml")
-        runtime.openvino().save_model(captured.model, target, compress_to_fp16=False)
-        job.keep_details(directory)
-
-    if family is not None:
-        try:
-            entry = job.store.publish(family, record.variant(job.kind), write, head_of(job, record))
-            lease = job.store.hold(entry)
-            if lease is not None:
-                return entry.file("model.xml"), entry, lease.release
-        except StoreError as error:
-            log.warning("%s is not cached: %s", type(job.module).__qualname__, error)
-    directory, remove = scratch(write)
-    return directory / "model.xml", None, remove
 
 
 def _served_and_proved(

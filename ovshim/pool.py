@@ -104,7 +104,7 @@ class Pool(Generic[T]):
         """Raise where this thread holds one further down its stack: it would wait for itself, or
         for who waits for it. The stack is asked, for a note of who holds what would be a part of
         each call. (The compiled helper has no frame there, and notes it.)"""
-        if hot is not None and hot.is_held(self):
+        if hot is not None and threading.get_ident() in hot.holders(self):
             raise ReenteredError
         while frame is not None:
             if self._is_in(frame):
@@ -134,7 +134,7 @@ class Pool(Generic[T]):
         """Whether another thread's call holds one, or may. What is neither held nor here an
         interrupt has cost: it came as one was taken, and an exception that somebody keeps, with the
         frames of an earlier call, keeps that one alive."""
-        if hot is not None and hot.is_held_by_any(self):
+        if hot is not None and hot.holders(self):
             return True
         own = threading.get_ident()
         frames = sys._current_frames()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,8 @@ def _made_alike(job: Job) -> bool:
     its own or the buffers': those the original has as well. Asked before a capture; what an entry
     is of, was asked."""
     of_example = _made(job)
-    if of_example is None or not _is_made_of(job, _other_values(job), of_example):
+    others = (_other_values(job, floats_alone) for floats_alone in (False, True))
+    if of_example is None or not _is_made_of(job, others, of_example):
         return False
     sizes = {size for tensor in job.tensors for size in tensor.shape[1:] if size > 1}
     sizes.update(tensor.shape[0] for tensor in job.tensors if tensor.dim() > 0)
@@ -149,15 +150,14 @@ def _is_made_of(
     return refused
 
 
-def _other_values(job: Job) -> Iterator[list[Any]]:
-    for floats_alone in (False, True):
-        generator = torch.Generator().manual_seed(0)
+def _other_values(job: Job, floats_alone: bool) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
 
-        def other(_: int, tensor: torch.Tensor) -> torch.Tensor:
-            kept = floats_alone and not tensor.is_floating_point()  # noqa: B023 # called at once
-            return tensor.clone() if kept else redraw(tensor, generator)  # noqa: B023
+    def other(_: int, tensor: torch.Tensor) -> torch.Tensor:
+        kept = floats_alone and not tensor.is_floating_point()
+        return tensor.clone() if kept else redraw(tensor, generator)
 
-        yield job.leaves_with(once_each(job.tensors, other))
+    return job.leaves_with(once_each(job.tensors, other))
 
 
 def _with_other_sizes(job: Job, size: int) -> list[Any]:

@@ -1146,19 +1146,43 @@ def test_long_turns_that_we_leave_to_eager_are_nobodys_look(
     assert eager_reasons(fast).get("cache-unknown", 0) == refused
 
 
+@contextlib.contextmanager
+def interrupted(
+    patch: pytest.MonkeyPatch, owner: Any, name: str, count: int = 1, behind: bool = False
+) -> Iterator[None]:
+    """A block that an interrupt ends: in place of the n-th call of the function, or behind it."""
+    left, plain = [count], getattr(owner, name)
+
+    def late(*given: Any) -> Any:
+        left[0] -= 1
+        found = plain(*given) if left[0] or behind else None
+        if not left[0]:
+            raise KeyboardInterrupt
+        return found
+
+    with patch.context() as inner:
+        inner.setattr(owner, name, late)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    assert left[0] <= 0
+
+
+def after_a_step(fast: Any, patch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
+    """A block in which an interrupt comes when a step has been computed."""
+    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
+    return interrupted(patch, decoding.ready.engine, "_run", behind=True)
+
+
+def as_a_state_is_set(count: int, patch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
+    """A block in which an interrupt comes as the n-th tensor of a state is set."""
+    return interrupted(patch, engine_module, "_as_openvino", count)
+
+
 @pytest.mark.parametrize("reordered", ["never", "before", "after"])
 def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
     reordered: str, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, fast = pair(FEW[0])
-    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
-    engine = decoding.ready.engine
-    run = type(engine)._run
-
-    def halfway(*given: Any) -> Any:
-        run(engine, *given)
-        raise KeyboardInterrupt
-
     prompt = torch.cat([PROMPT, PROMPT.flip(1)])
     mine, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
 
@@ -1170,10 +1194,8 @@ def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
         for n, ids in enumerate((prompt, prompt[:, :1], prompt[:, 1:2], prompt[:, 2:3])):
             if reordered == "before" and n:
                 reorder()
-            with monkeypatch.context() as patch:
-                patch.setattr(engine, "_run", halfway)
-                with pytest.raises(KeyboardInterrupt):
-                    fast(ids, past_key_values=mine, use_cache=True)
+            with after_a_step(fast, monkeypatch):
+                fast(ids, past_key_values=mine, use_cache=True)
             if reordered == "after" and n:
                 reorder()
             before = counts(fast)["openvino"]
@@ -1184,50 +1206,19 @@ def test_a_conversation_goes_on_after_a_step_that_ended_halfway(
     same_caches(mine, theirs)
 
 
-def interrupted_at(count: int, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
-    """A block in which an interrupt comes as the n-th tensor of a state is set."""
-    left, plain = [count], engine_module._as_openvino
-
-    def late(*given: Any) -> Any:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return plain(*given)
-
-    @contextlib.contextmanager
-    def block() -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setattr(engine_module, "_as_openvino", late)
-            with pytest.raises(KeyboardInterrupt):
-                yield
-        assert left[0] <= 0
-
-    return block()
-
-
 @pytest.mark.parametrize("count", range(1, 5))
 def test_what_was_written_halfway_is_written_again(
     count: int, pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, fast = pair(FEW[0])
-    (decoding,) = installed(fast)["forward"].dispatcher._room.plans  # type: ignore[attr-defined]
-    engine = decoding.ready.engine
-    run = type(engine)._run
-
-    def halfway(*given: Any) -> Any:
-        run(engine, *given)
-        raise KeyboardInterrupt
-
     prompt = torch.cat([PROMPT, PROMPT.flip(1)])
     mine, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
     with torch.no_grad():
         fast(prompt, past_key_values=mine, use_cache=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(engine, "_run", halfway)
-            with pytest.raises(KeyboardInterrupt):
-                fast(prompt[:, :1], past_key_values=mine, use_cache=True)
+        with after_a_step(fast, monkeypatch):
+            fast(prompt[:, :1], past_key_values=mine, use_cache=True)
         model(prompt, past_key_values=theirs, use_cache=True)
-        with interrupted_at(count, monkeypatch):
+        with as_a_state_is_set(count, monkeypatch):
             mine.reorder_cache(torch.tensor([1, 0]))
         same_caches(copy.deepcopy(mine), theirs)
         for cache in (mine, theirs):
@@ -1256,7 +1247,7 @@ def test_a_cache_that_is_bound_halfway_is_as_it_was_and_harms_no_other(
             plain, theirs = (hf.DynamicCache(config=model.config) for _ in range(2))
             for cache in (plain, theirs):
                 model(PROMPT, past_key_values=cache, use_cache=True)
-            with interrupted_at(count, monkeypatch):
+            with as_a_state_is_set(count, monkeypatch):
                 fast(PROMPT[:, :1], past_key_values=plain, use_cache=True)
             assert type(plain) is hf.DynamicCache
             same_caches(plain, theirs)

@@ -65,10 +65,9 @@ def _sweep() -> None:
 
 
 def _remove_if_nobodys(path: Path) -> None:
-    for found in (path.lstat(), (path / MARKER).lstat()):
-        if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
-            return
-    if not stat.S_ISDIR(path.lstat().st_mode):
+    found = path.lstat(), (path / MARKER).lstat()
+    strangers = hasattr(os, "geteuid") and {one.st_uid for one in found} != {os.geteuid()}
+    if strangers or not stat.S_ISDIR(found[0].st_mode):
         return
     with files.claim(path / MARKER) as free:
         if free:

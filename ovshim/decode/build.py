@@ -15,8 +15,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from ovshim import runtime
 from ovshim.assemble import generation_of
 from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
-from ovshim.cache.scratch import scratch
 from ovshim.capture import TRACE_LOCK, CaptureError, Request, capture
 from ovshim.checks import COMPRESSED
 from ovshim.decode.decoding import Decoding, Ready, compile_fits
@@ -44,7 +42,7 @@ from ovshim.errors import OptionError
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError
 from ovshim.job import MOVED, BuildStopped, Job
-from ovshim.kept import keep_data, known_data, processor_of
+from ovshim.kept import keep_data, known_data, processor_of, published
 from ovshim.reasons import Reason, reason
 from ovshim.shortage import SHORTAGE
 from ovshim.signals import raise_heard
@@ -226,7 +224,8 @@ class _Build:
                 model = quantize.compress(model, job.precision)
         with job.stage("capture"):
             make_stateful(model, self._names(), len(self.form.sizes))
-            source, entry, let_go = self._publish(family, model, record)
+            named = None if family is None else self._named(family, record)
+            source, entry, let_go = published(self.job, model, named)
         del model  # from here on the graph is a file: torch's weights and OpenVINO's share nothing
         with job.proving(entry, let_go):
             engine, record = self.prover.first_right(source, record, entry)
@@ -290,29 +289,10 @@ class _Build:
         )
         return captured.model, record
 
-    def _publish(
-        self, family: str | None, model: Any, record: StepRecord
-    ) -> tuple[Path, Entry | None, Callable[[], None]]:
-        store = self.job.store
-
-        def write(directory: Path) -> None:
-            target = str(directory / "model.xml")
-            runtime.openvino().save_model(model, target, compress_to_fp16=False)
-            self.job.keep_details(directory)
-
-        if family is not None:
-            head = self._head(record)
-            text = json.dumps(head["graph"], sort_keys=True).encode()
-            variant = hashlib.blake2b(text, digest_size=8).hexdigest()
-            try:
-                entry = store.publish(family, variant, write, head)
-                lease = store.hold(entry)
-                if lease is not None:
-                    return entry.file("model.xml"), entry, lease.release
-            except StoreError as error:
-                log.warning("%s is not cached: %s", type(self.job.module).__qualname__, error)
-        directory, remove = scratch(write)
-        return directory / "model.xml", None, remove
+    def _named(self, family: str, record: StepRecord) -> tuple[str, str, dict[str, Any]]:
+        head = self._head(record)
+        text = json.dumps(head["graph"], sort_keys=True).encode()
+        return family, hashlib.blake2b(text, digest_size=8).hexdigest(), head
 
     # --- both ---------------------------------------------------------------------------------
 

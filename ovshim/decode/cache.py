@@ -56,7 +56,6 @@ class Session:
         self.order: torch.Tensor | None = None
         # The columns of the tokens, where some others are masked.
         self._kept: torch.Tensor | None = None
-        self._torn = False  # a step has ended halfway: the state may have it behind it
         # What is being written; after an interrupt it is what holds, and not the state.
         self._written: Sequence[torch.Tensor] | None = None
         self._take_slot()
@@ -89,7 +88,7 @@ class Session:
             self._grow(batch, length)
         except BaseException:  # of a signal handler, too: the program may go on
             self._kept, self.batch, self.columns, self.order = before
-            self._torn = True
+            self.slot.sound = False  # it may have the step behind it
             raise
         if len(outputs) > 1 and not outputs[1]:
             self.cut(length)
@@ -116,10 +115,10 @@ class Session:
         """Forget the last tokens; they are masked from now on."""
         self._mend()
         if tokens == self.length:
-            self._torn = True  # until it is reset
+            self.slot.sound = False  # until it is reset
             self.columns, self._kept, self.order = 0, None, None
             self.slot.request.reset_state()
-            self._torn = False
+            self.slot.sound = True
             return
         kept = torch.arange(self.columns) if self._kept is None else self._kept
         self._kept = kept[: len(kept) - tokens]
@@ -153,7 +152,7 @@ class Session:
 
     def _mend(self) -> None:
         """Undo what was done by halves: in another slot, for that one is not sound any more."""
-        if self._written is None and not self._torn:
+        if self._written is None and self.slot.sound:
             return
         if self._written is None and self.columns:
             self._written = self.read()
@@ -161,7 +160,6 @@ class Session:
         self._take_slot()
         if self._written is not None:
             self.write(self._written)
-        self._torn = False
 
     def read(self) -> list[torch.Tensor]:
         """Copies of the keys and values of all tokens, [batch, heads, length, width] each."""

@@ -106,7 +106,6 @@ class StatefulEngine(Engine):
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
-            slot.sound = False
             slot.forget(len(self._types))
             raise
         finally:

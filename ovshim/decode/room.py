@@ -218,7 +218,7 @@ class Room:
     def _tidied(self, made: Decoding, cache: StatefulCache) -> None:
         try:
             session_of(cache).tidy()
-        except (EngineDead, RuntimeError) as error:
+        except RuntimeError as error:
             let_through(error)
             raise LeftToEager(self._failed(made, error)) from error
 
