@@ -69,7 +69,7 @@ typedef struct {
     PyObject *facts;     /* these two as of a way */
     PyObject *questions;
     PyObject *glance;    /* glance(args, kwargs) -> sizes or None; None: all arguments are tensors */
-    PyObject *sizes;     /* of each tensor */
+    PyObject *sizes;     /* (sizes of each tensor, ...), of which a call has some */
     PyObject *tensor;    /* their class */
     PyObject *dtypes;
     PyObject *counts;    /* (count, ...), called for each */

@@ -43,10 +43,12 @@ rest_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!are_tuples_of(given.facts, 3) || !are_tuples_of(given.questions, 2)) {
         return NULL;
     }
-    if (given.glance == Py_None
-        && PyTuple_GET_SIZE(given.sizes) != PyTuple_GET_SIZE(given.dtypes)) {
-        PyErr_SetString(PyExc_ValueError, "Each tensor has a dtype and sizes.");
-        return NULL;
+    for (Py_ssize_t i = 0; given.glance == Py_None && i < PyTuple_GET_SIZE(given.sizes); i++) {
+        PyObject *sizes = PyTuple_GET_ITEM(given.sizes, i);
+        if (!PyTuple_Check(sizes) || PyTuple_GET_SIZE(sizes) != PyTuple_GET_SIZE(given.dtypes)) {
+            PyErr_SetString(PyExc_ValueError, "Each tensor has a dtype and sizes.");
+            return NULL;
+        }
     }
     Rest *rest = (Rest *)type->tp_alloc(type, 0);
     if (rest != NULL) {
@@ -56,42 +58,44 @@ rest_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)rest;
 }
 
-/* 1 for yes, 0 for no, -1 with an exception; as all of these. */
-static int
-has(PyObject *object, PyObject *name, PyObject *value)
+/* The shape of a tensor of this dtype; NULL for another, without an exception. */
+static PyObject *
+shape_of(Rest *rest, PyObject *tensor, PyObject *dtype)
 {
-    PyObject *now = PyObject_GetAttr(object, name);
-    if (now == NULL) {
-        return -1;
+    if ((PyObject *)Py_TYPE(tensor) != rest->tensor) {
+        return NULL;
     }
-    int same = PyObject_RichCompareBool(now, value, Py_EQ);
-    Py_DECREF(now);
-    return same;
+    PyObject *now = PyObject_GetAttr(tensor, name_dtype);
+    Py_XDECREF(now); /* it is compared with what is held */
+    return now == dtype ? PyObject_GetAttr(tensor, name_shape) : NULL;
 }
 
-/* Whether the arguments are tensors of these dtypes and sizes, and no others. */
+/* Whether the arguments are tensors of these dtypes and some of the sizes, and no others: 1 for
+   yes, 0 for no, -1 with an exception; as all of these. */
 static int
 are_such_tensors(Rest *rest, PyObject *args, PyObject *kwargs)
 {
-    Py_ssize_t many = PyTuple_GET_SIZE(rest->sizes);
+    Py_ssize_t many = PyTuple_GET_SIZE(rest->dtypes);
     if (!PyTuple_Check(args) || PyTuple_GET_SIZE(args) != many || !PyDict_Check(kwargs)
         || PyDict_GET_SIZE(kwargs) != 0) {
         return 0;
     }
-    for (Py_ssize_t i = 0; i < many; i++) {
-        PyObject *tensor = PyTuple_GET_ITEM(args, i);
-        if ((PyObject *)Py_TYPE(tensor) != rest->tensor) {
-            return 0;
-        }
-        int same = has(tensor, name_dtype, PyTuple_GET_ITEM(rest->dtypes, i));
-        if (same == 1) {
-            same = has(tensor, name_shape, PyTuple_GET_ITEM(rest->sizes, i));
-        }
-        if (same != 1) {
-            return same;
+    PyObject *sizes = PyTuple_New(many);
+    for (Py_ssize_t i = 0; sizes != NULL && i < many; i++) {
+        PyObject *dtype = PyTuple_GET_ITEM(rest->dtypes, i);
+        PyObject *shape = shape_of(rest, PyTuple_GET_ITEM(args, i), dtype);
+        if (shape == NULL) {
+            Py_CLEAR(sizes);
+        } else {
+            PyTuple_SET_ITEM(sizes, i, shape);
         }
     }
-    return 1;
+    if (sizes == NULL) {
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    int same = PySequence_Contains(rest->sizes, sizes);
+    Py_DECREF(sizes);
+    return same;
 }
 
 static int
@@ -105,7 +109,7 @@ looks_alike(Rest *rest, PyObject *args, PyObject *kwargs)
     if (sizes == NULL) {
         return -1;
     }
-    int same = PyObject_RichCompareBool(sizes, rest->sizes, Py_EQ);
+    int same = PySequence_Contains(rest->sizes, sizes);
     Py_DECREF(sizes);
     return same;
 }

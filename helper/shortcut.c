@@ -191,7 +191,7 @@ caught(void)
 /* --- the module --------------------------------------------------------------------------- */
 
 /* Counted up with each change of what Python calls: see `ovshim/helper.py`. */
-#define INTERFACE 5
+#define INTERFACE 6
 
 static PyMethodDef functions[] = {
     {"read_words", read_words, METH_O,

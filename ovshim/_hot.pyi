@@ -32,9 +32,30 @@ class Way:
         heads: tuple[tuple[int, int], ...],
     ) -> Way: ...
 
+class Rest:
+    left: int
+
+    def __new__(
+        cls,
+        *,
+        left: int,
+        facts: tuple[tuple[Any, str, Any], ...],
+        questions: tuple[tuple[Callable[[], Any], Any], ...],
+        glance: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None,
+        sizes: tuple[tuple[tuple[int, ...], ...], ...],
+        tensor: type,
+        dtypes: tuple[Any, ...],
+        counts: tuple[Callable[[], Any], ...],
+        module: Any,
+        name: str,
+        function: Any,
+        method: Callable[..., Any],
+    ) -> Rest: ...
+
 class Shortcut:
     road: Callable[[tuple[Any, ...], dict[str, Any]], Any]
     way: Way | None
+    rest: Rest | None
     missed: int
 
     def __new__(cls, road: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> Shortcut: ...

@@ -4,7 +4,6 @@ has no plan, `unplanned` sees to."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ovshim.infer import EngineDead, SpecialValuesError
 from ovshim.plan import OutOfRangeError, Plan, Served
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
-from ovshim.rest import REST, Rest, rest_after
+from ovshim.rest import REST, Rest, Resting
 from ovshim.shortcut import Laying
 from ovshim.signals import let_through
 from ovshim.special_mode import function_modes, in_special_mode, mode_reason
@@ -57,17 +56,17 @@ class Dispatcher(Unplanned):
     # Whether there is an eager that `disabled()` can leave calls to.
     _yields = True
     _laying: Laying | None = None
-    # Of the last call that eager has answered by a plan.
-    _sizes_before: Sequence[torch.Size] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._resting = Resting(self.original)
         if hot is not None:
             self._laying = Laying(self)
             self.call = self._laying.shortcut  # type: ignore[method-assign]
 
     def _publish(self, grad: bool, plans: tuple[Plan, ...]) -> None:
         super()._publish(grad, plans)
+        self._resting = Resting(self.original)
         if self._laying is not None:
             self._laying.lift()
 
@@ -84,7 +83,7 @@ class Dispatcher(Unplanned):
             and rest.left > 0
             and _grad_enabled() is rest.grad
             and not function_modes()  # a mode would see the glance
-            and rest.glance(args, kwargs) == rest.sizes
+            and rest.glance(args, kwargs) in rest.sizes
         ):
             rest.left -= 1
             rest.plan.eager_calls.add()
@@ -235,12 +234,9 @@ class Dispatcher(Unplanned):
         if look_again and not plan.generation.holds():  # type: ignore[union-attr]
             self._planner.drop_stale()
         elif self.rests and (why.code == "slower" or self._stays(plan, why, count)):
-            # Not where sizes take turns: what is made for the one is of no use to the next.
-            sizes = [tensor.shape for tensor in tensors]
-            if sizes == self._sizes_before:
-                counter = self.tally.counter(why)
-                self._let_rest(rest_after(plan, counter, self.original, args, kwargs))
-            self._sizes_before = sizes
+            rest = self._resting.after(plan, self.tally.counter(why), args, kwargs)
+            if rest is not None:
+                self._let_rest(rest)
         if why.code == "eager-refuses":
             return self._refused(plan, why, args, kwargs)
         return self.in_eager(why, args, kwargs)

@@ -17,7 +17,7 @@ __all__ = ["hot"]
 log = logging.getLogger("ovshim")
 
 # What `helper/shortcut.c` says of itself.
-_INTERFACE = 5
+_INTERFACE = 6
 
 
 def _loaded() -> Any:

@@ -20,11 +20,9 @@ import ovshim
 from ovshim import (
     conditions,
     dict_versions,
-    dispatch,
     generation,
     parts,
     places,
-    rest,
     runtime,
     tiny,
     untouched,
@@ -369,17 +367,8 @@ def test_calls_at_rest_are_eagers_and_counted(lost: None) -> None:
     assert counts(fast) == {"openvino": 0, "mixed": 0, "eager": 20}
 
 
-def test_sizes_that_take_turns_let_nothing_rest(
-    lost: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = list[int]()
-
-    def noted(*args: Any) -> Any:
-        made.append(1)
-        return rest.rest_after(*args)
-
-    monkeypatch.setattr(dispatch, "rest_after", noted)
-
+@pytest.mark.parametrize("many", [2, 8, 9])
+def test_sizes_that_take_turns_rest_together(many: int, lost: None) -> None:
     class Branches(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) if x.sum() > 0 else -super().forward(x)
@@ -387,15 +376,18 @@ def test_sizes_that_take_turns_let_nothing_rest(
     module = make(Branches)
     with quietly(), torch.inference_mode():
         fast = ovshim.accelerate(module, torch.randn(3, 8), cache_dir=None)
-        for rows in (3, 4) * 100:
-            x = torch.randn(rows, 8)
+        rests = set()
+        for number in range(40 * many):
+            x = torch.randn(3 + number % many, 8)
             assert torch.equal(fast(x), module(x))
-        assert not made
+            rests.add(id(resting(fast)))
+        # Of more sizes than may rest at once none came lately; nothing is made for them.
+        assert (resting(fast) is None) is (many == 9)
+        assert len(rests) < 10
         for _ in range(20):
             fast(torch.randn(4, 8))
-    assert made
-    assert resting(fast) is not None
-    assert sum(eager_reasons(fast).values()) == 220
+        assert resting(fast).left > 0
+    assert sum(eager_reasons(fast).values()) == 40 * many + 20
 
 
 def test_at_rest_other_kinds_and_modes_are_eagers_too(lost: None) -> None:

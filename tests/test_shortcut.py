@@ -698,7 +698,7 @@ def test_what_a_rest_takes() -> None:
         with pytest.raises(TypeError):
             helper.hot.Rest(**{**_rest(), **wrong})
     with pytest.raises(ValueError, match="a dtype and sizes"):
-        helper.hot.Rest(**{**_rest(), "sizes": ((3, 8),)})
+        helper.hot.Rest(**{**_rest(), "sizes": (((3, 8),),)})
     made = helper.hot.Shortcut(lambda args, kwargs: "the road")
     made.rest = helper.hot.Rest(**_rest())
     assert [made((), {}) for _ in range(3)] == ["at rest", "at rest", "the road"]
@@ -714,10 +714,10 @@ def test_what_a_rest_takes() -> None:
 def _rest() -> dict[str, Any]:
     """What a Rest takes of which no call has an argument."""
     module = Mlp()
-    tuples = dict.fromkeys(("facts", "questions", "sizes", "dtypes", "counts"), ())
+    tuples = dict.fromkeys(("facts", "questions", "dtypes", "counts"), ())
     method = {"module": module, "name": "forward", "function": Mlp.forward}
     answer = {"method": lambda: "at rest", "tensor": torch.Tensor}
-    return {"left": 2, "glance": None, **tuples, **method, **answer}
+    return {"left": 2, "glance": None, "sizes": ((),), **tuples, **method, **answer}
 
 
 def _way() -> dict[str, Any]:
