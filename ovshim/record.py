@@ -79,7 +79,7 @@ class Record:
             and sizes; and in rows that say `alone`, the open graph and one for these sizes.
         lowered: what became of the captured graph by `lowering`, as reports show it.
         rest: where something is integers, what the rest is fastest in, by processor and threads.
-        ways: for tiny graphs, how they run fastest, by processor and threads.
+        ways: for tiny graphs, how they run fastest, by processor, threads and sizes.
     """
 
     pattern: Pattern

@@ -7,7 +7,10 @@ of other sizes go to the open graph, of which the whole proof is; the exact one 
 open one has been. With several streams (`hint="throughput"`) it is in one: to hand a call to a
 stream's thread and back takes longer than such a graph. Calls of larger sizes have the open one's
 streams. The open graph is never in one thread of its own accord: there it takes 10 to 20 µs more to
-notice that a call has failed (`single`)."""
+notice that a call has failed (`single`).
+
+What was found is noted by the bucket of the example's sizes, as races are: an example of one row
+has to say nothing of one of 2,048."""
 
 from __future__ import annotations
 
@@ -22,12 +25,14 @@ from typing import Any
 import torch
 
 from ovshim import runtime
+from ovshim.buckets import compile_bucket
 from ovshim.cache import Entry
 from ovshim.infer import Engine
 from ovshim.job import Job
 from ovshim.plan import Served
 from ovshim.race import rounds
 from ovshim.record import Record
+from ovshim.signature import sizes_of
 from ovshim.single import SingleThreadEngine
 from ovshim.verdict import placed
 
@@ -71,7 +76,7 @@ def fastest(
 ) -> Engine:
     """The graph of a job as it runs fastest; sets `job.way` and `job.tiny`.
 
-    Found out once on each processor, and kept with the entry.
+    Found out once on each processor for like sizes, and kept with the entry.
 
     Args:
         compiled: compiles the graph with further properties.
@@ -84,7 +89,7 @@ def fastest(
     pinned = options.threads is None and not runtime.leaves_cores(torch.get_num_threads())
     ways = _WAYS if pinned else {_USUAL: _WAYS[_USUAL]}
     streams = options.hint == "throughput"
-    known = record.ways.get(_where(job), "").partition(", ")[0]
+    known = record.ways.get(_where(job, record), "").partition(", ")[0]
     if known in ways:
         job.way = known
         return compiled(ways[known])
@@ -124,7 +129,8 @@ def add_exact(
     ):
         return
     ways = _ways_of_exact(job, job.way, record, served.engine)
-    known = next((way for way in ways if record.ways.get(_where(job), "").endswith(way)), None)
+    noted = record.ways.get(_where(job, record), "")
+    known = next((way for way in ways if noted.endswith(way)), None)
     if known is not None:
         ways = {known: ways[known]}
     elif not job.tiny:
@@ -183,15 +189,17 @@ def _medians(engines: Iterable[Engine], inputs: Sequence[torch.Tensor]) -> list[
     return list(map(statistics.median, rounds(calls, _BUDGET_SECONDS)))
 
 
-def _where(job: Job) -> str:
-    return f"{job.measured_on}{placed(job.options)}"
+def _where(job: Job, record: Record) -> str:
+    _, of_sizes = compile_bucket(record.pattern, record.size_guards)
+    bucket = of_sizes(sizes_of(job.leaves))
+    return f"{job.measured_on}{placed(job.options)} bucket={bucket}"
 
 
 def _keep(job: Job, record: Record, entry: Entry | None, way: str) -> None:
     job.way = way
-    known = record.ways.get(_where(job))
-    if entry is not None and known != way:
-        job.store.amend(entry, "ways", {**record.ways, _where(job): way})
+    where = _where(job, record)
+    if entry is not None and record.ways.get(where) != way:
+        job.store.amend(entry, "ways", {**record.ways, where: way})
 
 
 def _allowance(usual: Engine, streams: bool) -> int:

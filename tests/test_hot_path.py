@@ -595,6 +595,20 @@ def test_threads_that_were_asked_for_stay(exact_wins: list[Any], threads: int) -
     check_alone(fast, module, exact, rows=3)
 
 
+@pytest.mark.parametrize("first", [3, 300])
+def test_what_is_measured_of_some_sizes_is_not_of_quite_others(
+    first: int, exact_wins: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    del exact_wins
+    rows = [0]
+    monkeypatch.setattr(tiny, "_is_tiny", lambda call, times: rows[0] == 3)
+    ways = {3: "not pinned, exact sizes in one thread", 300: "usual"}
+    for rows[0] in (first, 303 - first, first):
+        fast = accelerate(make(Mlp), torch.randn(rows[0], 8), cache_dir=tmp_path)
+        assert plan_of(fast).way == ways[rows[0]]
+        assert (plan_of(fast).served.engine.exact is None) is (rows[0] == 300)
+
+
 def test_what_is_measured_of_some_threads_is_not_of_those_asked_for(
     exact_wins: list[Any], tmp_path: Path
 ) -> None:
