@@ -235,7 +235,7 @@ class Unplanned:
         call has left to later ones is made then, in its own time."""
         waits = [self._planner.wait, self._wait_for_rivals]
         if self._room is not None:
-            waits.append(self._room.wait)
+            waits.append(self._room.maker.wait)
         return wait_for(waits, timeout)
 
     def _wait_for_rivals(self, timeout: float | None) -> bool:
@@ -255,4 +255,4 @@ class Unplanned:
         """Drop every plan: something changed that torch does not count (a write by `.data`)."""
         self._planner.drop_all()
         if self._room is not None:
-            self._room.drop()
+            self._room.maker.drop()

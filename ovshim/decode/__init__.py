@@ -11,6 +11,7 @@
     overflow    whether float16 holds the values
     prove       compiling, and the proof by `probes`; `finish`: what a build ends in, and the race
     decoding    the plan that comes of it
+    maker       when that is made, and when it is given up
     room        who serves a call: what the dispatcher asks
 
 Nothing here is imported, but for this file, before a module is called that transformers' own

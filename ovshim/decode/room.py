@@ -10,36 +10,31 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from ovshim.builder import Work, pause
-from ovshim.building import Building, building_here
 from ovshim.cache import Store
 from ovshim.decode import NOT_OURS
 from ovshim.decode.cache import StatefulCache, bind, hand_over, refusal, session_of
 from ovshim.decode.calls import LeftToEager
 from ovshim.decode.decoding import Decoding, Ready
+from ovshim.decode.maker import TOKENS, Maker
 from ovshim.decode.manner import Causal
 from ovshim.decode.probes import ProbeFailed, bucket, error_of
 from ovshim.decode.seq2seq import Seq2Seq
 from ovshim.deferred import later
-from ovshim.families import Family
 from ovshim.hooks import obstacle
 from ovshim.infer import EngineDead
-from ovshim.job import Job
 from ovshim.options import Options
 from ovshim.plan import OutOfRangeError
 from ovshim.planner import unfit
 from ovshim.pool import ReenteredError
 from ovshim.reasons import Reason, reason
-from ovshim.signals import heard, let_through
-from ovshim.signature import flatten_call, kind_of
+from ovshim.signals import let_through
 from ovshim.tally import Tally
 from ovshim.values import compile_value_check
 
@@ -52,17 +47,6 @@ _LOOK_AGAIN = 8
 _SLOWER = reason("slower")
 _SPECIAL_VALUES = reason("special-values")
 _OUT_OF_RANGE = reason("out-of-range")
-_TOKENS = torch.zeros((1, 1), dtype=torch.int64)
-
-
-class Patience(Protocol):
-    """Where nobody has asked for a decoding: whether it pays to make one, and to use it."""
-
-    def before_decoding(self, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
-        """Eager's answer to a step while no decoding is due; NOT_OURS where it is to be made."""
-
-    def made_decoding(self, made: Decoding, /) -> None:
-        """Take note of a decoding; where it gains too little it is left to eager."""
 
 
 class Room:
@@ -73,10 +57,8 @@ class Room:
         tally: counts and tells what became of the calls.
 
     Attributes:
-        patience: asked before and after a decoding is made; None: it is made at once.
+        maker: has the decoding.
     """
-
-    patience: Patience | None = None
 
     def __init__(
         self, module: nn.Module, original: Any, options: Options, store: Store, tally: Tally
@@ -86,18 +68,15 @@ class Room:
         self.options = options
         self.store = store
         self.tally = tally
-        self._decoding: Decoding | None = None
-        self._family = Family()
-        self._lock = threading.RLock()
-        self._work: Work | None = None
         names = tuple(inspect.signature(original.resolve()).parameters)
         config: Any = module.config
         self._manner = (Seq2Seq if config.is_encoder_decoder else Causal)(module, names)
-        self._values_fit = compile_value_check([_TOKENS] * self._manner.numbers, {})
+        self._values_fit = compile_value_check([TOKENS] * self._manner.numbers, {})
+        self.maker = Maker(module, original, options, store, tally, self._manner)
 
     @property
     def plans(self) -> Sequence[Decoding]:
-        made = self._decoding
+        made = self.maker.decoding
         return [] if made is None else [made]
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -107,7 +86,7 @@ class Room:
             return NOT_OURS
         if isinstance(call, Reason):
             return self._in_eager(call, args, kwargs)
-        made = self._decoding
+        made = self.maker.decoding
         if made is None:
             return self._first(call, args, kwargs)
         ready, generation = made.ready, made.generation
@@ -141,26 +120,7 @@ class Room:
         Raises:
             CalibrationError: there is no calibration data that can be read, or it holds no tokens.
         """
-        shown = self._shown(self._manner.read(args, kwargs))
-        if self.options.background and not building_here():
-            self._start(shown)
-            if not wait:
-                return None
-            self.wait(None)
-        with self._lock:
-            return self._decoding or self._build(shown)
-
-    def wait(self, timeout: float | None) -> bool:
-        """Wait until no other thread makes the decoding; whether that was so in time."""
-        work = self._work
-        return work is None or not work.under_way or work.done.wait(timeout)
-
-    def drop(self) -> None:
-        """Forget the decoding: the next step makes a new one."""
-        with self._lock:
-            if self._decoding is not None:
-                self.tally.retire([self._decoding])
-            self._decoding, self._family = None, Family()
+        return self.maker.prepare(self._manner.read(args, kwargs), wait)
 
     # --- steps in OpenVINO --------------------------------------------------------------------
 
@@ -320,7 +280,7 @@ class Room:
         generation = made.generation
         often = made.eager_calls.value % _LOOK_AGAIN == 0
         if often and generation is not None and not generation.holds():
-            self._drop_stale(made)
+            self.maker.drop_stale(made)
         if call.cache is None:
             return NOT_OURS  # a plan for this call alone, or for its parts, may do
         return self._in_eager(made.reason, args, kwargs)
@@ -330,20 +290,11 @@ class Room:
         if why is None:  # else for the time being; the decoding may hold again
             assert made.generation is not None
             why = reason("stale", made.generation.change())
-            self._drop_stale(made)
+            self.maker.drop_stale(made)
         return self._in_eager(why, args, kwargs)
 
-    def _drop_stale(self, made: Decoding) -> None:
-        with self._lock:
-            if self._decoding is made:
-                self._family.put_off(made.calls.value)
-                self.tally.retire([made])
-                self._decoding = None
-
-    # --- making it ----------------------------------------------------------------------------
-
     def _first(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Eager answers, and the decoding is made, unless another thread is about it."""
+        """A step that comes before there is a decoding."""
         if self.options.prefer == "eager":
             return self._in_eager(reason("prefer-eager"), args, kwargs)
         tensors = [call.input_ids, call.attention_mask]
@@ -353,77 +304,7 @@ class Room:
             why = reason("grad")
         if why is not None:
             return NOT_OURS if call.cache is None else self._in_eager(why, args, kwargs)
-        if self.patience is not None:
-            answer = self.patience.before_decoding(args, kwargs)
-            if answer is not NOT_OURS:
-                return answer
-        if not self._lock.acquire(blocking=False):
-            return self._in_eager(reason("building"), args, kwargs)
-        try:
-            if self._family.wait > 0:
-                self._family.wait -= 1
-                return self._in_eager(reason("stale", "it keeps changing"), args, kwargs)
-            shown = self._shown(call)  # before it is called: it may write to the tokens
-            output = self.original(*args, **kwargs)
-            if self.options.background:
-                self._start(shown)
-            made = self._decoding
-            if made is None and not self.options.background:
-                made = self._build(shown, lenient=True)
-        finally:
-            self._lock.release()
-        self.tally.tell_precision()
-        self.tally.note((made and made.reason) or reason("building"))
-        return output
-
-    def _shown(self, call: Any) -> dict[str, Any]:
-        """What the proof may look at of a call, where it looks at any."""
-        return self._manner.shown(call) if self.options.precision == "fp16" else {}
-
-    def _start(self, shown: Mapping[str, Any]) -> None:
-        """Let another thread make the decoding."""
-        if self._decoding is None and (self._work is None or not self._work.under_way):
-            self._work = Work(lambda: self._build(shown, lenient=True))
-            self._work.start()
-
-    def is_cached(self) -> bool:
-        """Whether the cache has a decoding. Raises whatever a build meets."""
-        from ovshim.decode.key import is_cached
-
-        with Building():
-            return is_cached(self._job(), self._manner)
-
-    def _build(self, shown: Mapping[str, Any], lenient: bool = False) -> Decoding:
-        from ovshim.decode.build import build
-
-        job = self._job()
-        job.lenient = lenient
-        if self.options.background:
-            job.pause = pause
-        with heard(), Building():
-            made = build(job, self.original, self._manner, shown)
-        if made.reason is not None and made.reason.code == "stale":
-            self._family.put_off()  # it changed under the build: there is nothing to keep
-        else:
-            if self.patience is not None:
-                self.patience.made_decoding(made)
-            self._decoding = made
-        return made
-
-    def _job(self) -> Job:
-        leaves, structure = flatten_call((_TOKENS,), {})
-        return Job(
-            module=self.module,
-            method="forward",
-            call=self.original.resolve(),
-            options=self.options,
-            store=self.store,
-            kind=kind_of(leaves, structure),
-            leaves=leaves,
-            dynamic=(frozenset(),),
-            grad=False,
-            backward=None,  # an answer without gradients is reached by none
-        )
+        return self.maker.behind(call, args, kwargs, lambda why: self._in_eager(why, args, kwargs))
 
 
 def _any_wants_grad(tensors: Iterable[torch.Tensor]) -> bool:

@@ -69,7 +69,7 @@ class Patient(Dispatcher):
         self._built = 0
         self._begin()
         if self._room is not None:
-            self._room.patience = self
+            self._room.maker.patience = self
 
     def _begin(self) -> None:
         """Count anew what eager costs."""
@@ -193,7 +193,7 @@ class Patient(Dispatcher):
     # --- steps of decoding --------------------------------------------------------------------
 
     def before_decoding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `decode.room.Patience`."""
+        """See `decode.maker.Patience`."""
         if not self._finds_due(lambda: self._has_earned(self._decoding_is_cached)):
             return self._waited(_SELDOM, args, kwargs)
         self._changed()
@@ -201,11 +201,11 @@ class Patient(Dispatcher):
 
     def _decoding_is_cached(self) -> bool:
         with contextlib.suppress(Exception):  # the build will meet it again, and say so
-            return self._room is not None and self._room.is_cached()
+            return self._room is not None and self._room.maker.is_cached()
         return False
 
     def made_decoding(self, made: Plan) -> None:
-        """See `decode.room.Patience`."""
+        """See `decode.maker.Patience`."""
         self._leave_if_slow(made)
         self.why = made.reason
         self.resting, self._rest = 0, 1
