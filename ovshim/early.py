@@ -36,7 +36,7 @@ from ovshim.inherited import all_of, keep_for_good
 from ovshim.options import Options
 from ovshim.record import Record
 from ovshim.signature import flatten_call, kind_of, sizes_of
-from ovshim.version import __version__
+from ovshim.version import exact_version
 from ovshim.wanted import Wanted, settings_of
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def _key(wanted: Wanted) -> str | None:
     were trained from the same ones differ there. None for tensors that show no bytes."""
     module, options = wanted.module, wanted.options
     facts = [
-        *(__version__, runtime.version(), runtime.processor(), torch.__version__),
+        *(exact_version(), runtime.version(), runtime.processor(), torch.__version__),
         *(platform.python_version(), type(module).__module__, type(module).__qualname__),
         *(
             wanted.method,

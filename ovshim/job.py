@@ -25,7 +25,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signals import raise_heard
 from ovshim.signature import Pattern, unflatten_call
-from ovshim.version import __version__
+from ovshim.version import exact_version
 from ovshim.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def versions() -> dict[str, str]:
     return {
         "numpy": np.__version__,
         "openvino": runtime.version(),
-        "ovshim": __version__,
+        "ovshim": exact_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -16,10 +16,11 @@ from checks import run_python
 from modules import Scaled, make
 
 import ovshim
-from ovshim import OptionError, cache
+from ovshim import OptionError, cache, job
 from ovshim.cache import Store, files
 from ovshim.cache.entry import write_details
 from ovshim.cli import main
+from ovshim.version import exact_version
 
 PARTS = {
     "code": "c" * 32,
@@ -244,8 +245,20 @@ def test_real_entries_say_what_differs(filled: Path) -> None:
     assert "code.k:\n" in str(found)
     assert set(one.fingerprint) == {"code", "weights", "inputs", "options", "environment"}
     versions = json.loads(one.fingerprint["environment"])
-    assert versions["ovshim"] == ovshim.__version__
+    assert versions["ovshim"] == exact_version()
     assert versions["torch"] == torch.__version__
+
+
+def test_what_other_sources_have_made_is_not_used(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = make(Scaled), torch.randn(2, 8)
+    for sources, told in (("one", "miss"), ("one", "hit"), ("other", "miss"), ("one", "hit")):
+        monkeypatch.setattr(job, "exact_version", lambda sources=sources: sources)
+        fast = ovshim.accelerate(module, x, cache_dir=root, prefer="openvino")
+        assert ovshim.explain(fast).plans[0]["cache"] == told
+    found = cache.why_miss(*cache.entries(root), root)
+    assert found.parts == {"environment.ovshim": ("one", "other")}
 
 
 def test_what_cannot_be_keyed_is_not_cached_and_says_so(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import ovshim
-from ovshim import helper
+from ovshim import helper, version
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -19,6 +19,26 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 
 def test_the_version_is_the_distributions() -> None:
     assert ovshim.__version__ == PROJECT["project"]["version"]
+
+
+def test_the_sources_are_part_of_the_exact_version(tmp_path: Path) -> None:
+    package = Path(ovshim.__file__).parent
+    assert version.exact_version() == f"{ovshim.__version__}+{version.sources_of(package)}"
+    copied, seen = tmp_path / "ovshim", set[str]()
+    (copied / "deep").mkdir(parents=True)
+
+    def write(name: str, text: str) -> None:
+        (copied / name).write_text(text)
+        seen.add(version.sources_of(copied))
+
+    write("a.py", "1")
+    write("deep/a.py", "1")
+    write("deep/a.py", "2")
+    (copied / "a.py").rename(copied / "b.py")
+    seen.add(version.sources_of(copied))
+    assert len(seen) == 4
+    write(version.WRITTEN, "3")
+    assert len(seen) == 4
 
 
 def test_every_public_name_is_there() -> None:
