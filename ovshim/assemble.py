@@ -226,7 +226,16 @@ def matcher_of(
     return compile_matcher(kind, pattern, [*size_guards, *open_], ordered=ordered)
 
 
-def _add_exact(job: Job, served: Served, record: Record, entry: Entry | None, source: Path) -> None:
+def _add_exact(
+    job: Job,
+    served: Served,
+    record: Record,
+    entry: Entry | None,
+    source: Path,
+    below: float | None = None,
+) -> None:
+    """See `tiny.add_exact`."""
+
     def compiled(further: Mapping[str, Any], sizes: Sequence[Sequence[int]]) -> Engine:
         return _compiled(job, source, record, job.hint, None, further, sizes)
 
@@ -234,7 +243,7 @@ def _add_exact(job: Job, served: Served, record: Record, entry: Entry | None, so
         draws = 1 if job.lowering is not None and job.lowering.samples is not None else 3
         prove_values(eager_of(job, record.views), exact, job.tensors, job.check_time, draws)
 
-    add_exact(job, served, record, entry, compiled, prove)
+    add_exact(job, served, record, entry, compiled, prove, below)
 
 
 def plan_of(
@@ -269,7 +278,6 @@ def plan_of(
         precision_run=job.precision_run,
         lowered=record.lowered,
         modules=job.modules_run,
-        way=job.way,
         warnings=job.warnings,
         error=record.error,
         cache=cache,
@@ -284,7 +292,10 @@ def plan_of(
         seconds=job.seconds,
     )
     served.engine.check(by_engine.values())
-    decide(job, plan, record, entry)
+    decide(
+        job, plan, record, entry, lambda s: _add_exact(job, served, record, entry, graph.source, s)
+    )
+    plan.way = job.way
     add_rival(job, plan, record, entry)
     return plan
 

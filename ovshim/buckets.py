@@ -16,7 +16,8 @@ from ovshim.signature import Pattern
 
 __all__ = ["Bucket", "compile_bucket", "compile_sizes", "open_groups"]
 
-Bucket = int | tuple[int, ...]
+Bucket = int | tuple[int, ...] | str
+"""The text is of sizes that have a graph of their own: they are looked at apart."""
 
 _EQUAL = re.compile(r"s(\d+)\[(\d+)\] == s(\d+)\[(\d+)\]")
 

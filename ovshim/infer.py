@@ -136,6 +136,7 @@ class Engine:
         self._bindable = bindable_outputs(compiled, self._fresh)
         self.checked: frozenset[int] = frozenset()
         self.exact: Engine | None = None
+        self.exact_sizes: list[torch.Size] | None = None
         self.rival: Rival | None = None
         self._wake: Callable[[], Any] | None = None
         self._is_exact: Callable[[Sequence[torch.Tensor]], bool] | None = None
@@ -167,7 +168,7 @@ class Engine:
         if engine.queues:
             scope["engine"] = engine
             same.append("not engine._pool.busy()")
-        self.exact = engine
+        self.exact, self.exact_sizes = engine, [torch.Size(size) for size in sizes]
         self._is_exact = eval(f"lambda tensors: {' and '.join(same)}", scope)
 
     def rest(self, wake: Callable[[], Any]) -> None:

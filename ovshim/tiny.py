@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,12 +116,14 @@ def add_exact(
     entry: Entry | None,
     compiled: Callable[[Mapping[str, Any], Sequence[Sequence[int]]], Engine],
     prove: Callable[[Served], Any],
+    below: float | None = None,
 ) -> None:
     """Let calls of the example's sizes be served by a graph of their own, where that is faster.
 
     Args:
         compiled: compiles the graph with further properties and for these sizes of its inputs.
         prove: raises where that is wrong.
+        below: also where it is not tiny, if it takes less than so many seconds.
     """
     if (
         job.way is None
@@ -133,14 +136,17 @@ def add_exact(
     known = next((way for way in ways if noted.endswith(way)), None)
     if known is not None:
         ways = {known: ways[known]}
-    elif not job.tiny:
+    elif not job.tiny and below is None:
         return
     inputs = [job.leaves[i] for i in job.kind.distinct]
     sizes = [tuple(tensor.shape) for tensor in inputs]
     try:
         with job.stage("compile"):
             engines = {way: compiled(more, sizes) for way, more in ways.items()}
-        best = known or _best(served.engine, engines, inputs, job.options.hint == "throughput")
+        most = math.inf if below is None else below
+        if job.options.hint == "throughput":
+            most = min(most, _TINY_SECONDS)
+        best = known or _best(served.engine, engines, inputs, most)
         if best is None:
             return
         with job.stage("proof"):
@@ -174,12 +180,13 @@ def _ways_of_exact(
 
 
 def _best(
-    usual: Engine, engines: Mapping[str, Engine], inputs: Sequence[torch.Tensor], streams: bool
+    usual: Engine, engines: Mapping[str, Engine], inputs: Sequence[torch.Tensor], most: float
 ) -> str | None:
-    """The fastest way; None where none is clearly faster than the usual one."""
+    """The fastest way; None where none is clearly faster than the usual one, or it takes more than
+    so many seconds."""
     before, *medians = _medians([usual, *engines.values()], inputs)
     seconds, best = min(zip(medians, engines, strict=True), default=(before, None))
-    if before <= _MARGIN * seconds or (streams and seconds > _TINY_SECONDS):
+    if before <= _MARGIN * seconds or seconds > most:
         return None
     return best
 

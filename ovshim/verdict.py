@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from ovshim.race import Finish, race
 from ovshim.reasons import Reason, reason
 from ovshim.record import Record
 from ovshim.shortcut import raced
-from ovshim.signature import sizes_of
 from ovshim.unmet import Unmet
 
 __all__ = ["EntryNotes", "decide", "placed", "slower"]
+
+# Sizes that are left open cost a small graph up to a fifth: what loses by no more may win without.
+_NEAR = 1.25
 
 
 class EntryNotes:
@@ -73,9 +75,20 @@ class EntryNotes:
         later(lambda: self._store.amend(self._entry, section, value))
 
 
-def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
+def decide(
+    job: Job,
+    plan: Plan,
+    record: Record,
+    entry: Entry | None,
+    add_exact: Callable[[float], Any],
+) -> None:
     """Lay out the plan's lanes: all sizes that were proved are open if OpenVINO is preferred; else
-    those that have won, and the example's sizes are raced now."""
+    those that have won, and the example's sizes are raced now.
+
+    Args:
+        add_exact: lets the example's sizes have a graph of their own, where its calls take less
+            than so many seconds.
+    """
     plan.bucket, of_sizes = compile_bucket(record.pattern, record.size_guards)
     plan.key = plan.bucket
     plan.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
@@ -84,43 +97,74 @@ def decide(job: Job, plan: Plan, record: Record, entry: Entry | None) -> None:
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
     if plan.raced:
         for bucket in plan.lanes:
-            known = Finish.of_json(record.race.get(_where(bucket, job.grad, placed(job.options))))
+            known = _known(job, record, bucket)
             if known is not None:
                 plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
-        bucket = of_sizes(sizes_of(job.leaves))
-        plan.medians = _race_example(job, plan, record, bucket)
         plan.key = compile_sizes(record.pattern, record.size_guards)
-        plan.unmet = Unmet(plan.key(job.tensors), bucket, *plan.medians)
+        _race_example(job, plan, record, add_exact)
     plan.settle()
 
 
-def _race_example(job: Job, plan: Plan, record: Record, bucket: Bucket) -> tuple[float, float]:
-    """The medians of eager and of OpenVINO, in seconds."""
-    finish = Finish.of_json(record.race.get(_where(bucket, job.grad, placed(job.options))))
+def _race_example(job: Job, plan: Plan, record: Record, add_exact: Callable[[float], Any]) -> None:
+    """Who serves the example's sizes. A graph of their own is in a lane of its own: what wins by it
+    says nothing of other sizes, which the open one would serve."""
+    alone = _look_apart(job, plan)
+    bucket = plan.bucket(job.tensors)
+    finish = _known(job, record, bucket)
     if finish is None:
-        args, kwargs = job.arguments()
-
-        def candidate() -> Any:
-            # All that a call pays for beyond eager's own way to the method.
-            tensors = plan.match(args, kwargs)
-            holds = plan.generation is not None and plan.generation.holds()
-            if tensors is not None and plan.served and holds and plan.values_fit(tensors):
-                plan.key(tensors)
-                return plan.served.answer(tensors)
-            return None
-
-        with job.stage("race"), _fastest_mode(job, args, kwargs):
-            candidate()
-            ours = raced(plan, args, kwargs, otherwise=candidate)
-            eager = functools.partial(job.call, *args, **kwargs)
-            finish = race(eager, ours, job.race_seconds())
-        if plan.notes is not None:
-            plan.notes.raced(bucket, finish)
+        finish = _raced(job, plan, bucket)
+        if finish.lost and not alone and finish.candidate < _NEAR * finish.eager:
+            add_exact(finish.eager)
+            if _look_apart(job, plan):
+                plan.lanes[bucket] = Lane(True, raced=True, eager=True)
+                bucket = plan.bucket(job.tensors)
+                finish = _raced(job, plan, bucket)
+    plan.medians = finish.eager, finish.candidate
     plan.speedup = finish.eager / finish.candidate
+    plan.unmet = Unmet(plan.key(job.tensors), bucket, *plan.medians)
     plan.lanes[bucket] = Lane(True, raced=True, eager=finish.lost)
     if finish.lost:
         plan.reason = slower(finish)
-    return finish.eager, finish.candidate
+
+
+def _look_apart(job: Job, plan: Plan) -> bool:
+    """Give the example's sizes a bucket of their own, if they have a graph of their own."""
+    assert plan.served is not None
+    sizes = [job.leaves[i].shape for i in job.kind.distinct]
+    if plan.served.engine.exact_sizes != sizes or not any(None in dims for dims in plan.pattern):
+        return False
+    bucket, key, own = plan.bucket, plan.key, plan.key(job.tensors)
+    text = f"alone {list(map(list, sizes))}"
+    plan.bucket = lambda tensors: text if key(tensors) == own else bucket(tensors)
+    return True
+
+
+def _known(job: Job, record: Record, bucket: Bucket) -> Finish | None:
+    """How the race in this bucket has come out, if it was run."""
+    return Finish.of_json(record.race.get(_where(bucket, job.grad, placed(job.options))))
+
+
+def _raced(job: Job, plan: Plan, bucket: Bucket) -> Finish:
+    """Eager and OpenVINO on the example, now."""
+    args, kwargs = job.arguments()
+
+    def candidate() -> Any:
+        # All that a call pays for beyond eager's own way to the method.
+        tensors = plan.match(args, kwargs)
+        holds = plan.generation is not None and plan.generation.holds()
+        if tensors is not None and plan.served and holds and plan.values_fit(tensors):
+            plan.key(tensors)
+            return plan.served.answer(tensors)
+        return None
+
+    with job.stage("race"), _fastest_mode(job, args, kwargs):
+        candidate()
+        ours = raced(plan, args, kwargs, otherwise=candidate)
+        eager = functools.partial(job.call, *args, **kwargs)
+        finish = race(eager, ours, job.race_seconds())
+    if plan.notes is not None:
+        plan.notes.raced(bucket, finish)
+    return finish
 
 
 def _fastest_mode(

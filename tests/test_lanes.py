@@ -25,7 +25,7 @@ from modules import Mlp, make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import deferred, verdict
+from ovshim import deferred, parts, tiny, verdict
 from ovshim.buckets import compile_bucket, compile_sizes
 from ovshim.lanes import Lane
 from ovshim.race import Finish
@@ -240,6 +240,74 @@ def test_a_race_is_of_one_way_to_place_the_graph(monkeypatch: pytest.MonkeyPatch
             wait_for_notes()
             assert paths(fast) == ["openvino"]
             assert len(races) == count
+
+
+LOST, WON = Finish(1.0, 1.2, 0.8, 0.9), Finish(2.0, 1.0, 1.9, 2.1)
+
+
+@pytest.fixture
+def races(monkeypatch: pytest.MonkeyPatch) -> list[Finish]:
+    """How the next races come out; one that is not foreseen fails."""
+    coming: list[Finish] = []
+    monkeypatch.setattr(verdict, "race", lambda *_: coming.pop(0))
+    return coming
+
+
+def test_what_wins_for_the_examples_sizes_says_nothing_of_others(
+    exact_wins: list[Any], races: list[Finish]
+) -> None:
+    del exact_wins
+    module = make(Mlp)
+    races.append(WON)
+    fast = ovshim.accelerate(module, torch.randn(5, 8), cache_dir=None)
+    (plan,) = standing(fast)
+    assert plan.bucket([torch.empty(5, 8)]) == "alone [[5, 8]]"
+    assert plan.bucket([torch.empty(6, 8)]) == 3
+    check(fast, module, torch.randn(5, 8))
+    assert plan.open == {5}
+    plan.unmet._left = 1e3
+    for _ in range(30):
+        check(fast, module, torch.randn(6, 8), path=None)
+    assert eager_reasons(fast)["taking-turns"] >= 8  # the open graph is raced itself
+    assert plan.lanes[3]._samples is None
+
+
+def test_what_loses_by_little_competes_with_a_graph_for_its_sizes(
+    exact_wins: list[Any], races: list[Finish], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tiny, "_is_tiny", lambda call, times: False)
+    module, x = make(Mlp), torch.randn(5, 8)
+    for cache in ("miss", "hit"):
+        races += [LOST, WON] if cache == "miss" else []
+        fast = ovshim.accelerate(module, x, cache_dir=tmp_path)
+        (plan,) = standing(fast)
+        assert (plan.cache, plan.path, plan.speedup, races) == (cache, "openvino", 2.0, [])
+        assert plan.way.endswith("exact sizes in one thread")
+        assert exact_wins
+        check(fast, module, x)
+        check(fast, module, torch.randn(6, 8), path="eager", reason="slower")
+        wait_for_notes()
+
+
+@pytest.mark.parametrize("finish", [Finish(1.0, 1.3, 0.7, 0.8), LOST])
+def test_what_loses_by_more_is_left_to_eager(
+    finish: Finish,
+    exact_wins: list[Any],
+    races: list[Finish],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(tiny, "_is_tiny", lambda call, times: False)
+    monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
+    near = finish is LOST
+    module, x = make(Mlp), torch.randn(5, 8)
+    for cache in ("miss", "hit"):
+        races += ([finish, LOST] if near else [finish]) if cache == "miss" else []
+        fast = ovshim.accelerate(module, x, cache_dir=tmp_path)
+        assert (standing(fast)[0].cache, races) == (cache, [])
+        check(fast, module, x, path="eager", reason="slower")
+        assert bool(exact_wins) is near
+        wait_for_notes()
 
 
 def test_an_undecided_race_leaves_openvino_serving() -> None:
