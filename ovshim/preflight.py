@@ -1,8 +1,8 @@
 """One look at eager: what a call of the module gives, and what it does besides.
 
 A graph gives outputs and does nothing else. A module that does something else (writes to its
-inputs or buffers, keeps a counter, draws random numbers) is found here, by comparing the world
-before and after a call, and stays in eager with that reason.
+inputs or buffers, keeps a counter, draws random numbers, changes a setting of torch's) is found
+here, by comparing the world before and after a call, and stays in eager with that reason.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from torch import nn
 from ovshim.attributes import Attributes, tensors_of
 from ovshim.containers import opened
 from ovshim.modes import Drawing, Writes, without_drawing
-from ovshim.random_generators import GeneratorStates, drawn_by, watched
+from ovshim.random_generators import GeneratorStates, drawn_by
 from ovshim.reasons import Reason, reason
+from ovshim.settings import Settings
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 from ovshim.views import overlaps, storage_of
+from ovshim.watched import Seen, watched
 
 __all__ = ["Look", "Sources", "look", "place_of", "sources", "used_up"]
 
@@ -71,6 +73,8 @@ class Look:
         undo: puts attributes back to what they were before the call.
         made: attributes that are not what they were before the call, by path; None where a list, a
             dict or a set was written to, hooks left out.
+        drew: generators of random numbers that it draws from; of a call of the user's, those that
+            have moved, whoever drew.
         reason: why this module cannot be served by a graph, or None.
     """
 
@@ -81,6 +85,7 @@ class Look:
     sources: list[Sources | None]
     overlaps: tuple[tuple[int, int], ...] = ()
     seconds: float
+    drew: frozenset[str] = frozenset()
     reason: Reason | None = None
     undo: Callable[[], None]
     made: Callable[[], dict[str, Any] | None]
@@ -92,6 +97,7 @@ def look(
     inputs: Sequence[torch.Tensor],
     restore: bool,
     apart: bool = False,
+    suspected: frozenset[str] = frozenset(),
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
@@ -104,21 +110,25 @@ def look(
             generators are theirs too: they are neither compared nor put back. An operator that
             would draw from torch's is not run, and this thread is watched for Python's. (What
             NumPy's gives shows in the output: two calls then differ.)
+        suspected: generators that an earlier call may have drawn from, or may have left where the
+            next one leaves them.
 
     Raises:
         whatever the module raises.
     """
     world = _World(module, inputs, restore)
-    found = Look()
+    found, seen = Look(), Seen()
     found.undo, found.made = world.put_back_attributes, world.made_attributes
     started = time.perf_counter()
     try:
         if apart:
-            with watched() as drew:
+            with watched() as seen:
                 output = without_drawing(call)
-            found.reason = reason("random") if drew else None
+        elif restore:
+            with watched() as seen:
+                output = world.keeping(call)
         else:
-            output = world.keeping(call) if restore else call()
+            output = call()
     except Drawing:
         output = None
         found.reason = reason("random")
@@ -129,10 +139,14 @@ def look(
     finally:
         found.seconds = time.perf_counter() - started
         try:
-            found.reason = found.reason or world.difference(call if restore else None, apart)
+            again = call if restore else None
+            found.reason = found.reason or world.difference(again, apart, seen, suspected)
         finally:  # it calls as well
+            found.drew = world.drew
             if restore:
                 world.put_back()
+            if restore or apart:
+                world.settings.put_back(world.settings_of(seen, apart))
     try:
         _describe(found, output, inputs, world)
     except Exception as error:  # a fault of ours must not take away the user's answer
@@ -240,6 +254,7 @@ class _World:
         self.parameters = [t for _, t in parameters]
         self.attributes = [Attributes(name, m) for name, m in modules]
         self.generators = GeneratorStates()
+        self.settings = Settings()
         # Not parameters: another thread may be at them, and its update must not be undone. Those
         # that this thread writes to are copied just before.
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -255,14 +270,29 @@ class _World:
         with writes:
             return call()
 
-    def difference(self, call: Callable[[], Any] | None, apart: bool) -> Reason | None:
+    def difference(
+        self,
+        call: Callable[[], Any] | None,
+        apart: bool,
+        seen: Seen,
+        suspected: frozenset[str],
+    ) -> Reason | None:
         """What the call has changed. `call` may be called again to find out."""
         written = self._written_to()
-        if not apart:
-            self.drew = self.generators.moved()
+        settings = [*self.settings_of(seen, apart), *seen.set_again()]
+        if written is None and settings:
+            written = reason("mutates-setting", f"torch.{settings[0]}")
+        if apart:
+            self.drew = frozenset(seen.generators)
+        else:
+            self.drew = self.generators.moved() | seen.generators | suspected
             if self.drew and call is not None:
                 self.drew = drawn_by(call, self.drew)
         return written or (reason("random") if self.drew else None)
+
+    def settings_of(self, seen: Seen, apart: bool) -> list[str]:
+        """Those that the call has changed; of a copy's, what other threads set meanwhile is not."""
+        return [name for name in self.settings.changed() if not apart or name in seen.settings]
 
     def _written_to(self) -> Reason | None:
         for i, (tensor, version) in enumerate(self.inputs):

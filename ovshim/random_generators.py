@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -14,13 +13,12 @@ import numpy as np
 import torch
 
 from ovshim.modes import Operators
+from ovshim.watched import watched
 
-__all__ = ["GeneratorStates", "drawn_by", "seeded", "watched"]
+__all__ = ["GeneratorStates", "drawn_by", "seeded"]
 
 # Calls of which each was disturbed, and nobody seen who did it, until it is taken for their own.
 _TRIES = 3
-# The generator behind the functions of `random`.
-_SHARED: Any = random.random.__self__  # type: ignore[attr-defined]  # typeshed has a function
 
 
 class GeneratorStates:
@@ -70,12 +68,12 @@ def seeded(names: Collection[str]) -> Iterator[None]:
 
 
 def drawn_by(call: Callable[[], Any], moved: Collection[str]) -> frozenset[str]:
-    """From which of the generators that have moved in a call it was the call that drew. It is made
-    again, more than once where nobody is seen to draw.
+    """From which of the generators that have moved in a call it was the call that drew, or that
+    seeded them. It is made again, more than once where nobody is seen to draw.
 
-    Of torch's its operators tell. Python's functions are seen when Python calls them, NumPy's are
-    never. So a generator that a call leaves where it stood is not the call's, nor is one that moves
-    as well while nothing is called.
+    Of torch's its operators tell. Python's functions are seen when Python calls them, as torch's
+    seeding is; NumPy's are never. So a generator that a call leaves where it stood is not the
+    call's, nor is one that moves as well while nothing is called.
 
     Raises whatever the call raises.
     """
@@ -87,7 +85,7 @@ def drawn_by(call: Callable[[], Any], moved: Collection[str]) -> frozenset[str]:
         with Operators() as operators, watched() as seen:
             call()
         seconds = time.perf_counter() - started
-        drawn.update(seen, ("torch",) if operators.drawn else ())
+        drawn.update(seen.generators, ("torch",) if operators.drawn else ())
         suspected = (suspected & before.moved()) - drawn
         before = GeneratorStates()
         if suspected:
@@ -104,22 +102,3 @@ def _step(names: Collection[str]) -> None:
         random.random()
     if "numpy" in names:
         np.random.random_sample()
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[set[str]]:
-    """Gives a set that names Python's generator once this thread is seen to draw from it."""
-    seen: set[str] = set()
-
-    def watch(frame: Any, event: str, called: Any) -> None:
-        if event == "c_call" and getattr(called, "__self__", None) is _SHARED:
-            seen.add("python")
-
-    if sys.getprofile() is not None:  # a profiler's, which need not be one that Python can set
-        yield seen
-        return
-    sys.setprofile(watch)
-    try:
-        yield seen
-    finally:
-        sys.setprofile(None)

@@ -74,6 +74,10 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "The module changes an attribute of itself or of another object.",
             "Return the value instead, or guard the write so that it happens in training only.",
         ),
+        "mutates-setting": Sentence(
+            "The module changes a setting of torch's that the whole program shares.",
+            "Set it once, outside of forward.",
+        ),
         "nondeterministic": Sentence(
             "The module answered the same inputs in two different ways.",
             "Make forward depend on its arguments alone.",

@@ -36,7 +36,8 @@ def seen_twice(job: Job) -> Look:
             if again.reason is None:
                 raise BuildStopped(reason("stale", "weights changed while the module ran"))
         elif first.reason is not None and first.reason.code == "random":
-            first = trial(job)  # in a call of the user's, nobody can tell who drew
+            # In a call of the user's, nobody can tell who drew.
+            first = trial(job, suspected=first.drew)
         second = first if first.reason is not None else _packing_refused(job)
     except BuildStopped:
         raise
@@ -70,12 +71,19 @@ def _is_wide(leaf: Any) -> bool:
     return not (isinstance(leaf, torch.Tensor) and leaf.dtype in narrow)
 
 
-def trial(job: Job, leaves: Sequence[Any] | None = None, keep: bool = False) -> Look:
+def trial(
+    job: Job,
+    leaves: Sequence[Any] | None = None,
+    keep: bool = False,
+    suspected: frozenset[str] = frozenset(),
+) -> Look:
     """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
     given = job.copies() if leaves is None else job.kind.requiring(leaves)
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
     if job.apart is None:
-        seen = look(job.module, lambda: job.call_with(given), tensors, restore=True)
+        seen = look(
+            job.module, lambda: job.call_with(given), tensors, restore=True, suspected=suspected
+        )
     else:
         args, kwargs = job.arguments(given)
         call = job.apart.resolve()

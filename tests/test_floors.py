@@ -57,6 +57,8 @@ FLOORS: dict[str, set[str]] = {
         "special_mode",
         "modes",
         "random_generators",
+        "settings",
+        "watched",
         "fingerprint",
         "cache",
         "onnx_module",

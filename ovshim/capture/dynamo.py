@@ -19,6 +19,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ def capture(request: Request) -> Captured:
     Raises:
         CaptureError: Dynamo or OpenVINO refuses.
     """
+    if not isinstance(request.call, MethodType):  # a `forward` that was put on the instance
+        raise CaptureError(reason("capture-failed", "forward is not a method"), harmless=True)
     broader = [
         frozenset(d for d in dims if tensor.shape[d] != 1)
         for tensor, dims in zip(request.tensors, request.dynamic, strict=True)

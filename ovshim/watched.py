@@ -1,0 +1,68 @@
+"""What a call does besides that shows in nothing but its calls of C functions: it draws numbers
+from Python's generator, seeds torch's as it is seeded, sets what is set so already."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ovshim.settings import SETTERS, setting
+
+__all__ = ["Seen", "watched"]
+
+# The generator behind the functions of `random`.
+_SHARED: Any = random.random.__self__  # type: ignore[attr-defined]  # typeshed has a function
+_SEEDS = frozenset({"manual_seed", "seed", "set_state"})
+
+
+@dataclasses.dataclass
+class Seen:
+    """What this thread was seen to do.
+
+    Attributes:
+        generators: from which it draws, or which it seeds: "python", "torch".
+        settings: what it sets (`settings.SETTERS`), and whether that was ever set otherwise.
+    """
+
+    generators: set[str] = dataclasses.field(default_factory=set)
+    settings: dict[str, bool] = dataclasses.field(default_factory=dict)
+
+    def set_again(self) -> list[str]:
+        """Settings that were set to what they were, each time: no block that sets them back."""
+        return [name for name, otherwise in self.settings.items() if not otherwise]
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Seen]:
+    """Gives what is seen of this thread while it is entered; nothing under a profiler."""
+    seen = Seen()
+    before: dict[str, Any] = {}
+
+    def watch(frame: Any, event: str, called: Any) -> None:
+        if event == "c_call":
+            owner, name = getattr(called, "__self__", None), called.__name__
+            if owner is _SHARED:
+                seen.generators.add("python")
+            elif owner is torch.default_generator and name in _SEEDS:
+                seen.generators.add("torch")
+            elif name in SETTERS:
+                before[name] = setting(SETTERS[name])
+        elif event == "c_return" and called.__name__ in before:
+            known = SETTERS[called.__name__]
+            otherwise = before.pop(called.__name__) != setting(known)
+            seen.settings[known] = seen.settings.get(known, False) or otherwise
+
+    if sys.getprofile() is not None:  # a profiler's, which need not be one that Python can set
+        yield seen
+        return
+    sys.setprofile(watch)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(None)
