@@ -298,5 +298,6 @@ def test_a_choice_of_variables_in_a_long_function(names: int) -> None:
     found: dict[str, types.FunctionType] = {}
     for asked in ('("A" if flag else "B")', '"B"'):
         exec(f"def f(flag):\n{lines}\n    return {asked} in environ", found)
-        expected = None if "if" in asked else ["B"]
-        assert variables([found["f"].__code__]) == expected
+        # Newer Pythons write the end of the function down twice, with a name for each.
+        expected = (None, ["A", "B"]) if "if" in asked else (["B"],)
+        assert variables([found["f"].__code__]) in expected
