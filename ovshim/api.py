@@ -14,6 +14,7 @@ from ovshim import early, runtime
 from ovshim.checks import no_module
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
+from ovshim.hooks import is_loaded
 from ovshim.options import (
     OptionFields,
     Options,
@@ -189,6 +190,9 @@ def _check_module(module: Any, options: Options) -> None:
         allowed = "a module that torch.jit.freeze has not made"
         remedy = "Accelerate the module that was scripted, or one that holds it."
         raise OptionError("module", type(module).__qualname__, allowed, remedy)
+    if is_loaded(module):
+        remedy = "It runs in OpenVINO already: call it as it is."
+        raise OptionError("module", type(module).__qualname__, "a module that has code", remedy)
     for name in options.methods:
         if not callable(getattr(module, name, None)):
             raise OptionError(

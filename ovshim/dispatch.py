@@ -53,7 +53,7 @@ class Dispatcher(Unplanned):
     """
 
     rests = True
-    # Whether there is an eager that `disabled()` can leave calls to.
+    # Whether there is an eager that builds and `disabled()` can leave calls to.
     _yields = True
     _laying: Laying | None = None
 
@@ -72,10 +72,10 @@ class Dispatcher(Unplanned):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `original(*args, **kwargs)` would answer. The hot path."""
-        if building.running:
+        if building.running and self._yields:
             if building_here():
                 return self.original(*args, **kwargs)
-            if self._yields and switched_off():
+            if switched_off():
                 return self.in_eager(OFF, args, kwargs)
         rest = self._at_rest
         if (  # not asked by a method of its own, which would take as long again
@@ -150,9 +150,9 @@ class Dispatcher(Unplanned):
                 and where eager is faster. Values that the engine looks for by itself are looked
                 for here then: it would refuse those of other calls with them.
         """
-        if building_here() or self.module.training or in_special_mode():
+        if self.module.training or in_special_mode():
             return None
-        if building.running and self._yields and switched_off():
+        if building.running and self._yields and (building_here() or switched_off()):
             return None
         for plan in self._plans[_grad_enabled()]:
             tensors = plan.match(args, kwargs)

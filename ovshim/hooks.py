@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from ovshim.reasons import Reason, reason
 from ovshim.scripted import is_plain
 
-__all__ = ["are_called", "inner_hooks", "is_recorded", "obstacle"]
+__all__ = ["are_called", "inner_hooks", "is_loaded", "is_recorded", "obstacle"]
 
 _RECORDING = "transformers.utils.output_capturing"
 
@@ -31,6 +31,9 @@ def obstacle(module: nn.Module) -> Reason | None:
     except TypeError as error:  # for a set; with __eq__ there may be no __hash__
         return reason("capture-failed", str(error))
     for name, inner in below:
+        if is_loaded(inner):
+            text = f"{name} was loaded from an artifact and has no code"
+            return reason("capture-failed", text)
         if are_called(inner._forward_hooks) or inner._forward_pre_hooks:
             return reason("inner-hooks", name)
         if not is_plain(inner) and getattr(inner, "training", False):
@@ -38,6 +41,11 @@ def obstacle(module: nn.Module) -> Reason | None:
         if inner._forward_hooks and is_recorded():
             return reason("inner-hooks", f"{name}, which a model around this one records")
     return None
+
+
+def is_loaded(module: nn.Module) -> bool:
+    """Whether `ovshim.load` has made it: it runs in OpenVINO, and eager has nothing to run."""
+    return bool(getattr(type(module), "of_artifact", False))
 
 
 def inner_hooks(root: nn.Module, modules: Iterable[nn.Module]) -> Iterable[Any]:

@@ -88,9 +88,11 @@ class Loaded(nn.Module):
     Attributes:
         name: of the class that was saved.
         directory: the artifact.
+        of_artifact: see `hooks.is_loaded`.
     """
 
     name = ""
+    of_artifact = True
 
     def __init__(self, directory: Path) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import as_it_runs, falls_back, run_python, same
+from checks import as_it_runs, check, falls_back, run_python, same
 from modules import (
     Attention,
     Branches,
@@ -285,6 +285,28 @@ def test_options_that_mean_nothing_here(saved: Path, name: str, value: Any) -> N
     with pytest.raises(OptionError) as caught:
         ovshim.load(saved, **{name: value})
     assert caught.value.name == name
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"prefer": "openvino"}], ids=str)
+@pytest.mark.parametrize("shown", [True, False])
+def test_within_an_accelerated_module(
+    saved: Path, mlp: nn.Module, options: dict[str, Any], shown: bool
+) -> None:
+    module, x = nn.Sequential(ovshim.load(saved), nn.Tanh()).eval(), torch.randn(3, 8)
+    with falls_back("capture-failed"):
+        fast = ovshim.accelerate(module, *([x] if shown else []), **options)
+        for _ in range(3):
+            check(fast, nn.Sequential(mlp, nn.Tanh()), x, path="eager", reason="capture-failed")
+    assert module[0].ovshim.stats()["openvino"] >= 3
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_there_is_nothing_to_accelerate(saved: Path, mlp: nn.Module, inplace: bool) -> None:
+    loaded, x = ovshim.load(saved), torch.randn(3, 8)
+    with pytest.raises(OptionError, match="runs in OpenVINO already"):
+        ovshim.accelerate(loaded, x, inplace=inplace)
+    with torch.inference_mode():
+        same(loaded(x), mlp(x))
 
 
 def test_options_that_do(saved: Path) -> None:
