@@ -73,13 +73,17 @@ def generation_of(job: Job, record: Assumptions, classes: Iterable[type] = ()) -
     try:
         # An ONNX model has no code, and what OpenVINO reads of it neither.
         follow = record.route.startswith("traced")
-        return Generation(
+        generation = Generation(
             job.module, record.value_guards, roots, record.code, job.grad, follow, classes
         )
     except ValueError as error:
         raise BuildStopped(reason("untracked-weights", str(error))) from error
     except UnwatchableError as error:
         raise BuildStopped(reason("capture-failed", f"traced, and {error}")) from error
+    if generation.asks_layout and any(getattr(leaf, "layout", "") for leaf in job.kind.leaves):
+        # Which are read, and whether more than their order, nobody says.
+        raise BuildStopped(reason("value-dependent", "the strides of an input are read"))
+    return generation
 
 
 def engine_of(job: Job, source: Path, record: Record, entry: Entry | None) -> Engine:
@@ -215,15 +219,13 @@ def eager_of(job: Job, views: Views) -> Eager:
     return Eager(job.module, job.method, job.call, job.kind, job.leaves, job.tolerance, views)
 
 
-def matcher_of(
-    kind: Kind, pattern: Pattern, size_guards: Sequence[str], ordered: Sequence[str]
-) -> Matcher:
+def matcher_of(kind: Kind, pattern: Pattern, size_guards: Sequence[str], graph: Graph) -> Matcher:
     """Tells which calls a plan is for."""
     # It never meets a size of 0 that its proof has not seen: kernels differ there.
     open_ = [
         f"s{t}[{d}] > 0" for t, dims in enumerate(pattern) for d, n in enumerate(dims) if n is None
     ]
-    return compile_matcher(kind, pattern, [*size_guards, *open_], ordered=ordered)
+    return compile_matcher(kind, pattern, [*size_guards, *open_], graph.ordered, graph.strict)
 
 
 def _add_exact(
@@ -259,14 +261,14 @@ def plan_of(
     Args:
         cache: "hit" or "miss"; "off" without an entry.
     """
-    graph = _graph_of(job, served, record)
+    graph = _graph_of(job, served, record, generation)
     _add_exact(job, served, record, entry, graph.source)
     inputs = range(len(job.tensors)) if served.inputs is None else served.inputs
     by_engine = {i: n for n, i in enumerate(inputs) if i in usual(job.tensors, record.limits)}
     plan = Plan(
         kind=job.kind,
         pattern=record.pattern,
-        match=matcher_of(job.kind, record.pattern, record.size_guards, graph.ordered),
+        match=matcher_of(job.kind, record.pattern, record.size_guards, graph),
         values_fit=compile_value_check(job.tensors, record.limits),
         other_values_fit=compile_value_check(job.tensors, record.limits, beside=by_engine),
         served=served,
@@ -300,7 +302,7 @@ def plan_of(
     return plan
 
 
-def _graph_of(job: Job, served: Served, record: Record) -> Graph:
+def _graph_of(job: Job, served: Served, record: Record, generation: Generation) -> Graph:
     assert job.source is not None
     return Graph(
         source=job.source,
@@ -311,6 +313,7 @@ def _graph_of(job: Job, served: Served, record: Record) -> Graph:
         dtypes=record.dtypes,
         limits=record.limits,
         ordered=tuple(ordered_keywords(job.call, job.arguments()[1])),
+        strict=generation.asks_layout,
         leaves=job.leaves,
         met=record.met,
         # int8 is right within the range that calibration has shown it.

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 import dis
+import sys
 import types
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-__all__ = ["copied_defaults", "is_torchs", "methods", "variables"]
+__all__ = ["calls_method", "copied_defaults", "is_torchs", "methods", "own", "variables"]
 
 
 def methods(
@@ -94,6 +95,28 @@ def _named(
         if depth <= 1:  # what comes above it is another argument, or is joined with it
             return steps[n] if depth < 1 else None
     return None
+
+
+def calls_method(code: types.CodeType, names: frozenset[str]) -> bool:
+    """Whether this code, or code within it, calls a method of such a name. A mere attribute is
+    none, as the `stride` of a convolution."""
+    if not names.isdisjoint(code.co_names):
+        for step in dis.get_instructions(code):
+            if step.argval in names and _loads_method(step):
+                return True
+    within = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return any(calls_method(const, names) for const in within)
+
+
+def _loads_method(step: dis.Instruction) -> bool:
+    if sys.version_info < (3, 12):
+        return step.opname == "LOAD_METHOD"
+    return step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
+
+
+def own(functions: Iterable[types.FunctionType]) -> Iterator[types.FunctionType]:
+    """Those that are not torch's."""
+    return (f for f in functions if not (f.__module__ or "").startswith("torch."))
 
 
 def is_torchs(cls: type) -> bool:

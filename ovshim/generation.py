@@ -20,7 +20,14 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ovshim.captured_code import copied_defaults, is_torchs, methods, variables
+from ovshim.captured_code import (
+    calls_method,
+    copied_defaults,
+    is_torchs,
+    methods,
+    own,
+    variables,
+)
 from ovshim.classes import classes_of, snapshot
 from ovshim.conditions import Conditions
 from ovshim.dict_versions import add_order, add_unless_written, ordered_keys
@@ -58,6 +65,8 @@ _STATES = frozenset(
 # that is gone raises; users' `__eq__` may raise anything. Either way something was replaced, for
 # what is the same object is not compared.
 _RAISED = Exception
+# Methods of tensors by which code may do otherwise for other strides.
+_OF_LAYOUT = frozenset({"stride", "is_contiguous"})
 
 
 class Generation:
@@ -69,6 +78,9 @@ class Generation:
         grad: whether it matters which tensors require grad.
         follow: whether the guards do not say what was read, so that all that could be is watched.
         classes: further ones whose code was captured, of objects that no guard leads to.
+
+    Attributes:
+        asks_layout: whether its code, torch's own aside, asks for the strides of tensors.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
@@ -117,6 +129,7 @@ class Generation:
         classes = (*self._watch.classes, *self._reached.classes, *classes)
         self._classes = snapshot(classes_of(self._modules, classes))
         reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
+        self.asks_layout = any(calls_method(f.__code__, _OF_LAYOUT) for f in own(self._functions))
         whole = self._watch.reads_environment
         self._variables = None if whole else variables(f.__code__ for f in self._functions)
         self._watch_tensors()

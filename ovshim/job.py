@@ -231,8 +231,9 @@ class Job(Wanted):
         return [next(given) if isinstance(x, torch.Tensor) else x for x in self.leaves]
 
     def copies(self) -> list[Any]:
-        """The example's leaves with copies of their tensors; what is one object stays one."""
-        made = {id(t): t.detach().clone() for t in self.tensors}
+        """The example's leaves with copies of their tensors, that lie in memory as these do; what
+        is one object stays one."""
+        made = {id(t): _copy(t.detach()) for t in self.tensors}
         copies = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
         return self.kind.requiring(copies)
 
@@ -245,6 +246,13 @@ class Job(Wanted):
                 if other != mine and (t, d) not in pinned:
                     dynamic[t].add(d)
         self.dynamic = tuple(frozenset(dims) for dims in dynamic)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    made = tensor.clone()
+    if made.stride() == tensor.stride() or 0 in tensor.stride():  # nobody can write to such
+        return made
+    return torch.empty_strided(made.shape, tensor.stride(), dtype=made.dtype).copy_(made)
 
 
 def versions() -> dict[str, str]:

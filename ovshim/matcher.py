@@ -25,6 +25,7 @@ from ovshim.signature import (
     fits,
     flatten_call,
     kind_of,
+    layout_of,
     text_of,
     unflatten,
 )
@@ -48,7 +49,11 @@ Matcher = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[torch.Tensor, ...] 
 
 
 def compile_matcher(
-    kind: Kind, pattern: Pattern, size_guards: Sequence[str] = (), ordered: Sequence[str] = ()
+    kind: Kind,
+    pattern: Pattern,
+    size_guards: Sequence[str] = (),
+    ordered: Sequence[str] = (),
+    strict: bool = False,
 ) -> Matcher:
     """A function `(args, kwargs) -> tensors | None` for calls of this kind and these sizes.
 
@@ -57,10 +62,11 @@ def compile_matcher(
         pattern: sizes of its tensors, None for any.
         size_guards: further conditions over sizes, as expressions in `s<tensor>[<dimension>]`.
         ordered: keywords that have to come in this order (`shapes.ordered_keywords`).
+        strict: whether strides of contiguous tensors are asked for as well, of sizes of 1.
 
     Only plain strided `torch.Tensor`s on the CPU match: every other sort needs eager.
     """
-    writer = _Writer(kind, pattern, ordered)
+    writer = _Writer(kind, pattern, ordered, strict)
     accessible = writer.containers()
     if accessible is None:
         return _generic_matcher(kind, pattern, size_guards)
@@ -96,15 +102,19 @@ def compile_glance(kind: Kind, ordered: Sequence[str] = ()) -> Glance | None:
 class _Writer:
     """Writes the checks of a matcher, line by line."""
 
-    def __init__(self, kind: Kind, pattern: Pattern, ordered: Sequence[str]) -> None:
+    def __init__(
+        self, kind: Kind, pattern: Pattern, ordered: Sequence[str], strict: bool = False
+    ) -> None:
         self.kind = kind
         self.ordered = ordered
         self.pattern = pattern
+        self.strict = strict
         self.access: list[str] = []
         self.scope: dict[str, Any] = {
             "Tensor": torch.Tensor,
             "strided": torch.strided,
             "text_of": text_of,
+            "layout_of": layout_of,
         }
         self.tensor_names: list[str] = []
 
@@ -168,6 +178,9 @@ class _Writer:
 
     def _tensor(self, t: int, place: str, leaf: TensorLeaf) -> list[str]:
         self.scope[f"d{t}"] = leaf.dtype
+        otherwise = f"not a{t}.is_contiguous()"
+        if leaf.layout or self.strict:
+            otherwise = f"layout_of(a{t}) != {leaf.layout!r}"
         dims = [f"s{t}[{d}] != {n}" for d, n in enumerate(self.pattern[t]) if n is not None]
         asked = leaf.requires_grad is not None
         grad = f" or a{t}.requires_grad is not {leaf.requires_grad}" if asked else ""
@@ -175,7 +188,7 @@ class _Writer:
             f"    a{t} = {place}",
             f"    if type(a{t}) is not Tensor or a{t}.dtype is not d{t}"
             f" or not a{t}.is_cpu or a{t}.layout is not strided or a{t}.is_nested"
-            f" or a{t}.is_contiguous() is not {leaf.contiguous}{grad}: return None",
+            f" or {otherwise}{grad}: return None",
             f"    s{t} = a{t}.shape",
             f"    if {' or '.join([f'len(s{t}) != {leaf.rank}', *dims])}: return None",
         ]

@@ -125,6 +125,7 @@ class Graph:
         dtypes: of the computed tensors, in order.
         limits: the smallest and the largest integer that a tensor may hold, by its index.
         ordered: keywords that have to come in this order.
+        strict: whether strides of 1 are asked for as well (`compile_matcher`).
         leaves: an example of a call, flattened.
         met: the sizes of the calls at which it was proved.
         drawn: whether it was also proved with values drawn anew.
@@ -139,6 +140,7 @@ class Graph:
     dtypes: tuple[torch.dtype, ...]
     limits: Mapping[int, tuple[int, int]]
     ordered: tuple[str, ...]
+    strict: bool
     leaves: Sequence[Any]
     met: tuple[tuple[tuple[int, ...], ...], ...]
     drawn: bool

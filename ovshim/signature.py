@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -129,16 +130,44 @@ def unflatten_call(
 
 @dataclasses.dataclass(frozen=True)
 class TensorLeaf:
-    """A tensor of a call: its dtype, its rank, whether it is contiguous (a view of one that is not
-    may be refused by eager), the first leaf that is the very same object (its own index where
-    there is none: `attention(x, x, x)` is another kind than three tensors), and whether it requires
-    grad (None in calls without gradients, for which that is nothing)."""
+    """A tensor of a call: its dtype, its rank, how it lies in memory (`layout_of`), the first leaf
+    that is the very same object (its own index where there is none: `attention(x, x, x)` is another
+    kind than three tensors), and whether it requires grad (None in calls without gradients, for
+    which that is nothing)."""
 
     dtype: torch.dtype
     rank: int
-    contiguous: bool
+    layout: str
     same_as: int
     requires_grad: bool | None = None
+
+
+ODD = "odd"
+"""The layout of a tensor that is contiguous, with strides of its own where a size is 1: of a grey
+image in channels_last, say."""
+
+
+def layout_of(tensor: torch.Tensor) -> str:
+    """How a tensor lies in memory, as far as a view of it, or a question for its strides, may come
+    out otherwise: empty if it is contiguous in the usual strides, else `ODD`, or its dimensions
+    from the outermost in. `0-2-3-1` is an image in channels_last; dimensions between which there is
+    a gap (of a crop) are joined by a blank, and before a `/` the innermost one has gaps itself.
+    Those of size 1 are left out."""
+    if tensor.layout is not torch.strided:
+        return ""
+    sizes, strides = tensor.shape, tensor.stride()
+    if tensor.is_contiguous():
+        usual, expected = True, 1
+        for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+            usual = usual and stride == expected
+            expected *= max(size, 1)
+        return "" if usual else ODD
+    order = sorted((d for d, n in enumerate(sizes) if n != 1), key=lambda d: -strides[d])
+    joined = [
+        f"{a}-" if strides[a] == strides[b] * sizes[b] else f"{a} "
+        for a, b in itertools.pairwise(order)
+    ]
+    return f"{''.join(joined)}{order[-1]}{'' if strides[order[-1]] == 1 else '/'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +223,7 @@ class Kind:
 
     def __str__(self) -> str:
         leaves = ", ".join(
-            f"{_name(leaf.dtype)}r{leaf.rank}{'' if leaf.contiguous else ' strided'}"
+            f"{_name(leaf.dtype)}r{leaf.rank}{leaf.layout and f' strided {leaf.layout}'}"
             + (" grad" if leaf.requires_grad else "")
             + ("" if leaf.same_as == i else f"={leaf.same_as}")
             if isinstance(leaf, TensorLeaf)
@@ -228,10 +257,11 @@ def kind_of(leaves: Sequence[Any], structure: Structure, grad: bool = False) -> 
     found: list[TensorLeaf | Const] = []
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            dense = leaf.layout is not torch.strided or leaf.is_contiguous()
             same_as = first.setdefault(id(leaf), i)
             requires_grad = leaf.requires_grad if grad else None
-            found.append(TensorLeaf(leaf.dtype, leaf.dim(), dense, same_as, requires_grad))
+            found.append(
+                TensorLeaf(leaf.dtype, leaf.dim(), layout_of(leaf), same_as, requires_grad)
+            )
         elif isinstance(leaf, _CONSTANTS):
             found.append(Const(type(leaf), text_of(leaf), leaf))
         else:
@@ -252,7 +282,7 @@ def describe(kind: Kind, pattern: Pattern) -> str:
     for name, leaf in zip(names, kind.leaves, strict=True):
         if isinstance(leaf, TensorLeaf):
             dims = ", ".join("?" if n is None else str(n) for n in next(sizes))
-            strided = "" if leaf.contiguous else " strided"
+            strided = "" if leaf.layout in ("", ODD) else " strided"
             grad = " requiring grad" if leaf.requires_grad else ""
             words.append(f"{name}: {_name(leaf.dtype)}[{dims}]{strided}{grad}")
         else:

@@ -111,7 +111,7 @@ def _plan(where: Path, stored: Mapping[str, Any], options: Options, generation: 
     plan = Plan(
         kind=kind,
         pattern=pattern,
-        match=matcher_of(kind, pattern, guards, graph.ordered),
+        match=matcher_of(kind, pattern, guards, graph),
         values_fit=compile_value_check(like, graph.limits),
         other_values_fit=compile_value_check(like, graph.limits, beside=by_engine),
         served=served,
@@ -166,6 +166,7 @@ def _graph(
         dtypes=dtypes,
         limits={int(t): (int(low), int(high)) for t, (low, high) in stored["limits"].items()},
         ordered=tuple(map(str, stored["ordered"])),
+        strict=bool(stored["strict"]),
         leaves=leaves,
         met=(sizes_of(example),),
         drawn=True,

@@ -145,6 +145,7 @@ def _written(
         "pattern": [list(dims) for dims in plan.pattern],
         "size_guards": list(plan.size_guards),
         "ordered": list(graph.ordered),
+        "strict": graph.strict,
         "inputs": None if served.inputs is None else list(served.inputs),
         "structure": structure_to_json(graph.structure),
         "outputs": [

@@ -190,7 +190,7 @@ def kind_to_json(kind: Kind) -> dict[str, Any]:
     for leaf in kind.leaves:
         if isinstance(leaf, TensorLeaf):
             dtype = str(leaf.dtype).removeprefix("torch.")
-            leaves.append([dtype, leaf.rank, leaf.contiguous, leaf.same_as])
+            leaves.append([dtype, leaf.rank, leaf.layout, leaf.same_as])
         else:
             leaves.append({"const": const_to_json(leaf.value)})
     return {"structure": structure_to_json(kind.structure, records=False), "leaves": leaves}
@@ -204,10 +204,10 @@ def kind_from_json(stored: Any) -> Kind:
             value = const_from_json(leaf["const"])
             leaves.append(Const(type(value), text_of(value), value))
             continue
-        dtype, rank, contiguous, same_as = leaf
-        if type(contiguous) is not bool:
-            raise ValueError("a tensor is contiguous or not")
-        leaves.append(TensorLeaf(dtype_named(dtype), whole(rank), contiguous, whole(same_as)))
+        dtype, rank, layout, same_as = leaf
+        if type(layout) is not str:
+            raise ValueError("a tensor's layout is a text")
+        leaves.append(TensorLeaf(dtype_named(dtype), whole(rank), layout, whole(same_as)))
     kind = Kind(structure_from_json(stored["structure"]), tuple(leaves))
     if len(flatten(_value(stored["structure"]))[0]) != len(leaves):
         raise ValueError("a call has other leaves than its structure")

@@ -66,7 +66,19 @@ def trace(
         ) from error
     if said is not None:
         said += texts
+    _refuse_places(traced)
     return traced  # type: ignore[no-any-return]
+
+
+def _refuse_places(traced: torch.jit.ScriptModule) -> None:
+    """Raises CaptureError for a graph that counts from where a storage begins: an input's values
+    begin where they like in theirs."""
+    graph: Any = traced.inlined_graph
+    for node in graph.findAllNodes("aten::as_strided"):
+        *_, offset = node.inputs()
+        if str(offset.type()) != "NoneType":
+            detail = "as_strided counts from where the storage begins"
+            raise CaptureError(reason("value-dependent", detail))
 
 
 def convert(
