@@ -152,7 +152,7 @@ class Engine:
             def begin(slots: list[Slot]) -> None:
                 self.checked = checked
                 for slot in slots:
-                    slot.forget(len(self._types))
+                    self.unbind(slot)
 
             self._pool.alone(begin)
         if self.exact is not None:
@@ -280,8 +280,16 @@ class Engine:
 
     def take_back(self, slot: Slot) -> None:
         """Have a slot back from a call that failed."""
-        slot.forget(len(self._types))  # what it is bound to is not known any more
+        self.unbind(slot)
         self._pool.back.append(slot)
+
+    def unbind(self, slot: Slot) -> None:
+        """Take nothing for bound any more: a call has ended somewhere. To an output is still bound
+        what was handed out last, and the next call would write into it."""
+        slot.forget(len(self._types))
+        if self.dead is None:
+            for index in slot.large:
+                self._bind_output(slot, index)
 
     def failed(self, slot: Slot, why: str) -> None:
         """End with an `infer` that has failed."""

@@ -134,10 +134,15 @@ class Slot:
         self.sound = True
         # How often anything was bound, or taken for unbound.
         self.bound = 0
+        # The outputs that get buffers of ours, the array last handed out of each, and its bytes.
+        # They outlast what a call has met: they are bound until others are.
+        self.large: tuple[int, ...] = ()
+        self.held: dict[int, list[Array]] = {}
+        self.capacity: dict[int, int] = {}
         self.forget(inputs)
 
     def forget(self, inputs: int) -> None:
-        """Take nothing for bound."""
+        """Take no input for bound."""
         self.bound += 1
         # Per input: the shape of the bound buffer (None: bound where it lay, or nothing is), what
         # copies into it, and the buffers of other shapes, the last used at the end.
@@ -147,9 +152,5 @@ class Slot:
         # The buffers that are bound and whose values are looked at, by input, and in a list.
         self.arrays: dict[int, Array] = {}
         self.checked: list[Array] = []
-        # The outputs that get buffers of ours, the array last handed out of each, and its bytes.
-        self.large: tuple[int, ...] = ()
-        self.held: dict[int, list[Array]] = {}
-        self.capacity: dict[int, int] = {}
         # Where the outputs begin that stay the request's own.
         self.heads: list[Array] = []

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ovshim import infer, runtime, slots
-from ovshim.infer import Engine, EngineDead
+from ovshim.infer import Engine, EngineDead, SpecialValuesError
 from ovshim.single import SingleThreadEngine
 
 _LARGE = 80_000  # float32: over the sizes from which inputs and outputs are bound in place
@@ -334,6 +334,41 @@ def test_sizes_that_the_model_does_not_take_leave_the_engine_usable() -> None:
             engine.run([wrong])
         assert engine.run([torch.ones(2, 4)])[0].tolist() == [[2] * 4] * 2
     assert engine.dead is None
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("ended", ["values", "sizes", "interrupt", "check"])
+def test_outputs_outlast_a_call_that_ends_halfway(
+    ended: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = relu_engine((-1, 4))
+    if ended == "values":
+        engine.check([0])
+    for _ in range(3):
+        x = torch.randn(size, 4)
+        mine = engine.run([x])[0]
+        kept = mine.clone()
+        if ended == "values":
+            with pytest.raises(SpecialValuesError):
+                engine.run([torch.full((size, 4), torch.nan)])
+        elif ended == "sizes":
+            with pytest.raises(ValueError, match="does not take"):
+                engine.run([torch.randn(size, 3)])
+        elif ended == "check":
+            engine.checked = frozenset()
+            engine.check([0])
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "_bind_inputs", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.run([torch.randn(size, 4)])
+        engine.run([torch.randn(size, 4)])
+        assert torch.equal(mine, kept)
+        torch.testing.assert_close(engine.run([x])[0], eager(x))
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_call_under_way_when_another_fails_is_not_believed() -> None:

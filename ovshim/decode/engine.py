@@ -106,7 +106,7 @@ class StatefulEngine(Engine):
         try:
             outputs = self._run(slot, tensors)
         except BaseException:
-            slot.forget(len(self._types))
+            self.unbind(slot)
             raise
         finally:
             turns.back.append(turn)
