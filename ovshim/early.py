@@ -106,7 +106,7 @@ class Early:
         self._settings = settings_of(wanted, record, wanted.precision)
         self._compiled: Compiled | None = None
         self._call: Callable[[Any], tuple[Engine, list[torch.Tensor]]] | None = None
-        self._told = threading.Event()
+        self._told, self._over = threading.Event(), threading.Event()
         self._given: list[Any] = []
         self._answer: list[torch.Tensor] | None = None
         self._taken = False
@@ -136,13 +136,13 @@ class Early:
 
     def is_over(self) -> bool:
         """Whether it has ended."""
-        return not self._thread.is_alive()
+        return self._over.is_set() or not self._thread.is_alive()  # in a forked child it is not
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, so many seconds at the most; whether it has."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        return self.is_over()
+        # Not for the thread: an interrupt in `join` would let Python take it for ended, and end
+        # while it is inside of OpenVINO.
+        return self.is_over() or self._over.wait(timeout)
 
     def is_sound(self) -> bool:
         """Whether the entry is what it was, every byte of it; else it must not serve. Waits."""
@@ -196,6 +196,8 @@ class Early:
                 self._compiled = compiled
         except Exception:  # whoever needs it meets the same, and knows what to do
             log.debug("nothing was compiled early", exc_info=True)
+        finally:
+            self._over.set()
 
     def _looked_at(self) -> bool:
         if self._sound is None:

@@ -146,7 +146,7 @@ def look(
             if restore:
                 world.put_back()
             if restore or apart:
-                world.settings.put_back(world.settings_of(seen, apart))
+                world.settings.put_back(world.settings_of(seen, watched=True))
     try:
         _describe(found, output, inputs, world)
     except Exception as error:  # a fault of ours must not take away the user's answer
@@ -279,7 +279,7 @@ class _World:
     ) -> Reason | None:
         """What the call has changed. `call` may be called again to find out."""
         written = self._written_to()
-        settings = [*self.settings_of(seen, apart), *seen.set_again()]
+        settings = [*self.settings_of(seen, apart or call is not None), *seen.set_again()]
         if written is None and settings:
             written = reason("mutates-setting", f"torch.{settings[0]}")
         if apart:
@@ -290,9 +290,11 @@ class _World:
                 self.drew = drawn_by(call, self.drew)
         return written or (reason("random") if self.drew else None)
 
-    def settings_of(self, seen: Seen, apart: bool) -> list[str]:
-        """Those that the call has changed; of a copy's, what other threads set meanwhile is not."""
-        return [name for name in self.settings.changed() if not apart or name in seen.settings]
+    def settings_of(self, seen: Seen, watched: bool) -> list[str]:
+        """Those that the call has changed. Of one that was watched not what others have set
+        meanwhile, nor how many threads `intraop` gives it."""
+        own = {*seen.settings, "set_grad_enabled"}
+        return [name for name in self.settings.changed() if not watched or name in own]
 
     def _written_to(self) -> Reason | None:
         for i, (tensor, version) in enumerate(self.inputs):

@@ -868,6 +868,37 @@ def test_rows_that_are_not_apart_are_not_put_together(cls: type[nn.Module]) -> N
         same(answers, [module(x) for x in xs])
 
 
+class Crowd(nn.Module):
+    """Rows that meet where there are more than six of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        many = torch.ones_like(x[:, :1]).sum(0, keepdim=True) > 6
+        return torch.where(many, x - x.mean(0, keepdim=True), x)
+
+
+def test_rows_that_meet_in_large_batches_are_noticed() -> None:
+    module = make(Crowd)
+    fast = accelerated(module, torch.randn(2, 8))
+    with Batcher(fast, max_batch=8, max_delay=0.3) as batcher:
+        for callers in (3, 3, 3, 8, 8):
+            xs = [torch.randn(1, 8) for _ in range(callers)]
+            answers = in_threads(lambda n, xs=xs: batcher(xs[n]), len(xs))  # type: ignore[misc]
+            with torch.inference_mode():
+                same(answers, [module(x) for x in xs])
+
+
+def test_the_main_thread_joins_no_batch() -> None:
+    module, fast = fast_mlp()
+    x = torch.randn(1, 8)
+    batcher = Batcher(fast, max_batch=4, max_delay=LONG)
+    with torch.inference_mode():
+        same([batcher(x) for _ in range(3)], [module(x)] * 3)  # it would wait for others
+    assert batcher.stats() == {"calls": 3, "batched": 0, "batches": 0}
+    batcher.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher(x)
+
+
 class Kept(nn.Module):
     """Containers, a constant, an input that comes back, and one tensor for two arguments."""
 

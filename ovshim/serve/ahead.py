@@ -74,6 +74,7 @@ class _Line:
 
     def answers(self, items: Iterable[Any]) -> Iterator[Any]:
         """What the module answers to each. Raises at an item's turn what it raises."""
+        whole = False
         try:
             for call in _calls(items):
                 if isinstance(call, Exception):
@@ -96,9 +97,14 @@ class _Line:
                     self.note(call, found)
                     yield self.here(found, call)
             yield from self.landed(0)
+            whole = True
+        except GeneratorExit:
+            whole = True
+            raise
         finally:
             if self.pool is not None:
-                self.pool.shutdown(cancel_futures=True)
+                # An interrupt may have left a lock of the pool's with nobody: then not to wait.
+                self.pool.shutdown(wait=whole, cancel_futures=True)
 
     def is_worth_a_thread(self, plan: Plan, served: Served, given: Sequence[torch.Tensor]) -> bool:
         if self.in_flight is not None:
@@ -125,6 +131,7 @@ class _Line:
         try:
             future = self.threads(flight).submit(_computed, flight)
         except RuntimeError as error:
+            let_through(error)
             log.debug("no thread: %s", error)
             return False
         self.waiting.append((flight, future))
@@ -249,6 +256,7 @@ def _handed(pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
     try:
         pool.submit(once)
     except RuntimeError as error:
+        let_through(error)
         log.debug("no thread: %s", error)
         once()
 

@@ -25,9 +25,6 @@ __all__ = ["Call", "NoPlanError", "Rows", "call_of"]
 
 log = logging.getLogger("ovshim")
 
-# So many of the first batches are compared with their calls computed one by one.
-_COMPARED = 2
-
 Tensors = Sequence[torch.Tensor]
 
 
@@ -142,7 +139,8 @@ class Rows:
     def __init__(self, call: Call, tolerance: float) -> None:
         self.limit = 1
         self._tolerance = tolerance
-        self._compared = 0
+        self._batches = 0
+        self._compared: set[int] = set()
         try:
             both = [call.given, _other_values(call.given)]
             self.apart = self._parts(call, both, compared=True) is not None
@@ -156,8 +154,12 @@ class Rows:
 
         Raises NoPlanError, or one of FAILURES.
         """
-        compared = self._compared < _COMPARED
-        self._compared += compared
+        self._batches += 1
+        rows = sum(call.rows for call in calls)
+        # Each number of rows once, and each time after twice as many batches: rows may meet in
+        # large batches alone, or for values that come seldom.
+        compared = rows not in self._compared or self._batches.bit_count() == 1
+        self._compared.add(rows)
         found = self._parts(calls[0], [call.given for call in calls], compared)
         if found is None:
             self.apart = False

@@ -28,13 +28,16 @@ from ovshim.plan import Served
 from ovshim.serve import sizing
 from ovshim.serve.alike import Call, NoPlanError, Rows, call_of
 from ovshim.serve.flight import FAILURES, dispatcher_of
-from ovshim.signals import let_through
+from ovshim.signals import comes_here, let_through
 
 __all__ = ["Batcher"]
 
 log = logging.getLogger("ovshim")
 
 _KEYS = ("calls", "batched", "batches")
+_CLOSED = "This Batcher is closed. Make another one."
+# How often `close` looks whether the main thread's call is over: that one notifies nobody.
+_MAIN_SECONDS = 0.01
 
 
 class _Group:
@@ -68,7 +71,8 @@ class Batcher:
     constants, modes, and sizes but for the rows. Before the calls of a plan are gathered, and again
     on the first real batches, it is checked that each row depends on itself alone. What cannot be
     gathered is answered as by `fast(...)`: calls that eager serves, modules whose outputs do not
-    have the batch in dimension 0 or whose rows depend on each other.
+    have the batch in dimension 0 or whose rows depend on each other, and those of the main thread,
+    which a signal may end anywhere.
 
     Args:
         fast: an accelerated module.
@@ -103,6 +107,8 @@ class Batcher:
         self._groups: dict[Any, _Group] = {}
         self._running = 0
         self._inside = 0
+        # The main thread's calls that are under way, and all of them.
+        self._in_main = self._by_main = 0
         self._counts = dict.fromkeys(_KEYS, 0)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +116,8 @@ class Batcher:
 
         Raises what that raises, and RuntimeError once the batcher is closed.
         """
+        if comes_here():
+            return self._alone(args, kwargs)
         with self._entered():
             call = call_of(self._fast, self._dispatcher, args, kwargs)
             if call is not None:
@@ -123,7 +131,8 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._inside == 0)
+            while self._inside > 0 or (self._in_main > 0 and not comes_here()):
+                self._changed.wait(_MAIN_SECONDS if self._in_main else None)
 
     def __enter__(self) -> Batcher:
         return self
@@ -134,7 +143,21 @@ class Batcher:
     def stats(self) -> dict[str, int]:
         """Number of calls, of those among them that shared a batch, and of batches."""
         with self._changed:
-            return dict(self._counts)
+            return {**self._counts, "calls": self._counts["calls"] + self._by_main}
+
+    def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the main thread's. What a signal's handler raises may end it anywhere, and with
+        it a batch that others wait for, or a lock that nobody would ever give back: so it joins no
+        batch, and takes no lock."""
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        before = self._in_main
+        try:
+            self._in_main = before + 1
+            self._by_main += 1
+            return self._fast(*args, **kwargs)
+        finally:
+            self._in_main = before
 
     # --- gathering ----------------------------------------------------------------------------
 
@@ -142,7 +165,7 @@ class Batcher:
     def _entered(self) -> Iterator[None]:
         with self._changed:
             if self._closed:
-                raise RuntimeError("This Batcher is closed. Make another one.")
+                raise RuntimeError(_CLOSED)
             self._inside += 1
             self._counts["calls"] += 1
         try:

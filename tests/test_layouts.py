@@ -1,0 +1,120 @@
+"""How inputs lie in memory: what a module makes of their strides, and what views of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from checks import check, counts, quietly
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import ovshim
+from ovshim.signature import ODD, layout_of
+
+LAST = torch.channels_last
+IMAGE = torch.randn(2, 3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layout"),
+    [
+        (IMAGE, ""),
+        (IMAGE[:1], ""),
+        (IMAGE.to(memory_format=LAST), "0-2-3-1"),
+        (torch.randn(2, 3, 9, 9)[:, :, 1:7, 1:7], "0-1 2 3"),
+        (torch.randn(4, 6).T, "1-0"),
+        (torch.randn(4, 6)[:, ::2], "0-1/"),
+        (torch.randn(4, 6)[:, :3], "0 1"),
+        (torch.randn(1, 3).expand(4, 3), "1 0/"),
+        (torch.randn(2, 1, 6, 6).to(memory_format=LAST), ODD),
+        (torch.randn(1, 8)[:, :4], ODD),
+        (torch.randn(()), ""),
+        (torch.randn(0, 3), ""),
+    ],
+    ids=str,
+)
+def test_layouts(tensor: Tensor, layout: str) -> None:
+    assert layout_of(tensor) == layout
+    assert (layout in ("", ODD)) is tensor.is_contiguous()
+
+
+@given(st.permutations(range(4)), st.lists(st.integers(1, 3), min_size=4, max_size=4))
+def test_a_copy_in_the_same_strides_has_the_same_layout(order: list[int], sizes: list[int]) -> None:
+    tensor = torch.empty(sizes).permute(order)
+    like = torch.empty_strided(tensor.shape, tensor.stride())
+    assert layout_of(tensor) == layout_of(like)
+    assert (layout_of(tensor) in ("", ODD)) is tensor.is_contiguous()
+
+
+class Asks(nn.Module):
+    """Does otherwise for other strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.stride = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y * self.stride if x.is_contiguous(memory_format=LAST) else y
+
+
+class Strides(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2.0 + x.stride(0)
+
+
+def test_other_strides_than_the_examples_are_not_answered_by_its_graph() -> None:
+    module = Asks().eval()
+    crop = torch.randn(2, 3, 9, 9)[:, :, 1:7, 1:7]
+    with quietly():
+        fast = ovshim.accelerate(module, IMAGE, prefer="openvino")
+        for _ in range(3):
+            check(fast, module, IMAGE)
+            check(fast, module, IMAGE.to(memory_format=LAST), path=None)
+            check(fast, module, crop, path=None)
+    assert counts(fast)["openvino"] == 3
+
+
+def test_strides_of_sizes_of_1() -> None:
+    module = Strides().eval()
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(1, 4), prefer="openvino")
+        for _ in range(3):
+            check(fast, module, torch.randn(1, 4))
+            check(fast, module, torch.randn(1, 8)[:, :4], path="eager")
+
+
+class Views(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.relu(), x.flatten()
+
+
+def test_a_copy_of_one_layout_is_a_view_of_another() -> None:
+    module = Views().eval()
+    fast: Any
+    with quietly(), torch.no_grad():
+        fast = ovshim.accelerate(module, torch.randn(4, 6).T, prefer="openvino")
+        check(fast, module, torch.randn(4, 6).T)
+        x = torch.randn(4, 6)[:, ::2]
+        fast(x)[1].zero_()
+    assert not x.any()
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x.as_strided((2, 8), (8, 1), 8))
+        return y
+
+
+def test_an_offset_counts_from_the_storage() -> None:
+    module = Counts().eval()
+    with quietly(), torch.no_grad():
+        fast = ovshim.accelerate(module, torch.randn(4, 8), prefer="openvino")
+        x = torch.randn(6, 8)[2:]
+        assert torch.allclose(fast(x), module(x), atol=1e-5)

@@ -1,0 +1,123 @@
+"""Settings of torch's that the whole program shares, and what a call does to them."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from checks import check, counts, quietly
+from modules import Mlp
+from torch import Tensor, nn
+
+import ovshim
+from ovshim.settings import Settings
+from ovshim.watched import watched
+
+SETS: dict[str, Callable[[], Any]] = {
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+    "set_num_threads": lambda: torch.set_num_threads(1),
+    "set_default_dtype": lambda: torch.set_default_dtype(torch.float64),
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "use_deterministic_algorithms": lambda: torch.use_deterministic_algorithms(True),
+    "autograd.set_detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True, False),
+}
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    before = Settings()
+    yield
+    before.put_back(SETS)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_is_set_is_seen_and_put_back(name: str) -> None:
+    before = Settings()
+    with watched() as seen:
+        SETS[name]()
+    assert before.changed() == [name]
+    assert seen.settings == ({} if name == "set_grad_enabled" else {name: True})
+    before.put_back([name])
+    assert before.changed() == []
+    assert seen.set_again() == []
+
+
+@pytest.mark.parametrize("name", set(SETS) - {"set_grad_enabled"})
+def test_what_is_set_as_it_is_set_is_seen(name: str) -> None:
+    SETS[name]()
+    with watched() as seen:
+        SETS[name]()
+    assert seen.set_again() == [name]
+
+
+def test_a_block_that_sets_back_is_none() -> None:
+    with watched() as seen:
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        torch.set_num_threads(before)
+        with torch.no_grad(), torch.autograd.set_detect_anomaly(True):
+            torch.ones(2)
+    assert seen.set_again() == []
+
+
+class Sets(Mlp):
+    done: Callable[[], Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.done()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["set_num_threads", "use_deterministic_algorithms"])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_module_that_sets_is_eagers(name: str, shown: bool) -> None:
+    module, x, before = Sets().eval(), torch.randn(3, 8), Settings()
+    module.done = SETS[name]
+    with quietly():
+        fast = ovshim.accelerate(module, *([x] if shown else []), prefer="openvino")
+        assert before.changed() == []
+        for _ in range(4):
+            before.put_back([name])
+            fast(x)
+            assert before.changed() == [name]
+    assert set(ovshim.explain(fast).eager) == {"mutates-setting"}
+
+
+@pytest.mark.parametrize(
+    ("seed", "draw"),
+    [(torch.manual_seed, lambda: torch.rand(1).item()), (random.seed, random.random)],
+    ids=["torch", "python"],
+)
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_module_that_seeds_is_eagers(
+    seed: Callable[[int], Any], draw: Callable[[], float], shown: bool
+) -> None:
+    module, x = Sets().eval(), torch.randn(3, 8)
+    module.done = lambda: seed(7)
+    seed(7)
+    expected = draw()
+    with quietly():
+        seed(1)
+        fast = ovshim.accelerate(module, *([x] if shown else []), prefer="openvino")
+        for number in range(4):
+            seed(number)
+            fast(x)
+            assert draw() == expected
+    assert counts(fast)["openvino"] == 0
+
+
+class Forwarded(nn.Linear):
+    """Its forward is a function that was put on it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        inner = self.forward
+        self.forward = lambda x: inner(x).relu()  # type: ignore[method-assign]
+
+
+def test_a_forward_that_is_a_function() -> None:
+    module, x = Forwarded().eval(), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino")
+    check(fast, module, x)
+    check(fast, module, torch.randn(5, 8))
