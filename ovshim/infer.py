@@ -26,7 +26,7 @@ import torch
 from ovshim.binding import binding
 from ovshim.inherited import all_of, keep_for_good
 from ovshim.pool import Pool
-from ovshim.signals import let_through
+from ovshim.signals import let_through, let_through_inference
 from ovshim.slots import (
     ALONE,
     Array,
@@ -250,7 +250,7 @@ class Engine:
         try:
             results = self._infer(slot.request, {}, bool(large), False)
         except Exception as error:
-            let_through(error)
+            let_through_inference(error)
             # The plugin has been seen to answer wrongly at good shapes after one failure, from new
             # requests too. So nothing of this compiled model may serve again.
             self.failed(slot, str(error))

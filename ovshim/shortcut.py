@@ -24,7 +24,7 @@ from ovshim.helper import hot
 from ovshim.infer import Engine
 from ovshim.matcher import first_computed
 from ovshim.plan import Counter, Plan, Served
-from ovshim.signals import let_through
+from ovshim.signals import let_through, let_through_inference
 from ovshim.single import MARKS, NO_OUTPUT, SingleThreadEngine
 from ovshim.slots import Array, Slot
 from ovshim.special_mode import USUAL_MODES
@@ -234,7 +234,7 @@ def _left(engine: Engine, slot: Slot, error: BaseException | None, ran: bool) ->
     """
     try:
         if isinstance(error, Exception):
-            let_through(error)
+            let_through_inference(error)
         elif error is not None:
             raise error
         if ran:

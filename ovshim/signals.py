@@ -12,19 +12,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import itertools
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
-__all__ = ["comes_here", "heard", "let_through", "raise_heard"]
+__all__ = ["comes_here", "heard", "let_through", "let_through_inference", "raise_heard"]
 
 _Handler = Callable[[int, Any], Any]
 
 _OURS = os.path.dirname(__file__) + os.sep
+# Classes of the exceptions that come out of an inference, and where those of libraries are from.
+_OF_INFERENCES = frozenset(
+    {RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError}
+    | {MemoryError, OverflowError, SystemError, OSError}
+)
+_LIBRARIES = ("numpy", "torch", "openvino", "ovshim")
 
 # Of the build that the main thread is about; None: it is about none.
 _raised: list[Exception] | None = None
@@ -65,18 +73,52 @@ def raise_heard() -> None:
 def let_through(error: Exception) -> None:
     """Raise an exception again that comes out of a signal handler; else do nothing."""
     raise_heard()  # in a build what is installed are our own
+    if comes_here() and _is_a_handlers(error):
+        try:
+            raise error
+        finally:
+            # Its traceback leads here: it would hold itself, and whatever the frames between hold,
+            # until the collector comes.
+            del error
+
+
+def let_through_inference(error: Exception) -> None:
+    """The same of what an inference has raised. OpenVINO raises Python's own exceptions and no
+    others: one of the program's was put into this thread from outside, as libraries for timeouts
+    do (`PyThreadState_SetAsyncExc`)."""
+    kind = type(error)
+    try:
+        if kind not in _OF_INFERENCES and kind.__module__.partition(".")[0] not in _LIBRARIES:
+            raise error
+        let_through(error)
+    finally:
+        del error
+
+
+def _is_a_handlers(error: Exception) -> bool:
+    """Whether it comes out of a handler that is installed, or that was when it was called: it may
+    have put another in its place before it raised."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    theirs = {frame.f_code for frame in frames if not frame.f_code.co_filename.startswith(_OURS)}
-    # As a rule there is nobody's code but ours in it, and OpenVINO's that is not Python's.
-    if theirs and comes_here():
-        handlers = map(_code_of, map(signal.getsignal, signal.valid_signals()))
-        if not theirs.isdisjoint(handlers):
-            try:
-                raise error
-            finally:
-                # Its traceback leads here: it would hold itself, and whatever the frames between
-                # hold, until the collector comes.
-                del error, frames
+    theirs = [frame for frame in frames if not frame.f_code.co_filename.startswith(_OURS)]
+    if not theirs:  # as a rule: there is nobody's code but ours in it, and none of OpenVINO's
+        return False
+    handlers = map(_code_of, map(signal.getsignal, signal.valid_signals()))
+    if not {frame.f_code for frame in theirs}.isdisjoint(handlers):
+        return True
+    return any(map(_was_given_a_signal, theirs))
+
+
+def _was_given_a_signal(frame: FrameType) -> bool:
+    """Whether it was called as handlers are: with the number of a signal and a frame."""
+    code, values = frame.f_code, frame.f_locals
+    given = [values.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        more = values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount])
+        given += more if isinstance(more, tuple) else ()
+    return any(
+        isinstance(number, int) and isinstance(place, FrameType)
+        for number, place in itertools.pairwise(given)
+    )
 
 
 def _code_of(handler: Any) -> CodeType | None:

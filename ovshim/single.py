@@ -20,7 +20,7 @@ import torch
 
 from ovshim import runtime
 from ovshim.infer import Engine, EngineDead
-from ovshim.signals import let_through
+from ovshim.signals import let_through_inference
 from ovshim.slots import Array, Slot
 
 __all__ = ["MARKS", "NO_OUTPUT", "SingleThreadEngine", "either", "engine_for"]
@@ -84,7 +84,7 @@ class SingleThreadEngine(Engine):
             if failed and self.repeats:  # if it is what is to be given, it is so again
                 arrays, failed = run(slot, _OTHER_MARK)
         except Exception as error:
-            let_through(error)
+            let_through_inference(error)
             self.failed(slot, str(error))
             raise EngineDead(self.dead) from error
         del bound  # needed until here

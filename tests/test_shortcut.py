@@ -846,6 +846,8 @@ def test_a_call_from_where_a_failure_is_told(exact_wins: list[Any]) -> None:
     module, fast = on_its_way(x)
 
     class BrokenError(RuntimeError):
+        __module__ = "openvino"
+
         def __str__(self) -> str:
             if not inner:
                 inner.append(None)

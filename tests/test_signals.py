@@ -20,7 +20,7 @@ from modules import Mlp, make
 import ovshim
 from ovshim.conditions import Conditions
 from ovshim.imports import apart, import_apart
-from ovshim.signals import heard, let_through, raise_heard
+from ovshim.signals import heard, let_through, let_through_inference, raise_heard
 from ovshim.special_mode import outside_inference, without_grad
 
 # There is one on every system.
@@ -128,6 +128,10 @@ def test_it_is_the_first_that_counts() -> None:
     assert raised.value is caught[0]
 
 
+class TooLateRuntimeError(RuntimeError):
+    """Of a kind that OpenVINO's own failures are."""
+
+
 class Handlers:
     def method(self, number: int, frame: Any) -> None:
         raise TooLateError
@@ -151,6 +155,33 @@ def test_it_is_told_from_other_exceptions(form: Any) -> None:
     except ValueError as error:
         let_through(error)
     signal.signal(SIGNAL, too_late)
+
+
+def once(number: int, frame: Any) -> None:
+    signal.signal(number, too_late)
+    raise TooLateError
+
+
+def once_of_any(*given: Any) -> None:
+    once(*given)
+
+
+@pytest.mark.parametrize("form", [once, once_of_any, lambda number, frame: once(number, frame)])
+def test_a_handler_that_takes_itself_out_is_told_too(form: Any) -> None:
+    signal.signal(SIGNAL, form)
+    with pytest.raises(TooLateError) as raised:
+        signal.raise_signal(SIGNAL)
+    assert signal.getsignal(SIGNAL) is too_late
+    with pytest.raises(TooLateError):
+        let_through(raised.value)
+
+
+def test_an_inference_raises_nothing_of_the_programs() -> None:
+    for kind in (RuntimeError, ValueError, torch.OutOfMemoryError):
+        let_through_inference(kind())
+    for kind in (TooLateError, TooLateRuntimeError, TimeoutError):
+        with pytest.raises(kind):
+            let_through_inference(kind())
 
 
 def test_within_a_build_the_noted_one_is_let_through() -> None:
@@ -186,10 +217,6 @@ def test_an_inference_that_it_comes_upon_ends_no_graph(
             fast(torch.randn(3, 8))
     check(fast, module, x)
     assert not eager_reasons(fast)
-
-
-class TooLateRuntimeError(RuntimeError):
-    """Of a kind that OpenVINO's own failures are."""
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
