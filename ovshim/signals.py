@@ -11,6 +11,7 @@ time to ask handlers, it is one line in three.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
 import itertools
@@ -25,6 +26,9 @@ from typing import Any
 __all__ = ["comes_here", "heard", "let_through", "let_through_inference", "raise_heard"]
 
 _Handler = Callable[[int, Any], Any]
+
+# More than a `struct sigaction` has anywhere.
+_ACTION_BYTES = 1024
 
 _OURS = os.path.dirname(__file__) + os.sep
 # Classes of the exceptions that come out of an inference, and where those of libraries are from.
@@ -59,7 +63,7 @@ def heard() -> Iterator[None]:
         _raised = None
         for number, (handler, ours) in noting.items():
             if signal.getsignal(number) is ours:  # else the module has installed its own
-                signal.signal(number, handler)
+                _install(number, handler)
         raised.clear()  # its traceback leads here
 
 
@@ -143,8 +147,28 @@ def _note(raised: list[Exception]) -> dict[int, tuple[_Handler, _Handler]]:
         # Nobody catches a KeyboardInterrupt.
         if callable(handler) and handler is not signal.default_int_handler:
             noting[number] = handler, _noting(handler, raised)
-            signal.signal(number, noting[number][1])
+            _install(number, noting[number][1])
     return noting
+
+
+def _install(number: int, handler: _Handler) -> None:
+    """Put one handler of Python's in the place of another. What the system calls stays: it may be
+    faulthandler's, which calls Python's, and `siginterrupt` has set flags there."""
+    action = ctypes.create_string_buffer(_ACTION_BYTES)
+    sigaction = _sigaction()
+    known = sigaction is not None and sigaction(number, None, action) == 0
+    signal.signal(number, handler)
+    if sigaction is not None and known:
+        sigaction(number, action, None)
+
+
+@functools.cache
+def _sigaction() -> Callable[[int, Any, Any], int] | None:
+    """The system's own; None where there is none, as on Windows."""
+    try:
+        return ctypes.CDLL(None).sigaction
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def _noting(handler: _Handler, raised: list[Exception]) -> _Handler:

@@ -1,6 +1,7 @@
 """What signal handlers of the program raise ends the call that they come upon,
 and cuts no import short."""
 
+import faulthandler
 import functools
 import gc
 import importlib
@@ -110,6 +111,23 @@ def test_a_handler_that_is_installed_meanwhile_stays() -> None:
         signal.signal(SIGNAL, other)
     assert signal.getsignal(SIGNAL) is other
     signal.signal(SIGNAL, too_late)
+
+
+def test_what_the_system_calls_stays(tmp_path: Path) -> None:
+    told = list[int]()
+    signal.signal(SIGNAL, lambda number, frame: told.append(number))
+    with (tmp_path / "dump").open("w+") as dump:
+        faulthandler.register(SIGNAL, dump, chain=True)
+        try:
+            with heard():
+                signal.raise_signal(SIGNAL)
+            signal.raise_signal(SIGNAL)
+        finally:
+            faulthandler.unregister(SIGNAL)
+            signal.signal(SIGNAL, too_late)
+        dump.seek(0)
+        assert dump.read().count("test_what_the_system_calls_stays") == 2
+    assert told == [SIGNAL] * 2
 
 
 def test_it_is_the_first_that_counts() -> None:
