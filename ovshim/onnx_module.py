@@ -76,8 +76,13 @@ class OnnxModule(nn.Module):
     held: Held
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model answers. TypeError for arguments that it does not take, and whatever its
-        runtime raises."""
+        """What the model answers. TypeError for arguments that it does not take, RuntimeError in a
+        trace, and whatever its runtime raises."""
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "An ONNX model runs in a runtime of its own: a trace would keep what it"
+                " answers here, and answer nothing else."
+            )
         known = {port.name: port.parameter for port in self.inputs}
         named = {known.get(name, name): value for name, value in kwargs.items()}
         bound = inspect.signature(self._own_forward()).bind(*args, **named).arguments

@@ -359,6 +359,15 @@ def test_copies_pickles_and_artifacts(tmp_path: Path) -> None:
     assert net.ovshim.export(tmp_path / "models") == ["net"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's, that no one is to trace
+def test_a_trace_would_keep_one_answer() -> None:
+    net, x = opened(mlp()), torch.randn(3, 8)
+    for traced in (net, torch.nn.Sequential(net)):
+        with pytest.raises(RuntimeError, match="ONNX model"):
+            torch.jit.trace(traced, x)  # type: ignore[no-untyped-call]
+    same(net(x), expected(mlp(), x)[0])
+
+
 def test_compressed_weights() -> None:
     net, x = opened(mlp(), precision="int8_weights"), torch.randn(3, 8)
     net.ovshim.warm(x)

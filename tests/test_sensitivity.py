@@ -90,6 +90,39 @@ def test_the_module_is_left_as_it_was() -> None:
     assert not hasattr(module, "ovshim")
 
 
+class Counting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(16, 8)
+        self.calls = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        (nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout()), "training"),
+        (Counting().eval(), "mutates-attribute"),
+    ],
+)
+def test_a_module_that_a_call_changes(module: Any, code: str) -> None:
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    with pytest.raises(ovshim.FallbackError) as caught:
+        sensitivity(module, DATA[0], calibration=DATA, precision="bf16")
+    assert caught.value.reason.code == code
+    assert all(torch.equal(module.state_dict()[name], before[name]) for name in before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert getattr(module, "calls", [0]) == [0]
+
+
+def test_calibration_of_other_sizes() -> None:
+    with pytest.raises(ovshim.CalibrationError, match="sizes"):
+        sensitivity(make(Outlier), DATA[0], calibration=[torch.randn(4, 9)], precision="bf16")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "auto", "int8_weights"])
 def test_precisions_that_make_no_sense(precision: Any) -> None:
     with pytest.raises(ovshim.OptionError) as caught:

@@ -13,13 +13,16 @@ from torch import nn
 
 from ovshim.capture import CaptureError, Request, capture, names
 from ovshim.checks import no_module
-from ovshim.errors import FallbackError, OptionError
+from ovshim.errors import CalibrationError, FallbackError, OptionError
 from ovshim.example import as_call
+from ovshim.hooks import obstacle
 from ovshim.options import Options
-from ovshim.precision import calibration, graphs, islands, quantize
+from ovshim.precision import calibration as calibrations
+from ovshim.precision import graphs, islands, quantize
+from ovshim.preflight import look
 from ovshim.progress import bar
 from ovshim.reasons import reason
-from ovshim.signature import UnknownLeafError, flatten, flatten_call, kind_of
+from ovshim.signature import UnknownLeafError, flatten_call, kind_of, unflatten_call
 
 __all__ = ["Sensitivity", "sensitivity"]
 
@@ -82,8 +85,9 @@ def sensitivity(
     Raises:
         OptionError: a value that cannot be right, or no module.
         CalibrationError: calibration data that cannot be read, or is of other calls.
-        FallbackError: the module cannot be captured, its graph does not say which module an
-            operation comes from, or the example holds something of an unknown type.
+        FallbackError: the module cannot be captured, is in training mode or does something besides
+            (counts, draws random numbers), its graph does not say which module an operation comes
+            from, or the example holds something of an unknown type.
     """
     if not isinstance(module, nn.Module):
         raise no_module(module)
@@ -102,7 +106,12 @@ def sensitivity(
     if options.precision == "int8":
         quantize.require(precision)
     model, learned, judged = _captured(module, as_call(example_input, example_kwargs), options)
-    measure = _Measure(model, learned, judged, str(options.precision))
+    try:
+        measure = _Measure(model, learned, judged, str(options.precision))
+    except RuntimeError as failed:
+        kind = type(calibration).__qualname__
+        text = "It is not of the sizes that the module takes."
+        raise CalibrationError("calibration", kind, "calls of this module", text) from failed
     paths = dict.fromkeys(
         path
         for node in model.get_ordered_ops()
@@ -165,6 +174,23 @@ class _Measure:
         return graphs.error(self._exact, graphs.run(lowered, self._judged))
 
 
+def _looked_at(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The leaves of the module's answer, after which it is as it was. Raises FallbackError."""
+    why = obstacle(module)
+    if why is None:
+        leaves, structure = flatten_call(args, kwargs)
+        copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        args, kwargs = unflatten_call(copies, structure)
+        tensors = [x for x in copies if isinstance(x, torch.Tensor)]
+        with torch.no_grad():
+            seen = look(module, lambda: module(*args, **kwargs), tensors, restore=True)
+        seen.undo()
+        why = seen.reason
+    if why is not None:
+        raise FallbackError(why)
+    return seen.leaves
+
+
 def _captured(
     module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], options: Options
 ) -> tuple[Any, list[Any], list[Any]]:
@@ -177,10 +203,12 @@ def _captured(
     except UnknownLeafError as error:
         raise FallbackError(reason("unknown-leaf", str(error))) from error
     given = options.calibration, options.transform
-    samples = calibration.collect(*given, module.forward, args, kwargs, kind)
-    with torch.no_grad():
-        outputs, _ = flatten(module(*args, **kwargs))
-    wanted = tuple(i for i, leaf in enumerate(outputs) if isinstance(leaf, torch.Tensor))
+    samples = calibrations.collect(*given, module.forward, args, kwargs, kind)
+    wanted = tuple(
+        i
+        for i, leaf in enumerate(_looked_at(module, args, kwargs))
+        if isinstance(leaf, torch.Tensor)
+    )
     dims = tuple(
         frozenset(range(tensor.dim())) for tensor in leaves if isinstance(tensor, torch.Tensor)
     )
