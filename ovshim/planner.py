@@ -238,7 +238,7 @@ class Planner:
             output.append(self.original(*given.args, **given.kwargs))
             return output[0]
 
-        seen = look(self.module, call, tensors, restore=False)
+        seen = look(self.module, call, tensors, restore=False, arguments=(given.args, given.kwargs))
         # The user gets the originals and may write to them: what is kept are copies.
         with torch.inference_mode(False):
             together = {id(seen.leaves[i]) for pair in seen.overlaps for i in pair}

@@ -98,6 +98,7 @@ def look(
     restore: bool,
     apart: bool = False,
     suspected: frozenset[str] = frozenset(),
+    arguments: Any = (),
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
 
@@ -112,11 +113,12 @@ def look(
             NumPy's gives shows in the output: two calls then differ.)
         suspected: generators that an earlier call may have drawn from, or may have left where the
             next one leaves them.
+        arguments: what `call` gives to the module, tensors and what holds them.
 
     Raises:
         whatever the module raises.
     """
-    world = _World(module, inputs, restore)
+    world = _World(module, inputs, restore, arguments)
     found, seen = Look(), Seen()
     found.undo, found.made = world.put_back_attributes, world.made_attributes
     started = time.perf_counter()
@@ -162,6 +164,9 @@ def _describe(found: Look, output: Any, inputs: Sequence[torch.Tensor], world: _
     found.containers = _containers(output)
     found.given = [_index_of(leaf, inputs) for leaf in found.leaves]
     found.sources = sources(found.leaves, inputs)
+    if {id(held) for held in found.containers} & {id(held) for held in world.containers}:
+        what = "the output holds a list or a dict that was given"
+        found.reason = found.reason or reason("aliases-input", what)
     found.reason = found.reason or _unfit_output(
         found, [*inputs, *(tensor for _, tensor, _ in world.tensors)]
     )
@@ -244,7 +249,10 @@ def _sources(tensor: torch.Tensor, given: dict[Any, int], edges: dict[Any, int])
 class _World:
     """What a call may leave changed, before the call."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor], copies: bool) -> None:
+    def __init__(
+        self, module: nn.Module, inputs: Sequence[torch.Tensor], copies: bool, arguments: Any
+    ) -> None:
+        self.containers = _containers(arguments)
         self.inputs = [(t, _version(t)) for t in inputs]
         modules = list(module.named_modules())
         parameters, buffers = tensors_of(module, modules)

@@ -80,15 +80,26 @@ def trial(
     """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
     given = job.copies() if leaves is None else job.kind.requiring(leaves)
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+    args, kwargs = both = job.arguments(given)
     if job.apart is None:
         seen = look(
-            job.module, lambda: job.call_with(given), tensors, restore=True, suspected=suspected
+            job.module,
+            lambda: job.call(*args, **kwargs),
+            tensors,
+            restore=True,
+            suspected=suspected,
+            arguments=both,
         )
     else:
-        args, kwargs = job.arguments(given)
-        call = job.apart.resolve()
-        module = job.apart.module
-        seen = look(module, lambda: call(*args, **kwargs), tensors, restore=False, apart=True)
+        call, module = job.apart.resolve(), job.apart.module
+        seen = look(
+            module,
+            lambda: call(*args, **kwargs),
+            tensors,
+            restore=False,
+            apart=True,
+            arguments=both,
+        )
     if not keep:
         seen.undo()
     return seen

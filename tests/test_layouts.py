@@ -1,4 +1,4 @@
-"""How inputs lie in memory: what a module makes of their strides, and what views of them."""
+"""What a call's tensors are besides values: how they lie in memory, and which they are."""
 
 from typing import Any
 
@@ -118,3 +118,73 @@ def test_an_offset_counts_from_the_storage() -> None:
         fast = ovshim.accelerate(module, torch.randn(4, 8), prefer="openvino")
         x = torch.randn(6, 8)[2:]
         assert torch.allclose(fast(x), module(x), atol=1e-5)
+
+
+NOTHING = torch.full((1,), -1.0)
+
+
+class Began(nn.Module):
+    """Does otherwise for the very tensor that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("start", torch.zeros(3, 4))
+
+    def forward(self, x: Tensor, state: Tensor, bias: Tensor = NOTHING) -> Tensor:
+        y: Tensor = self.linear(x)
+        y = y if bias is NOTHING else y + bias
+        return y if state is self.start else y + self.linear(state)
+
+
+def test_a_tensor_that_the_module_holds_is_told_from_others() -> None:
+    module, x, state = Began().eval(), torch.randn(3, 4), torch.randn(3, 4)
+    fast: Any
+    with quietly(), torch.no_grad():
+        fast = ovshim.accelerate(module, (x, state), prefer="openvino")
+        for given in (state, module.start, x):
+            assert torch.allclose(fast(x, given), module(x, given), atol=1e-5)  # type: ignore[arg-type]
+            for bias in (NOTHING, torch.ones(1)):
+                expected = module(x, given, bias)  # type: ignore[arg-type]
+                assert torch.allclose(fast(x, given, bias), expected, atol=1e-5)
+
+
+class Itself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        y: Tensor = self.linear(q)
+        return y if q is k else y + k
+
+
+def test_tensors_of_one_call_may_be_compared() -> None:
+    module, x = Itself().eval(), torch.randn(3, 4)
+    fast = ovshim.accelerate(module, (x, x), prefer="openvino")
+    check(fast, module, x, x)
+    fast.ovshim.warm((x, torch.randn(3, 4)))  # type: ignore[operator, union-attr]
+    check(fast, module, x, torch.randn(3, 4))
+    check(fast, module, x, x)
+
+
+class Passes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.linear(x), state
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_container_that_comes_back_is_the_one_that_was_given(kind: Any, shown: bool) -> None:
+    module, x, state = Passes().eval(), torch.randn(3, 4), kind([torch.randn(2)])
+    fast: Any
+    with quietly(), torch.no_grad():
+        fast = ovshim.accelerate(module, *([(x, state)] if shown else []), prefer="openvino")
+        for _ in range(3):
+            assert kind is tuple or fast(x, state)[1] is state
+            assert fast(x, state)[1][0] is state[0]
+    assert (counts(fast)["openvino"] == 0) is (kind is list)

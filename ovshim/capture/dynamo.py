@@ -31,6 +31,7 @@ from ovshim.capture import (
     Request,
     frontend,
     handed_out,
+    identities,
     readers,
     rewrites,
 )
@@ -94,7 +95,11 @@ def _capture(request: Request) -> Captured:
     from torch._dynamo import convert_frame
 
     args, kwargs = _marked_call(request)
-    with _configured() as effects, handed_out.noted() as handed:
+    with (
+        _configured() as effects,
+        handed_out.noted() as handed,
+        identities.noted() as compared,
+    ):
         try:
             output = convert_frame.fullgraph_capture(request.call, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -110,7 +115,7 @@ def _capture(request: Request) -> Captured:
     if output.backend_input is None:
         raise CaptureError(reason("capture-failed", "no tensor is computed"))
     try:
-        return _finish(request, output, args, kwargs, handed)
+        return _finish(request, output, args, kwargs, handed, compared)
     finally:
         _forget_code(request.call, output.backend_input.backend_id)
 
@@ -121,11 +126,13 @@ def _finish(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     handed: Sequence[Any],
+    compared: Sequence[Any],
 ) -> Captured:
     graph = output.backend_input.graph_module
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
+    identities.refuse(compared, sources)
     asked = ask_instead(graph)
     refuse_contents(graph, sources)
     overlaps = Overlaps(graph, request)

@@ -143,7 +143,7 @@ class Sources:
         found: dict[ValueGuard, None] = {}
         for guard in guards:
             for source, test in _asked(guard):
-                if self._is_given(source) or self._is_of_namedtuple(source):
+                if self.is_given(source) or self._is_of_namedtuple(source):
                     continue
                 path = self._path(source) if test else None
                 if test is None or path is None:
@@ -164,7 +164,7 @@ class Sources:
 
         found: dict[ValueGuard, None] = {}
         for source in sources:
-            path = None if self._is_given(source) else self._path(source)
+            path = None if self.is_given(source) else self._path(source)
             if path is None:
                 continue
             try:
@@ -283,7 +283,7 @@ class Sources:
             return "module", path[1:]
         return ("closure", (("item", name), *path)) if name in self.closure_names else None
 
-    def _is_given(self, source: Any) -> bool:
+    def is_given(self, source: Any) -> bool:
         """Whether it is an input, of which the signature tells, or a state of torch's that every
         call is asked for (`special_mode`), and no object at all."""
         from torch._dynamo import source as sources
