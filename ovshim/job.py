@@ -26,6 +26,7 @@ from ovshim.shapes import Dims
 from ovshim.signals import raise_heard
 from ovshim.signature import Pattern, unflatten_call
 from ovshim.version import exact_version
+from ovshim.views import copied
 from ovshim.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class Job(Wanted):
     def copies(self) -> list[Any]:
         """The example's leaves with copies of their tensors, that lie in memory as these do; what
         is one object stays one."""
-        made = {id(t): _copy(t.detach()) for t in self.tensors}
+        made = {id(t): copied(t) for t in self.tensors}
         copies = [made[id(x)] if isinstance(x, torch.Tensor) else x for x in self.leaves]
         return self.kind.requiring(copies)
 
@@ -246,13 +247,6 @@ class Job(Wanted):
                 if other != mine and (t, d) not in pinned:
                     dynamic[t].add(d)
         self.dynamic = tuple(frozenset(dims) for dims in dynamic)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    made = tensor.clone()
-    if made.stride() == tensor.stride() or 0 in tensor.stride():  # nobody can write to such
-        return made
-    return torch.empty_strided(made.shape, tensor.stride(), dtype=made.dtype).copy_(made)
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from ovshim.shapes import dynamic_dims
 from ovshim.signals import heard
 from ovshim.signature import Kind, Structure, UnknownLeafError, kind_of
 from ovshim.values import holds_nan
-from ovshim.views import copied_together
+from ovshim.views import copied, copied_together
 from ovshim.waiting import look_at
 
 __all__ = ["Given", "Planner", "known_kind", "unfit"]
@@ -254,7 +254,7 @@ class Planner:
         call = self.original.resolve()
         dims = dynamic_dims(self.options, call, given.args, given.kwargs, tensors, lenient)
         with torch.inference_mode(False):
-            copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
+            copies = {id(tensor): copied(tensor) for tensor in tensors}
         job = Job(
             module=self.module,
             method=self.method,

@@ -14,7 +14,7 @@ import torch
 
 from ovshim.reasons import Reason, reason
 
-__all__ = ["View", "Views", "copied_together", "overlaps", "refusal", "storage_of"]
+__all__ = ["View", "Views", "copied", "copied_together", "overlaps", "refusal", "storage_of"]
 
 # Outputs that share a storage of more elements than this are taken to overlap.
 _LARGEST_MAP = 1 << 26
@@ -76,6 +76,18 @@ def refusal(overlaps: Iterable[tuple[int, int]], views: Views) -> Reason | None:
         if _owner(one, views) != _owner(other, views):
             return reason("aliases-input", "two outputs overlap in memory")
     return None
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory as the tensor does, its gaps and repetitions included."""
+    tensor = tensor.detach()
+    made = tensor.clone()
+    if made.stride() == tensor.stride() or tensor.layout is not torch.strided:
+        return made
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in pairs)
+    whole = tensor.as_strided((extent,), (1,), tensor.storage_offset()).clone()
+    return whole.as_strided(tensor.shape, tensor.stride())
 
 
 def copied_together(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
