@@ -28,6 +28,7 @@ from ovshim.bound import installed
 from ovshim.decode import engine as engine_module
 from ovshim.decode.long_steps import LongSteps
 from ovshim.race import Finish
+from ovshim.version import exact_version
 
 # transformers' own, of arguments that its assisted decoding passes to itself.
 pytestmark = [
@@ -156,7 +157,7 @@ def test_entries_say_what_they_were_made_of(
     (entry, *_) = ovshim.cache.entries(cache)
     assert set(entry.fingerprint) == {"code", "weights", "inputs", "options", "environment"}
     versions = json.loads(entry.fingerprint["environment"])
-    assert versions["ovshim"] == ovshim.__version__
+    assert versions["ovshim"] == exact_version()
     assert versions["transformers"] == hf.__version__
     assert (entry.path / "fingerprint.json").stat().st_size > 1000
 
