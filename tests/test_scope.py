@@ -113,6 +113,7 @@ def test_what_is_called_often_is_served_and_nothing_is_put_on_it() -> None:
     found = row(scope.report())
     assert found["calls"] == {"openvino": 2, "mixed": 0, "eager": 3, "training": 0}
     assert found["eager_reasons"] == {"seldom": 2, "building": 1}
+    assert found["why"] is None  # it is served now
     # The third call had another batch than the first two: one plan for all.
     assert [plan["signature"] for plan in found["plans"]] == ["[0]: float32[?, 8]"]
 
