@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from torch import nn
 
-from ovshim import early, runtime
+from ovshim import early
 from ovshim.checks import no_module
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
@@ -23,6 +24,7 @@ from ovshim.options import (
     quantizes,
     resolve,
 )
+from ovshim.properties import check_placement
 from ovshim.scripted import is_frozen
 from ovshim.shapes import check_names
 
@@ -101,11 +103,12 @@ def accelerate(
             )
         return _decorator(chosen)
     _check_module(module, chosen)
-    # A CPU there is everywhere; to look for other devices takes time.
-    if enabled_in_environment() and chosen.device != "CPU":
-        runtime.check_device(chosen.device)
+    if enabled_in_environment():
+        check_placement(chosen)
     if not has_example:
         return _equipped(module, chosen)
+    if chosen.inplace:
+        _check_initialised(module)
     call = as_call(example_input, example_kwargs)
     ahead = _begun(module, chosen, call)
     fast = _equipped(module, chosen)
@@ -148,28 +151,38 @@ def explain(
     example_input: Any = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     **fields: Unpack[OptionFields],
 ) -> Report:
     """How an accelerated module is served; or, for a plain module with an example, how it would be.
 
     The latter is a dry run: the same build, nothing cached, the module untouched.
 
+    Args:
+        options, fields: of the dry run; see `ovshim.Options`, fields win.
+
     Raises:
-        OptionError: a plain module without an example, or a value that cannot be right.
+        OptionError: a plain module without an example, options for a module that is accelerated,
+            or a value that cannot be right.
     """
     if not isinstance(module, nn.Module):
         raise no_module(module)
     from ovshim.handle import Handle
 
+    chosen = resolve(options, dict(fields))
     handle = module.__dict__.get("ovshim")
     if isinstance(handle, Handle):
+        given: dict[str, Any] = {**fields} if options is None else {"options": options, **fields}
+        for name, value in given.items():
+            remedy = "Leave it out, or give the plain module and an example for a dry run."
+            raise OptionError(name, value, "nothing for a module that is accelerated", remedy)
         return handle.report()
     if example_input is None and example_kwargs is None:
         raise OptionError(
             "example_input", None, FORMS, "Give an example of a call of this plain module."
         )
     chosen = dataclasses.replace(
-        resolve(None, dict(fields)),
+        chosen,
         inplace=False,
         memory="shared",
         cache_dir=False,
@@ -184,6 +197,9 @@ def explain(
 
 
 def _check_module(module: Any, options: Options) -> None:
+    if isinstance(module, type) and issubclass(module, nn.Module):
+        remedy = "Give an instance; to decorate the class write brackets: @ovshim.accelerate()."
+        raise OptionError("module", module, "an instance of torch.nn.Module", remedy)
     if not isinstance(module, nn.Module):
         raise no_module(module)
     if is_frozen(module):
@@ -193,6 +209,10 @@ def _check_module(module: Any, options: Options) -> None:
     if is_loaded(module):
         remedy = "It runs in OpenVINO already: call it as it is."
         raise OptionError("module", type(module).__qualname__, "a module that has code", remedy)
+    if _is_compiled(module):
+        remedy = "Accelerate the module first, or compile it by torch.compile(backend='ovshim')."
+        allowed = "a module that torch.compile has not wrapped"
+        raise OptionError("module", type(module).__qualname__, allowed, remedy)
     for name in options.methods:
         if not callable(getattr(module, name, None)):
             raise OptionError(
@@ -203,6 +223,22 @@ def _check_module(module: Any, options: Options) -> None:
             )
     check_names(options, getattr(module, options.methods[0]))
     _check_precision(module, options)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` gives of a module: of its code nothing can be captured."""
+    # Where nobody has compiled, this need not be imported for that.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _check_initialised(module: nn.Module) -> None:
+    """Raise OptionError for a lazy module that has not run, before anything is put on it. Without
+    an example its first call is the example, and finds it initialised."""
+    from ovshim.twin import check_initialised
+
+    for one in module.modules():
+        check_initialised(one)
 
 
 def _check_precision(module: nn.Module, options: Options) -> None:

@@ -28,7 +28,8 @@ from ovshim.dispatch import Dispatcher
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.frozen import Layout, frozen_module
 from ovshim.handle import report_of
-from ovshim.options import Options, resolve
+from ovshim.options import Options, enabled_in_environment, resolve
+from ovshim.properties import check_placement
 from ovshim.reasons import reason
 from ovshim.report import Report
 
@@ -67,6 +68,8 @@ def compile_graph(
         if name in fields:
             raise OptionError(name, fields[name], "nothing here", "Leave it out.")
     chosen = resolve(None, fields)
+    if enabled_in_environment():
+        check_placement(chosen)
     layout = Layout.of(graph)
     # The same graph comes again for each mode (no_grad, inference_mode), and from threads that
     # compile at once. Its constants are not in its code.

@@ -14,7 +14,7 @@ import torch
 
 from ovshim.signature import Pattern
 
-__all__ = ["Bucket", "compile_bucket", "compile_sizes", "open_groups"]
+__all__ = ["Bucket", "compile_bucket", "compile_sizes", "open_groups", "shown"]
 
 Bucket = int | tuple[int, ...] | str
 """The text is of sizes that have a graph of their own: they are looked at apart."""
@@ -31,6 +31,13 @@ def compile_bucket(
         _compiled([f"tensors[{t}].shape[{d}]" for t, d in places]),
         _compiled([f"tensors[{t}][{d}]" for t, d in places]),
     )
+
+
+def shown(bucket: Bucket) -> list[int] | str:
+    """A bucket in reports: a list whatever the number of open dimensions, or the text."""
+    if isinstance(bucket, str):
+        return bucket
+    return [bucket] if isinstance(bucket, int) else list(bucket)
 
 
 def compile_sizes(

@@ -47,8 +47,14 @@ def from_onnx(
         ArtifactError: what is wrong with the model.
         OptionError: a value that cannot be right.
     """
+    import onnx
+
     from ovshim.onnx_module import opened
 
+    sorts = (str, os.PathLike, bytes, bytearray, memoryview, onnx.ModelProto)
+    if not isinstance(model, sorts):
+        allowed = "a path, the bytes of a model, or an onnx.ModelProto"
+        raise OptionError("model", model, allowed, "Save the model to a file, and give its path.")
     chosen = resolve(options, dict(fields))
     if chosen.methods != ("forward",):
         raise OptionError("methods", chosen.methods, "('forward',)", "An ONNX model has no other.")

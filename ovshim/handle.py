@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ovshim.arguments import check_timeout, path_of
 from ovshim.bound import installed
 from ovshim.builder import wait_for
 from ovshim.decode import encoder_of
@@ -96,7 +97,10 @@ class Handle:
         first call without an example has left to later ones.
 
         Returns whether that was so within `timeout` seconds; None: however long it takes.
+
+        Raises OptionError: `timeout` is no number of seconds.
         """
+        check_timeout(timeout)
         return wait_for((dispatcher.wait for dispatcher in self._all_dispatchers), timeout)
 
     def map(self, items: Iterable[Any], in_flight: int | None = None) -> Iterator[Any]:
@@ -144,11 +148,13 @@ class Handle:
         In it are the weights, one or more example inputs and eager's answers to them. Plans that
         eager serves stay behind, with a FallbackWarning.
 
-        Raises ArtifactError: there is nothing to save, or the directory cannot be written.
+        Raises:
+            ArtifactError: there is nothing to save, or the directory cannot be written.
+            OptionError: what is given is no path.
         """
         from ovshim.artifact.save import save
 
-        where = Path(directory).expanduser().absolute()
+        where = path_of("directory", directory)
         dispatcher = self._forward(where)
         if any(plan.cache == "artifact" for plan in dispatcher.plans):
             what = "the module was itself loaded from an artifact."
@@ -171,13 +177,13 @@ class Handle:
 
         Raises:
             ArtifactError: there is nothing to export, or the repository cannot be written.
-            OptionError: an unknown layout, a name that is none, a device of several.
+            OptionError: an unknown layout, a name or a path that is none, a device of several.
         """
         from ovshim.artifact.ovms import LAYOUTS, export
 
         if layout not in LAYOUTS:
             raise OptionError("layout", layout, f"one of {', '.join(LAYOUTS)}", "Give 'ovms'.")
-        where = Path(directory).expanduser().absolute()
+        where = path_of("directory", directory)
         dispatcher = self._forward(where)
         return export(self._module, self._call, dispatcher.plans, where, self.options, name)
 

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from ovshim import runtime
+from ovshim.arguments import path_of
 from ovshim.bound import install, installed
 from ovshim.dispatch import Dispatcher
 from ovshim.errors import FallbackError, OptionError
@@ -24,6 +24,7 @@ from ovshim.matcher import Matcher
 from ovshim.options import OptionFields, Options, resolve
 from ovshim.plan import Plan
 from ovshim.planner import Given, Planner
+from ovshim.properties import check_placement
 from ovshim.reasons import Reason, reason
 from ovshim.signature import describe, sizes_of
 
@@ -69,8 +70,8 @@ def load(
             given = getattr(chosen, name)
             remedy = "Give it to accelerate() before the artifact is saved."
             raise OptionError(name, given, f"nothing but {', '.join(sorted(_TAKEN))}", remedy)
-    runtime.check_device(chosen.device)
-    where = Path(directory).expanduser().absolute()
+    check_placement(chosen)
+    where = path_of("directory", directory)
     module = Loaded(where).eval()
     install(module, "forward", Maker(where, chosen))
     # Not setattr: it is not part of what the module is.

@@ -14,6 +14,7 @@ from typing import Any
 from ovshim import runtime
 from ovshim.capture import Captured, names
 from ovshim.checks import COMPRESSED
+from ovshim.errors import CalibrationError
 from ovshim.job import BuildStopped, Job
 from ovshim.precision import calibration, graphs, islands, quantize, rules
 from ovshim.precision.calibration import Misfit, Samples
@@ -140,7 +141,8 @@ def samples_of(job: Job) -> Samples:
             found = calibration.collect(*given, job.call, args, kwargs, job.kind)
     except Misfit as misfit:
         if not job.lenient:
-            raise
+            told = misfit.name, misfit.value, misfit.allowed, misfit.remedy
+            raise CalibrationError(*told) from None
         raise BuildStopped(reason("calibration-unfit", str(misfit))) from misfit
     for sample in found.tensors:
         job.open_sizes(sizes_of(sample), frozenset())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ovshim.buckets import Bucket
+from ovshim.buckets import Bucket, shown
 from ovshim.errors import PrecisionWarning
 from ovshim.guards import ValueGuard, sizes_hold
 from ovshim.lanes import Lane
@@ -339,7 +339,7 @@ class Plan:
             "way": self.way,
             "given_back": self.given_back,
             "sizes": [
-                {"bucket": bucket, "path": "eager" if lane.eager else "openvino"}
+                {"bucket": shown(bucket), "path": "eager" if lane.eager else "openvino"}
                 for bucket, lane in sorted(self.lanes.items(), key=repr)
             ],
             "parts": [] if self.parts is None else self.parts.to_list(),

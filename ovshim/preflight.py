@@ -52,7 +52,7 @@ def used_up(module: nn.Module) -> Reason | None:
                 kind = type(one)
                 if ends[kind] if kind in ends else ends.setdefault(kind, _ends(kind)):
                     where = f"{path}.{name}".lstrip(".")
-                    return reason("mutates-attribute", f"each call would use up {where}, {one!r}")
+                    return reason("mutates-attribute", f"a call may use up {where}, {one!r}")
     return None
 
 

@@ -146,7 +146,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "not-on-cpu": Sentence(
             "A parameter, a buffer or an input is not in the memory of the CPU.",
-            "Move it with .to('cpu'); the device= option chooses where OpenVINO computes.",
+            "Move it with .to('cpu'), or load the weights of a meta module; the device= option"
+            " chooses where OpenVINO computes.",
         ),
         "untracked-weights": Sentence(
             "Changes of a weight would go unnoticed, because it was made in inference mode, is "
@@ -155,7 +156,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "double-precision": Sentence(
             "The module computes in float64, which OpenVINO would lower to float32.",
-            "Call .float() on the module, or give precision='fp32' to accept float32.",
+            "Call .float() on the module and on its inputs, or give precision='fp32' to accept"
+            " float32.",
         ),
         "decode-call": Sentence(
             "The call asks for something that stateful decoding does not give.",
@@ -271,7 +273,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "off": Sentence(
             "ovshim is switched off.",
-            "Unset the environment variable OVSHIM, or set it to 1; leave the block of disabled().",
+            "Unset the environment variable OVSHIM, or set it to 1, and accelerate the module"
+            " again; leave the block of disabled().",
         ),
     }
 )

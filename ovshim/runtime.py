@@ -265,7 +265,7 @@ def _accepted(device: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     if device == "CPU":
         return dict(ours)
     try:
-        known = _bare_core().get_property(device, "SUPPORTED_PROPERTIES")
+        known = supported(device)
     except RuntimeError as error:
         # The device is not there, or says nothing of itself: compiling will tell.
         _log.debug("No list of properties from %s: %s", device, error)
@@ -275,6 +275,12 @@ def _accepted(device: str, ours: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in ours.items()
         if key in known or key == "INFERENCE_PRECISION_HINT"
     }
+
+
+def supported(device: str) -> Sequence[str]:
+    """The properties that a device says it knows; some that it takes are not among them.
+    RuntimeError where it is not there."""
+    return tuple(_bare_core().get_property(device, "SUPPORTED_PROPERTIES"))
 
 
 def fold(model: Any) -> None:
@@ -311,6 +317,11 @@ def compile_model(
         return _bare_core().compile_model(model, device, settings)
     del model  # which was only looked at
     return _bare_core().compile_model(str(source), device, settings)
+
+
+def compile_text(graph: bytes, device: str, settings: Mapping[str, Any]) -> Any:
+    """Compile the text of an IR without weights. RuntimeError when OpenVINO cannot."""
+    return _bare_core().compile_model(_bare_core().read_model(graph, b""), device, settings)
 
 
 def _is_small(source: Path) -> bool:

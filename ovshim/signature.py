@@ -32,6 +32,7 @@ __all__ = [
     "text_of",
     "unflatten",
     "unflatten_call",
+    "with_paths",
 ]
 
 # Sizes of every tensor leaf; None is a dimension that may have any size.
@@ -294,6 +295,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def with_paths(value: Any) -> list[tuple[pytree.KeyPath, Any]]:
+    """Leaves of a nested value, each with the way to it; with none where a type does not name its
+    parts, as types need not that are registered with pytree."""
+    try:
+        return pytree.tree_flatten_with_path(value)[0]
+    except ValueError:
+        return [((), leaf) for leaf in pytree.tree_leaves(value)]
+
+
 def _leaf_names(structure: Structure) -> list[str]:
     count = structure.spec.num_leaves + sum(
         len(_leaf_names(sub)) - 1 for _, _, sub in structure.nested
@@ -303,12 +313,12 @@ def _leaf_names(structure: Structure) -> list[str]:
         marks = unflatten(list(range(count)), structure)
     except (AttributeError, TypeError, ValueError):  # a class that takes nothing but tensors
         return names
-    for path, mark in pytree.tree_flatten_with_path(marks)[0]:
+    for path, mark in with_paths(marks):
         text = pytree.keystr(path[1:]) if len(path) > 1 else str(mark)
         text = text.replace("['", ".").replace("']", "").removeprefix(".")
         if isinstance(mark, int):
             names[mark] = text
-        else:
+        elif path:
             for field in dataclasses.fields(mark):
                 inner = getattr(mark, field.name)
                 if isinstance(inner, int):

@@ -292,17 +292,22 @@ def _differ(old: Any, new: list[Any]) -> bool:
     return any(a is not b for a, b in zip(old, new, strict=True))
 
 
-def _empty(module: nn.Module) -> nn.Module:
-    """Returns an object of the module's class without attributes."""
-    cls = type(module)
+def check_initialised(module: nn.Module) -> None:
+    """Raise OptionError for a module with uninitialised parameters or buffers of its own."""
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(is_lazy(tensor) for tensor in tensors if tensor is not None):
         raise OptionError(
             "module",
-            cls.__qualname__,
+            type(module).__qualname__,
             "a module whose parameters are initialised",
             "Run the module once on an example before accelerating it.",
         )
+
+
+def _empty(module: nn.Module) -> nn.Module:
+    """Returns an object of the module's class without attributes."""
+    cls = type(module)
+    check_initialised(module)
     try:
         # Not cls.__new__: GraphModule's makes a new class, and others want arguments.
         return object.__new__(cls)

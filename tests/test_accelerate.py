@@ -612,6 +612,8 @@ def test_the_decorator_wants_a_class_of_modules() -> None:
         ovshim.accelerate(device="CPU")(lambda x: x)  # type: ignore[type-var]
     with pytest.raises(ovshim.OptionError):
         ovshim.accelerate(precision="fp7")
+    with pytest.raises(ovshim.OptionError, match=r"@ovshim\.accelerate\(\)"):
+        ovshim.accelerate(nn.Linear)  # type: ignore[type-var]
 
 
 # Training and evaluation

@@ -309,6 +309,13 @@ def test_there_is_nothing_to_accelerate(saved: Path, mlp: nn.Module, inplace: bo
         same(loaded(x), mlp(x))
 
 
+@pytest.mark.parametrize("wrong", [5, None, ""])
+def test_what_is_no_directory_is_told(wrong: Any) -> None:
+    fast: Any = ovshim.accelerate(nn.Linear(8, 4).eval())
+    with pytest.raises(OptionError, match="directory"):
+        fast.ovshim.save(wrong)
+
+
 def test_options_that_do(saved: Path) -> None:
     loaded: Any = ovshim.load(saved, hint="throughput", streams=2, threads=2)
     assert loaded(torch.randn(3, 8)).shape == (3, 4)

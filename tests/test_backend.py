@@ -318,6 +318,7 @@ def test_threads_call_it_at_once() -> None:
         ({"inplace": True}, "inplace"),
         ({"dynamic_shapes": None}, "dynamic_shapes"),
         ({"max_autotune": True}, "max_autotune"),
+        ({"device": "GPU.9"}, "device"),
     ],
 )
 def test_mistakes_are_told(options: dict[str, Any], name: str) -> None:

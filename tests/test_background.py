@@ -75,6 +75,14 @@ def ready(fast: Any) -> None:
     assert fast.ovshim.wait(60)
 
 
+@pytest.mark.parametrize("wrong", ["x", float("nan"), True])
+def test_what_is_no_time_is_told(wrong: Any) -> None:
+    fast: Any = ovshim.accelerate(make(Mlp))
+    with pytest.raises(ovshim.OptionError, match="timeout"):
+        fast.ovshim.wait(wrong)
+    assert fast.ovshim.wait(-1)  # what is left of a time that is over
+
+
 def test_the_plan_is_made_meanwhile_and_takes_over(gate: Gate) -> None:
     module, x = make(Mlp), torch.randn(3, 8)
     fast = late(module, x)

@@ -159,7 +159,7 @@ def test_prune_and_clear(store: Store, root: Path) -> None:
     assert cache.info(root).entries == 0
 
 
-@pytest.mark.parametrize("size", ["many", -1, True])
+@pytest.mark.parametrize("size", ["many", -1, True, 1.5, [1]])
 def test_a_size_that_is_none(root: Path, store: Store, size: Any) -> None:
     with pytest.raises(OptionError, match="max_size"):
         cache.prune(root, max_size=size)
@@ -215,8 +215,8 @@ def test_places_that_differ(store: Store, root: Path) -> None:
     assert cache.why_miss("aa", "ab", root).parts["code"] == ("aa", "ab")
 
 
-@pytest.mark.parametrize("name", ["a", "ac", "aa/03", ""])
-def test_a_name_that_is_not_one_entrys(store: Store, root: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["a", "ac", "aa/03", "", 5])
+def test_a_name_that_is_not_one_entrys(store: Store, root: Path, name: Any) -> None:
     publish(store, "aa")
     publish(store, "ab")
     with pytest.raises(OptionError, match="entr"):

@@ -203,4 +203,5 @@ def test_wrong_options_are_found_before_the_training(
     assert main(["demo", "--precision", "fp7"]) == 2
     assert "'fp7'" in capsys.readouterr().err
     assert main(["demo", "--device", "GPU/9"]) == 2
+    assert main(["demo", "--device", "GPU.9"]) == 2
     assert "'GPU/9'" in capsys.readouterr().err

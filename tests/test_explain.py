@@ -324,6 +324,22 @@ def test_the_dry_run_never_raises_for_what_strict_would() -> None:
     assert plan["reason"]["code"] == "unsupported-op"
 
 
+def test_the_dry_run_takes_options_as_a_whole() -> None:
+    options = ovshim.Options(prefer="eager", precision="bf16")
+    report = ovshim.explain(make(Mlp), torch.randn(3, 8), options=options, precision="fp16")
+    assert report.precision == "fp16"
+    assert report.plans == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"precision": "bf16"}, {"precision": "fp7"}, {"nonsense": 1}, {"options": 1}]
+)
+def test_an_accelerated_module_is_explained_as_it_is(fields: dict[str, Any]) -> None:
+    fast = ovshim.accelerate(make(Mlp))
+    with pytest.raises(ovshim.OptionError, match=next(iter(fields))):
+        ovshim.explain(fast, torch.randn(3, 8), **fields)
+
+
 def test_what_cannot_be_explained() -> None:
     with pytest.raises(ovshim.OptionError):
         ovshim.explain(make(Mlp))

@@ -18,6 +18,7 @@ FLOORS: dict[str, set[str]] = {
         "binding",
         "helper",
         "options",
+        "arguments",
         "checks",
         "errors",
         "imports",
@@ -72,7 +73,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "2a": {"runtime", "executed"},
     "2b": {"preflight", "inputs", "verify", "race", "generation", "child", "frozen", "mapped"},
-    "2c": {"infer", "pool", "single", "slots", "capture", "precision"},
+    "2c": {"infer", "pool", "single", "slots", "properties", "capture", "precision"},
     "3": {
         "answered",
         "artifact",

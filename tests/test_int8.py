@@ -431,8 +431,9 @@ def test_compressed_weights_of_a_bfloat16_module() -> None:
 
 
 def test_data_that_is_no_call_of_the_module() -> None:
-    with pytest.raises(ovshim.CalibrationError, match="float64"):
+    with pytest.raises(ovshim.CalibrationError, match="float64") as caught:
         make_int8(make(DigitsCnn), calibration=[images(4).double()])
+    assert type(caught.value) is ovshim.CalibrationError
 
 
 def test_a_call_that_the_data_says_nothing_of() -> None:

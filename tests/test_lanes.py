@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import ovshim
 from ovshim import deferred, parts, tiny, verdict
-from ovshim.buckets import compile_bucket, compile_sizes
+from ovshim.buckets import compile_bucket, compile_sizes, shown
 from ovshim.lanes import Lane
 from ovshim.race import Finish
 from ovshim.unmet import Unmet
@@ -41,6 +41,13 @@ def test_a_bucket_spans_a_power_of_two(batch: int, length: int, other: int) -> N
     assert of_tensors([torch.empty(size, device="meta") for size in sizes]) == of_sizes(sizes)
     alike = of_sizes(((batch, 3, other), (batch,))) == of_sizes(sizes)
     assert alike == (length.bit_length() == other.bit_length())
+
+
+@pytest.mark.parametrize(
+    ("bucket", "told"), [(3, [3]), ((3, 0), [3, 0]), ((), []), ("alone (4, 8)", "alone (4, 8)")]
+)
+def test_reports_show_buckets_as_lists_whatever_is_open(bucket: Any, told: Any) -> None:
+    assert shown(bucket) == told
 
 
 def test_sizes_that_cannot_change_have_one_bucket() -> None:

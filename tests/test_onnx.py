@@ -494,6 +494,8 @@ def test_external_data_does_not_escape(tmp_path: Path) -> None:
 
 
 def test_options() -> None:
+    with pytest.raises(OptionError, match="model=5"):
+        ovshim.from_onnx(5)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="methods"):
         ovshim.from_onnx(mlp(), methods=("x",))
     with pytest.raises(OptionError, match="dynamic_shapes"):

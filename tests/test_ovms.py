@@ -229,7 +229,9 @@ def test_options_are_written_out(mlp: nn.Module, tmp_path: Path) -> None:
 def test_what_cannot_be_exported(fast: Any, mlp: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="layout"):
         fast.ovshim.export(tmp_path, layout="triton")
-    for name in ("", "a/b", "../x", "-x"):
+    with pytest.raises(OptionError, match="directory"):
+        fast.ovshim.export(5)
+    for name in ("", "a/b", "../x", "-x", 5):
         with pytest.raises(OptionError, match="name"):
             fast.ovshim.export(tmp_path, name=name)
     several: Any = ovshim.accelerate(mlp, torch.randn(3, 8), prefer="openvino", device="AUTO:CPU")

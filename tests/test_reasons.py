@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ovshim import reasons
+from ovshim import reasons, tally
 from ovshim.reasons import TABLE, Reason, reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "reasons.md"
@@ -25,6 +25,13 @@ def test_the_page_has_every_row_of_the_table_and_no_other() -> None:
     rows = rows_of_the_page()
     assert len({code for code, _, _ in rows}) == len(rows)
     assert {code: (message, remedy) for code, message, remedy in rows} == dict(TABLE)
+
+
+def test_the_page_says_of_which_reasons_nobody_is_warned() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    sentence = text.partition("Nobody is warned of these,")[2].partition(".")[0]
+    assert set(re.findall(r"`([a-z-]+)`", sentence)) == tally._SILENT
+    assert {"grad"} == tally._FINE_WITH_STRICT - tally._SILENT
 
 
 def test_every_code_is_given_somewhere() -> None:

@@ -171,6 +171,12 @@ def test_what_cannot_be_run(scripts: Path) -> None:
         assert result.stdout == ""
 
 
+@pytest.mark.parametrize("pattern", ["--include=", "--exclude="])
+def test_a_pattern_of_nothing(pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", pattern, "look.py"]) == 2
+    assert f"{pattern[2:]}['']" in capsys.readouterr().err
+
+
 def test_its_own_arguments_end_where_the_script_begins() -> None:
     assert run.split(["--device", "CPU", "x.py", "--device", "y"]) == (
         ["--device", "CPU", "x.py"],

@@ -13,6 +13,8 @@ import pytest
 
 from ovshim import executed, runtime
 from ovshim.errors import OptionError
+from ovshim.options import Options
+from ovshim.properties import check_placement
 
 VIRTUAL = ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"]
 
@@ -223,6 +225,46 @@ def test_numbered_devices(
     else:
         with pytest.raises(OptionError):
             runtime.check_device(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "properties"),
+    [
+        ("CPU", {"SNIPPETS_MODE": "DISABLE", "ENABLE_MMAP": False}),  # in no list of OpenVINO's
+        ("HETERO:CPU", {"SNIPPETS_MODE": "DISABLE", "PERF_COUNT": True}),
+        ("AUTO:CPU", {"SCHEDULE_POLICY": "ROUND_ROBIN", "KV_CACHE_PRECISION": "u8"}),
+    ],
+)
+def test_properties_that_openvino_takes(device: str, properties: dict[str, Any]) -> None:
+    check_placement(Options(device=device, properties=properties))
+
+
+@pytest.mark.parametrize("device", ["CPU", "AUTO:CPU", "HETERO:CPU"])
+@pytest.mark.parametrize(
+    "properties", [{"NO_SUCH_PROPERTY": 1}, {"enable_mmap": True}, {"ENABLE_CPU_PINNING": "maybe"}]
+)
+def test_properties_that_openvino_does_not_take(device: str, properties: dict[str, Any]) -> None:
+    with pytest.raises(OptionError) as caught:
+        check_placement(Options(device=device, properties=properties))
+    assert caught.value.value == properties
+    assert next(iter(properties)) in caught.value.remedy
+
+
+def test_a_value_is_known_with_its_type() -> None:
+    for _ in range(2):
+        check_placement(Options(properties={"ENABLE_CPU_PINNING": True}))
+        with pytest.raises(OptionError, match="ENABLE_CPU_PINNING"):
+            check_placement(Options(properties={"ENABLE_CPU_PINNING": 1.0}))
+
+
+def test_properties_are_not_blamed_for_what_cannot_be_compiled_anyway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compile_text(*_: Any) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(runtime, "compile_text", compile_text)
+    check_placement(Options(properties={"NO_SUCH_PROPERTY": 2}))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def test_what_is_called_often_is_served_and_nothing_is_put_on_it() -> None:
     found = row(scope.report())
     assert found["calls"] == {"openvino": 2, "mixed": 0, "eager": 3, "training": 0}
     assert found["eager_reasons"] == {"seldom": 2, "building": 1}
+    assert found["why"] is None  # it is served now
     # The third call had another batch than the first two: one plan for all.
     assert [plan["signature"] for plan in found["plans"]] == ["[0]: float32[?, 8]"]
 
@@ -730,6 +731,44 @@ def test_functions_coroutines_and_generators_are_decorated() -> None:
     assert list(steps) == []
 
 
+def test_async_generators_are_inside_at_each_step_and_outside_between() -> None:
+    told: list[Any] = []
+
+    @ovshim.enabled()
+    async def generator() -> AsyncGenerator[bool, str]:
+        try:
+            told.append((yield on()))
+            try:
+                yield on()
+            except ValueError as error:
+                told.append(error)
+            yield on()
+            yield on()
+        finally:
+            told.append(on())
+
+    async def main() -> None:
+        steps = generator()
+        assert await anext(steps)
+        assert not on()
+        error = ValueError()
+        assert await steps.asend("sent")
+        assert await steps.athrow(error)
+        assert not on()
+        await steps.aclose()
+        assert told == ["sent", error, True]
+        assert [inside async for inside in generator()] == [True] * 4
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear, 5])
+def test_what_is_no_function_cannot_be_decorated(wrong: Any) -> None:
+    for stay in (ovshim.enabled(), ovshim.disabled()):
+        with pytest.raises(ovshim.OptionError, match="allowed is a function"):
+            stay(wrong)
+
+
 # Reports and mistakes
 
 
@@ -755,11 +794,17 @@ def test_the_report_goes_to_a_file_or_a_function(tmp_path: Path) -> None:
         ({"min_speedup": "much"}, "min_speedup"),
         ({"include": [3]}, "include"),
         ({"exclude": [""]}, "exclude"),
+        ({"include": 5}, "include"),
+        ({"exclude": None}, "exclude"),
         ({"report": 3}, "report"),
         ({"all_threads": 1}, "all_threads"),
         ({"inplace": True}, "inplace"),
         ({"methods": ["forward"]}, "methods"),
         ({"dynamic_shapes": {"x": {1: "n"}}}, "dynamic_shapes"),
+        ({"options": ovshim.Options(inplace=True, memory="lean")}, "inplace"),
+        ({"options": ovshim.Options(methods=["encode"])}, "methods"),
+        ({"options": ovshim.Options(dynamic_shapes={"x": {1: "n"}})}, "dynamic_shapes"),
+        ({"properties": {"NO_SUCH_PROPERTY": 1}}, "properties"),
         ({"precision": "fp7"}, "precision"),
         ({"device": "GPU.9"}, "device"),
         ({"devise": "CPU"}, "devise"),

@@ -130,7 +130,7 @@ def test_precisions_that_make_no_sense(precision: Any) -> None:
     assert caught.value.name == "precision"
 
 
-@pytest.mark.parametrize("tolerance", ["strict", None, True])
+@pytest.mark.parametrize("tolerance", ["strict", None, True, 0, -1.0])
 def test_tolerances_that_are_no_numbers(tolerance: Any) -> None:
     with pytest.raises(ovshim.OptionError) as caught:
         sensitivity(make(Outlier), DATA[0], calibration=DATA, tolerance=tolerance)

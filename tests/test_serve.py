@@ -353,6 +353,12 @@ def test_in_flight_is_checked_at_once(wrong: Any) -> None:
         fast.ovshim.map([], in_flight=wrong)
 
 
+def test_what_is_no_stream_of_items_is_told_at_once() -> None:
+    _, fast = fast_mlp()
+    with pytest.raises(ovshim.OptionError, match="items=5"):
+        fast.ovshim.map(5)
+
+
 def test_map_builds_and_falls_back_as_a_call_does() -> None:
     module = make(Branches)
     fast = ovshim.accelerate(module, prefer="openvino")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ovshim
+from ovshim.signature import describe, flatten_call, kind_of, sizes_of
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -64,6 +65,24 @@ def of(function: Any, *example: Any, **options: Any) -> tuple[nn.Module, nn.Modu
 
 
 # Inputs
+
+
+class Registered:
+    """A type that pytree knows without the names of its parts."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+
+pytree.register_pytree_node(
+    Registered, lambda r: ([r.x], None), lambda parts, _: Registered(*parts)
+)
+
+
+def test_leaves_of_a_registered_type_are_told_by_number() -> None:
+    leaves, structure = flatten_call((Registered(torch.randn(4, 8)), 1), {"y": torch.randn(2)})
+    text = describe(kind_of(leaves, structure), sizes_of(leaves))
+    assert text == "0: float32[4, 8], 1=1, 2: float32[2]"
 
 
 def test_dict_in_dataclass_out() -> None:

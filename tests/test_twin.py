@@ -27,6 +27,7 @@ import torch._dynamo.testing
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import ovshim
 from ovshim import bound
 from ovshim.bound import BoundMethod, install, installed, uninstall
 from ovshim.errors import OptionError
@@ -810,6 +811,16 @@ def test_lazy_modules_are_refused_until_they_have_run(x: torch.Tensor) -> None:
         make_twin(module)
     module.eval()(x)
     assert torch.equal(accelerated(module)(x), module(x))
+
+
+@pytest.mark.parametrize("fields", [{}, {"memory": "lean"}])
+def test_a_lazy_module_with_an_example_is_refused_in_place(
+    fields: dict[str, Any], x: torch.Tensor
+) -> None:
+    module = nn.Sequential(nn.LazyLinear(4)).eval()
+    with pytest.raises(OptionError, match="Run the module once"):
+        ovshim.accelerate(module, x, inplace=True, **fields)
+    assert not {"forward", "ovshim"} & set(vars(module))
 
 
 def test_a_lazy_module_with_parameters_that_has_not_run(x: torch.Tensor) -> None:

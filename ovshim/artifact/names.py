@@ -10,7 +10,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from ovshim.plan import Graph
-from ovshim.signature import Kind, Structure, unflatten, unflatten_call
+from ovshim.signature import Kind, Structure, unflatten, unflatten_call, with_paths
 
 __all__ = ["names_of"]
 
@@ -54,7 +54,7 @@ def _input_names(kind: Kind, call: Callable[..., Any]) -> list[str]:
                 named[name] = value
     found = [""] * len(kind.leaves)
     for name, value in named.items():
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        for path, leaf in with_paths(value):
             found[leaf] = _plain(name + pytree.keystr(path))
     return found
 

@@ -68,8 +68,8 @@ def export(
     return names
 
 
-def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+def _checked(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         allowed = "letters, digits, underscores, dots and dashes"
         raise OptionError("name", name, allowed, "It is part of a path and of the server's URLs.")
     return name

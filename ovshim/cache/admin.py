@@ -7,6 +7,7 @@ Every function takes the directory of a cache; None is the one that `accelerate`
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import time
 from collections import Counter
@@ -222,8 +223,10 @@ def prune(directory: Directory = None, *, max_size: int | str | None = None) -> 
         except ValueError as error:
             allowed = "a number of bytes, or 500MB, 10GB, 2GiB"
             raise OptionError("max_size", max_size, allowed, "Write one of those.") from error
-    elif max_size is not None and (isinstance(max_size, bool) or max_size < 0):
-        raise OptionError("max_size", max_size, "a number of bytes", "Give 0 or more.")
+    elif max_size is not None:
+        whole = isinstance(max_size, numbers.Integral) and not isinstance(max_size, bool)
+        if not whole or max_size < 0:
+            raise OptionError("max_size", max_size, "a number of bytes", "Give 0 or more.")
     return _removed(_store(directory), max_size)
 
 
@@ -305,13 +308,15 @@ def _described(path: Path) -> EntryInfo:
 def _found(name: str, wanted: Any, known: Sequence[EntryInfo]) -> EntryInfo:
     if isinstance(wanted, EntryInfo):
         return wanted
+    allowed = "the path of an entry, or the beginning of one entry's key"
+    if not isinstance(wanted, str | os.PathLike):
+        raise OptionError(name, wanted, allowed, "`ovshim cache ls` lists the keys.")
     text = os.fspath(wanted)
     match = [e for e in known if e.key.startswith(text)]
     if not match and os.path.isdir(text):
         return _described(Path(text).absolute())
     if len({e.key.partition("/")[0] for e in match}) == 1:
         return match[0]  # the one used last
-    allowed = "the path of an entry, or the beginning of one entry's key"
     what = f"{len(match)} entries begin so." if match else "No entry begins so."
     raise OptionError(name, text, allowed, f"{what} `ovshim cache ls` lists their keys.")
 

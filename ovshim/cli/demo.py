@@ -14,6 +14,7 @@ import torch
 
 import ovshim
 from ovshim.options import enabled_in_environment
+from ovshim.properties import check_placement
 from ovshim.race import race
 from ovshim.reasons import reason
 from ovshim.report import Report
@@ -93,6 +94,7 @@ def run(chosen: argparse.Namespace) -> int:
     options = ovshim.Options(
         device=chosen.device, precision=chosen.precision, prefer="openvino", strict=True
     )
+    check_placement(options)
     from ovshim.cli import digits
 
     try:

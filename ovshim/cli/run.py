@@ -72,7 +72,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def prepare(chosen: argparse.Namespace) -> None:
     """Look at the arguments, before the script has done half its work. Raises OptionError."""
-    from ovshim.checks import check_min_speedup
+    from ovshim.arguments import check_min_speedup, class_patterns
     from ovshim.options import enabled_in_environment, resolve
     from ovshim.runtime import check_device
 
@@ -85,6 +85,8 @@ def prepare(chosen: argparse.Namespace) -> None:
         raise OptionError("report", chosen.report, "a file in a directory that exists", remedy)
     if chosen.min_speedup is not None:
         check_min_speedup(chosen.min_speedup)
+    for name in ("include", "exclude"):
+        class_patterns(name, getattr(chosen, name) or ())
     options = resolve(None, _given(chosen, "device", "precision", "prefer"))
     if enabled_in_environment() and options.device != "CPU":
         check_device(options.device)

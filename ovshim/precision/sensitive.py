@@ -91,7 +91,9 @@ def sensitivity(
     """
     if not isinstance(module, nn.Module):
         raise no_module(module)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+    given: Any = tolerance
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not number or not given > 0:
         raise OptionError("tolerance", tolerance, "a number above 0", "Give for example 0.01.")
     options = Options(
         precision=precision,

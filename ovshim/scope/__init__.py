@@ -8,15 +8,15 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, Literal, ParamSpec, Self, TypeVar, Unpack
 
 from torch.utils._contextlib import _wrap_generator
 
-from ovshim import runtime
-from ovshim.checks import check_min_speedup
+from ovshim.arguments import check_min_speedup, class_patterns
 from ovshim.errors import OptionError
 from ovshim.options import OptionFields, Options, enabled_in_environment, quantizes, resolve
+from ovshim.properties import check_placement
 from ovshim.scope.calls import end, enter, last_here
 from ovshim.scope.found import Finder
 from ovshim.scope.summary import Summary
@@ -34,7 +34,7 @@ _NOT_OF_MANY = ("inplace", "memory", "methods", "dynamic_shapes")
 
 
 class Stay:
-    """A context manager, and a decorator of functions, coroutines and generators.
+    """A context manager, and a decorator of functions, coroutines and generators of both kinds.
 
     It may be entered again, inside itself as well, and by several threads at once. What was there
     is there again when it is left, in whatever order and thread that happens.
@@ -61,6 +61,11 @@ class Stay:
         return False
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        if isinstance(function, type) or not callable(function):
+            remedy = "Decorate the functions or methods that are to be inside, or use `with`."
+            raise OptionError("function", function, "a function", remedy)
+        if inspect.isasyncgenfunction(function):
+            return _of_async_generator(self, function)  # type: ignore[return-value]
         if inspect.isgeneratorfunction(function):
             stepwise: Any = _wrap_generator(lambda: self, function)  # type: ignore[no-untyped-call]
             return stepwise  # type: ignore[no-any-return]
@@ -79,6 +84,35 @@ class Stay:
                 return function(*args, **kwargs)
 
         return call
+
+
+def _of_async_generator(
+    stay: Stay, function: Callable[P, AsyncGenerator[Any, Any]]
+) -> Callable[P, AsyncGenerator[Any, Any]]:
+    """The function with each step of its generators inside, and none of what is between them."""
+
+    @functools.wraps(function)
+    async def stepwise(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Any, Any]:
+        steps = function(*args, **kwargs)
+        step = steps.asend(None)
+        while True:
+            try:
+                with stay:
+                    given = await step
+            except StopAsyncIteration:
+                return
+            try:
+                sent = yield given
+            except GeneratorExit:
+                with stay:
+                    await steps.aclose()
+                raise
+            except BaseException as error:
+                step = steps.athrow(error)
+            else:
+                step = steps.asend(sent)
+
+    return stepwise
 
 
 class Scope(Stay):
@@ -171,13 +205,15 @@ def enabled(
     Raises:
         OptionError: a value that cannot be right.
     """
-    for name in _NOT_OF_MANY:
-        if name in fields:
-            remedy = "It is said of one module: use accelerate()."
-            raise OptionError(name, dict(fields)[name], "nothing here", remedy)
     chosen = resolve(options, dict(fields))
+    default = Options()
+    for name in _NOT_OF_MANY:
+        given = getattr(chosen, name)
+        if name in fields or given != getattr(default, name):
+            remedy = "It is said of one module: use accelerate()."
+            raise OptionError(name, given, "nothing here", remedy)
     _check(chosen, min_speedup, all_threads, report)
-    names = _patterns("include", include), _patterns("exclude", exclude)
+    names = class_patterns("include", include), class_patterns("exclude", exclude)
     return Scope(chosen, *names, float(min_speedup), all_threads, report)
 
 
@@ -271,15 +307,6 @@ def _write_at_exit() -> None:
     tell(summary, path)
 
 
-def _patterns(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    patterns: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given)
-    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise OptionError(
-            name, given, "names of classes or patterns of them", 'Give for example ["Bert*"].'
-        )
-    return patterns
-
-
 def _check(options: Options, min_speedup: Any, all_threads: Any, report: Any) -> None:
     check_min_speedup(min_speedup)
     if not isinstance(all_threads, bool):
@@ -291,5 +318,5 @@ def _check(options: Options, min_speedup: Any, all_threads: Any, report: Any) ->
         from ovshim.precision import quantize
 
         quantize.require(options.precision)
-    if enabled_in_environment() and options.device != "CPU":
-        runtime.check_device(options.device)
+    if enabled_in_environment():
+        check_placement(options)

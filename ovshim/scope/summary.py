@@ -31,7 +31,7 @@ class Row:
             of the plans' examples; None where there was no race. Builds are not counted in.
         built: seconds that its plans took.
         why: why eager served where it did: the last reason (of the steps of `generate()`, the one
-            that was met most often) as text, or None.
+            that was met most often) as text; None where there was none but calls before the plan.
         plans: each plan, as `explain(...).to_dict()` has it.
     """
 
@@ -79,6 +79,8 @@ def row_of(
         for code, count in dispatcher.tally.eager.items():
             eager[code] = eager.get(code, 0) + count
         why = dispatcher.why
+    if why is not None and why.code == "seldom" and any(served.values()):
+        why = None  # it was called often enough since
     calls = {**served, "eager": sum(eager.values()) + rested, "training": trained}
     if sum(calls.values()) == trained:
         return None

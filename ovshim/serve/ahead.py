@@ -45,8 +45,11 @@ def in_order(module: nn.Module, items: Iterable[Any], in_flight: int | None) -> 
     """The module's answers to the items; see `Handle.map`.
 
     Raises:
-        OptionError: `in_flight` is no count.
+        OptionError: `in_flight` is no count; there is nothing to go through.
     """
+    if not isinstance(items, Iterable) and not hasattr(items, "__getitem__"):
+        remedy = "Put the examples into a list, or ask submit() for a single one."
+        raise OptionError("items", items, "an iterable of example inputs", remedy)
     count = isinstance(in_flight, numbers.Integral) and not isinstance(in_flight, bool)
     if in_flight is not None and (not count or in_flight < 1):
         raise OptionError(
