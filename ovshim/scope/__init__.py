@@ -205,16 +205,23 @@ def enabled(
     Raises:
         OptionError: a value that cannot be right.
     """
-    chosen = resolve(options, dict(fields))
-    default = Options()
+    # By name first: of what has no meaning here it would be no help to say what it needs.
+    given = dict(fields)
     for name in _NOT_OF_MANY:
-        given = getattr(chosen, name)
-        if name in fields or given != getattr(default, name):
-            remedy = "It is said of one module: use accelerate()."
-            raise OptionError(name, given, "nothing here", remedy)
+        if name in given:
+            raise _of_one(name, given[name])
+    chosen, default = resolve(options, given), Options()
+    for name in _NOT_OF_MANY:
+        if getattr(chosen, name) != getattr(default, name):
+            raise _of_one(name, getattr(chosen, name))
     _check(chosen, min_speedup, all_threads, report)
     names = class_patterns("include", include), class_patterns("exclude", exclude)
     return Scope(chosen, *names, float(min_speedup), all_threads, report)
+
+
+def _of_one(name: str, given: Any) -> OptionError:
+    remedy = "It is said of one module: use accelerate()."
+    return OptionError(name, given, "nothing here", remedy)
 
 
 def disabled() -> Stay:
