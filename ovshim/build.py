@@ -32,6 +32,7 @@ from ovshim.kept import is_of_nan, keep_verdict
 from ovshim.plan import Plan
 from ovshim.preflight import used_up
 from ovshim.reasons import reason
+from ovshim.shortage import build_failure
 from ovshim.signature import Kind
 from ovshim.wanted import own_dtype
 
@@ -65,7 +66,7 @@ def build(job: Job) -> Plan:
             raise
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
-            plan = eager_plan(job, reason("build-failed", f"{type(error).__name__}: {error}"))
+            plan = eager_plan(job, build_failure(error))
     name = type(job.module).__qualname__
     spent = time.perf_counter() - job.started
     code = f" ({plan.reason.code})" if plan.reason else ""

@@ -27,6 +27,7 @@ from ovshim.modes import Drawing, Writes, without_drawing
 from ovshim.random_generators import GeneratorStates, drawn_by
 from ovshim.reasons import Reason, reason
 from ovshim.settings import Settings
+from ovshim.shortage import build_failure
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 from ovshim.views import overlaps, storage_of
 from ovshim.watched import Seen, watched
@@ -153,7 +154,7 @@ def look(
         _describe(found, output, inputs, world)
     except Exception as error:  # a fault of ours must not take away the user's answer
         log.debug("the output was not understood", exc_info=True)
-        found.reason = reason("build-failed", f"{type(error).__name__}: {error}")
+        found.reason = build_failure(error)
         found.leaves, found.structure = flatten(())
         found.containers, found.given, found.sources = [], [], []
     return found

@@ -181,7 +181,7 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Try another device or precision, or accelerate a part of the module.",
         ),
         "out-of-resources": Sentence(
-            "OpenVINO had too little memory, or too few threads or files, to compile the graph.",
+            "There was too little memory or disk, or too few threads or files, to build the plan.",
             "Free some, and call fast.ovshim.refresh() or start the program again.",
         ),
         "infer-failed": Sentence(

@@ -1,5 +1,6 @@
-"""What OpenVINO did not compile for want of memory, threads or files may be compiled later."""
+"""What was not built for want of memory, disk, threads or files may be built later."""
 
+import errno
 import re
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from modules import Mlp, make
 
 import ovshim
 from ovshim import runtime
-from ovshim.shortage import SHORTAGE, compile_failure
+from ovshim.shortage import SHORTAGE, build_failure, compile_failure
 
 PASSING = [
     "Resource temporarily unavailable",
@@ -27,6 +28,7 @@ PASSING = [
     "Can not open file model.bin for mapping. Ensure that file exists",
     "No space left on device",
     "pthread_create has failed",
+    "basic_ios::clear: iostream error",
 ]
 LASTING = [
     "Cannot fallback on ngraph reference implementation",
@@ -72,6 +74,37 @@ def test_no_verdict_is_kept_and_no_entry_lost(monkeypatch: pytest.MonkeyPatch) -
     assert made() == ("openvino", "hit", None)
     with quietly():
         check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("basic_ios::clear: iostream error"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_disk_that_is_full_passes(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    with quietly():
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.openvino(), "save_model", refuse)
+            fast = ovshim.accelerate(module, x, prefer="openvino")
+            check(fast, module, x, path="eager")
+            (plan,) = plans(fast)
+        assert plan["reason"]["code"] == SHORTAGE
+        assert type(error).__name__ in plan["reason"]["message"]
+        check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+
+
+def test_a_fault_of_ours_stays() -> None:
+    assert build_failure(AssertionError("x")).code == "build-failed"
+    assert build_failure(FileNotFoundError(errno.ENOENT, "x")).code == "build-failed"
 
 
 def test_a_file_that_is_not_compiled_is_let_go_of(

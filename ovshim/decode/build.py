@@ -44,7 +44,7 @@ from ovshim.guards import BadGuardError
 from ovshim.job import MOVED, BuildStopped, Job
 from ovshim.kept import keep_data, known_data, processor_of, published
 from ovshim.reasons import Reason, reason
-from ovshim.shortage import SHORTAGE
+from ovshim.shortage import SHORTAGE, build_failure
 from ovshim.signals import raise_heard
 from ovshim.signature import flatten_call, kind_of
 
@@ -83,7 +83,7 @@ def build(job: Job, original: Any, manner: Causal, shown: Mapping[str, Any]) -> 
             made = by_eager(job, reason("calibration-unfit", str(error)))
         except Exception as error:  # a fault of ours must not become one of the user's program
             log.debug("the build failed", exc_info=True)
-            made = by_eager(job, reason("build-failed", f"{type(error).__name__}: {error}"))
+            made = by_eager(job, build_failure(error))
     name, code = type(job.module).__qualname__, f" ({made.reason.code})" if made.reason else ""
     spent = time.perf_counter() - job.started
     log.info("%s, decoding: %s%s in %.2f s, cache %s", name, made.path, code, spent, made.cache)
