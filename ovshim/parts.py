@@ -151,7 +151,7 @@ def _divided(job: Job, whole: Plan) -> Plan:
     medians = None
     if job.options.prefer == "faster":
         with job.stage("race"):
-            medians = _raced(job, parts)
+            medians = _raced(job, parts, drawn)
     if medians is not None and medians[0] <= medians[1]:
         return whole
     if not carried.unchanged():
@@ -357,7 +357,7 @@ def _proved(job: Job, parts: Parts, drawn: frozenset[str]) -> float:
     return found.error
 
 
-def _raced(job: Job, parts: Parts) -> tuple[float, float]:
+def _raced(job: Job, parts: Parts, drawn: frozenset[str]) -> tuple[float, float]:
     """Seconds of eager and of the mixed module; equal where nothing is decided, for a mixed one
     has to win."""
     args, kwargs = job.arguments()
@@ -366,7 +366,8 @@ def _raced(job: Job, parts: Parts) -> tuple[float, float]:
         with serving():
             return parts(args, kwargs)
 
-    finish = race(lambda: job.call(*args, **kwargs), candidate, job.race_seconds())
+    with seeded(drawn):
+        finish = race(lambda: job.call(*args, **kwargs), candidate, job.race_seconds())
     if finish.decided and not finish.lost:
         return finish.eager, finish.candidate
     log.debug("parts of %s in OpenVINO gain nothing: %s", type(job.module).__qualname__, finish)

@@ -12,6 +12,7 @@ from modules import Mlp, make
 from torch import Tensor, nn
 
 import ovshim
+from ovshim.race import Finish
 
 
 class Tower(nn.Module):
@@ -359,3 +360,28 @@ def test_the_reason_is_kept_and_the_parts_are_hits() -> None:
     assert plan["cache"] == "hit"
     assert "capture" not in plan["seconds"]
     assert [inner["cache"] for part in plan["parts"] for inner in part["plans"]] == ["hit"] * 3
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_race_leaves_the_generator_where_it_stood(
+    monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    raced: list[float] = []
+
+    def race(eager: Callable[[], Any], candidate: Callable[[], Any], budget: float) -> Finish:
+        eager(), candidate(), eager()
+        raced.append(budget)
+        return Finish(1.0, 2.0, 0.5, 0.5) if lost else Finish(1.0, 0.5, 2.0, 2.0)
+
+    monkeypatch.setattr("ovshim.parts._WORTH_SERVING_SECONDS", 0.0)
+    monkeypatch.setattr("ovshim.parts.race", race)
+    module, x = make(Tower, noise), torch.randn(3, 8)
+    with torch.no_grad(), quietly():
+        fast = ovshim.accelerate(module)
+        for call in range(3):
+            torch.manual_seed(call)
+            expected = module(x), torch.rand(2)
+            torch.manual_seed(call)
+            same((fast(x), torch.rand(2)), expected)
+    assert raced
+    assert bool(counts(fast)["mixed"]) is not lost

@@ -21,6 +21,17 @@ SETS: dict[str, Callable[[], Any]] = {
     "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
     "use_deterministic_algorithms": lambda: torch.use_deterministic_algorithms(True),
     "autograd.set_detect_anomaly": lambda: torch.autograd.set_detect_anomaly(True, False),
+    "set_warn_always": lambda: torch.set_warn_always(True),
+    "backends.cuda.enable_flash_sdp": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "backends.cudnn.benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    "backends.mkldnn.enabled": lambda: torch._C._set_mkldnn_enabled(False),  # type: ignore[attr-defined]
+}
+# The newer names: what they set may have none among the older ones.
+PRECISIONS: dict[str, Callable[[], Any]] = {
+    "all": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "cuda": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "mkldnn": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "older": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
 }
 
 
@@ -29,6 +40,28 @@ def put_back() -> Iterator[None]:
     before = Settings()
     yield
     before.put_back(SETS)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precisions_by_their_newer_names(name: str) -> None:
+    before = Settings()
+    with watched() as seen:
+        PRECISIONS[name]()
+    assert before.changed() == ["set_float32_matmul_precision"]
+    assert seen.settings == {"set_float32_matmul_precision": True}
+    before.put_back(before.changed())
+    assert before.changed() == []
+
+
+@pytest.mark.parametrize("name", ["all", "cuda"])
+def test_a_program_that_sets_them_is_served(name: str) -> None:
+    module, x = Mlp().eval(), torch.randn(3, 8)
+    PRECISIONS[name]()
+    with quietly():
+        check(ovshim.accelerate(module, x, prefer="openvino"), module, x)
+        fast = ovshim.accelerate(module, prefer="openvino")
+        check(fast, module, x, path=None)
+        check(fast, module, x)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -51,6 +84,16 @@ def test_what_is_set_as_it_is_set_is_seen(name: str) -> None:
     assert seen.set_again() == [name]
 
 
+@pytest.mark.filterwarnings("ignore:torch.set_default_tensor_type")
+def test_the_type_of_tensors_by_its_older_name() -> None:
+    before = Settings()
+    with watched() as seen:
+        torch.set_default_tensor_type(torch.DoubleTensor)
+    assert seen.settings == {"set_default_dtype": True}
+    before.put_back(before.changed())
+    assert torch.get_default_dtype() is torch.float32
+
+
 def test_a_block_that_sets_back_is_none() -> None:
     with watched() as seen:
         before = torch.get_num_threads()
@@ -69,7 +112,10 @@ class Sets(Mlp):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("name", ["set_num_threads", "use_deterministic_algorithms"])
+@pytest.mark.parametrize(
+    "name",
+    ["set_num_threads", "use_deterministic_algorithms", "backends.cudnn.benchmark"],
+)
 @pytest.mark.parametrize("shown", [True, False])
 def test_a_module_that_sets_is_eagers(name: str, shown: bool) -> None:
     module, x, before = Sets().eval(), torch.randn(3, 8), Settings()
