@@ -56,6 +56,8 @@ class Assumptions(Protocol):
     @property
     def code(self) -> Sequence[str] | None: ...
     @property
+    def asks(self) -> Sequence[str] | None: ...
+    @property
     def route(self) -> str: ...
 
 
@@ -74,7 +76,14 @@ def generation_of(job: Job, record: Assumptions, classes: Iterable[type] = ()) -
         # An ONNX model has no code, and what OpenVINO reads of it neither.
         follow = record.route.startswith("traced")
         generation = Generation(
-            job.module, record.value_guards, roots, record.code, job.grad, follow, classes
+            job.module,
+            record.value_guards,
+            roots,
+            record.code,
+            record.asks,
+            job.grad,
+            follow,
+            classes,
         )
     except ValueError as error:
         raise BuildStopped(reason("untracked-weights", str(error))) from error

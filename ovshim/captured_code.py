@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import copy
 import dis
-import sys
 import types
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-__all__ = ["calls_method", "copied_defaults", "is_torchs", "methods", "own", "variables"]
+__all__ = ["copied_defaults", "is_torchs", "mentions", "methods", "own", "variables"]
 
 
 def methods(
@@ -97,21 +96,16 @@ def _named(
     return None
 
 
-def calls_method(code: types.CodeType, names: frozenset[str]) -> bool:
-    """Whether this code, or code within it, calls a method of such a name. A mere attribute is
-    none, as the `stride` of a convolution."""
-    if not names.isdisjoint(code.co_names):
-        for step in dis.get_instructions(code):
-            if step.argval in names and _loads_method(step):
-                return True
-    within = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return any(calls_method(const, names) for const in within)
-
-
-def _loads_method(step: dis.Instruction) -> bool:
-    if sys.version_info < (3, 12):
-        return step.opname == "LOAD_METHOD"
-    return step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
+def mentions(code: types.CodeType, words: frozenset[str]) -> bool:
+    """Whether this code, or code within it, has one of these words for an attribute, a global or a
+    text."""
+    if not words.isdisjoint(code.co_names):
+        return True
+    return any(
+        mentions(const, words) if isinstance(const, types.CodeType) else const in words
+        for const in code.co_consts
+        if isinstance(const, (types.CodeType, str))
+    )
 
 
 def own(functions: Iterable[types.FunctionType]) -> Iterator[types.FunctionType]:

@@ -21,9 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ovshim.captured_code import (
-    calls_method,
     copied_defaults,
     is_torchs,
+    mentions,
     methods,
     own,
     variables,
@@ -65,8 +65,11 @@ _STATES = frozenset(
 # that is gone raises; users' `__eq__` may raise anything. Either way something was replaced, for
 # what is the same object is not compared.
 _RAISED = Exception
-# Methods of tensors by which code may do otherwise for other strides.
-_OF_LAYOUT = frozenset({"stride", "is_contiguous"})
+# By which code may do otherwise for other strides and flags of tensors.
+_QUESTIONS = {
+    "strides": frozenset({"stride", "is_contiguous", "suggest_memory_format"}),
+    "requires_grad": frozenset({"requires_grad"}),
+}
 
 
 class Generation:
@@ -75,6 +78,7 @@ class Generation:
     Args:
         guards, roots: what the captured graph read beyond the tree (`guards.roots_of`).
         code: qualified names of the functions that were captured; None: it is not known which.
+        asks: what they ask of tensors, "strides", "requires_grad"; None: their code is looked at.
         grad: whether it matters which tensors require grad.
         follow: whether the guards do not say what was read, so that all that could be is watched.
         classes: further ones whose code was captured, of objects that no guard leads to.
@@ -96,6 +100,7 @@ class Generation:
         guards: Sequence[ValueGuard] = (),
         roots: Mapping[str, Any] | None = None,
         code: Collection[str] | None = None,
+        asks: Collection[str] | None = None,
         grad: bool = False,
         follow: bool = False,
         classes: Iterable[type] = (),
@@ -128,12 +133,14 @@ class Generation:
         self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
         classes = (*self._watch.classes, *self._reached.classes, *classes)
         self._classes = snapshot(classes_of(self._modules, classes))
-        reads_grad = any("requires_grad" in f.__code__.co_names for f in self._functions)
-        self.asks_layout = any(calls_method(f.__code__, _OF_LAYOUT) for f in own(self._functions))
+        if asks is None:
+            asks = [name for name, words in _QUESTIONS.items() if self._mentions(words)]
+        self.asks_layout = "strides" in asks
         whole = self._watch.reads_environment
         self._variables = None if whole else variables(f.__code__ for f in self._functions)
         self._watch_tensors()
-        self._flags = list(map(_wants_grad, self._tensors)) if grad or reads_grad else None
+        watch_flags = grad or "requires_grad" in asks
+        self._flags = list(map(_wants_grad, self._tensors)) if watch_flags else None
         self.holds = self._check()
         """Whether nothing has changed. About 0.01 µs a tensor and as much a submodule, and ten
         times that where memory cannot be asked (`untouched`) and the objects have to be."""
@@ -291,6 +298,12 @@ class Generation:
             if not self._unchanged(tensor):
                 return f"tensor {name} changed"
         return "code, or something outside the module's own attributes, changed"
+
+    def _mentions(self, words: frozenset[str]) -> bool:
+        """Whether code that was captured has one of these. Torch's own asks for the strides of what
+        it has made itself, and has convolutions with a `stride`."""
+        functions = own(self._functions) if "stride" in words else self._functions
+        return any(mentions(function.__code__, words) for function in functions)
 
     def _watch_tensors(self) -> None:
         self._ids = list(map(id, chain.from_iterable(map(_values, self._holders))))

@@ -64,6 +64,7 @@ class Record:
         route, rung: how it was captured, and by which rung of the ladder it was built.
         checked: whether the graph's last output says whether all indices were in range.
         any_mode: whether it would be the same with grad mode switched over.
+        asks: what its code asks of tensors, strides and flags; None: not known.
         views: leaves of the output that are taken of computed ones.
         code: qualified names of the functions that were captured; None: not known.
         pinned: (tensor, dimension) whose other sizes the capture or the proof has refused.
@@ -90,6 +91,7 @@ class Record:
     dtypes: tuple[torch.dtype, ...]
     checked: bool = False
     any_mode: bool = False
+    asks: tuple[str, ...] | None = None
     views: Views = dataclasses.field(default_factory=dict)
     code: tuple[str, ...] | None = None
     rung: Rung = Rung()
@@ -127,6 +129,7 @@ class Record:
             dtypes=tuple(x.dtype if isinstance(x, torch.Tensor) else torch.int64 for x in computed),
             checked=captured.checked,
             any_mode=captured.any_mode,
+            asks=captured.asks,
             views=captured.views,
             code=captured.code,
             pinned=frozenset(fixed),
@@ -189,6 +192,7 @@ class Record:
             "outputs": list(self.outputs),
             "checked": self.checked,
             "any_mode": self.any_mode,
+            "asks": None if self.asks is None else list(self.asks),
             "views": [[leaf, *view.to_json()] for leaf, view in self.views.items()],
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.dtypes],
             "rung": [self.rung.name, self.rung.sizes, [list(p) for p in self.rung.properties]],
@@ -236,6 +240,7 @@ class Record:
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
             checked=bool(graph["checked"]),
             any_mode=bool(graph["any_mode"]),
+            asks=None if graph["asks"] is None else tuple(map(str, graph["asks"])),
             views={int(leaf): View.from_json(view) for leaf, *view in graph["views"]},
             outputs=tuple(map(int, graph["outputs"])),
             dtypes=tuple(_dtype(name) for name in graph["dtypes"]),

@@ -161,54 +161,6 @@ def test_an_offset_counts_from_the_storage() -> None:
         assert torch.allclose(fast(x), module(x), atol=1e-5)
 
 
-NOTHING = torch.full((1,), -1.0)
-
-
-class Began(nn.Module):
-    """Does otherwise for the very tensor that it holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("start", torch.zeros(3, 4))
-
-    def forward(self, x: Tensor, state: Tensor, bias: Tensor = NOTHING) -> Tensor:
-        y: Tensor = self.linear(x)
-        y = y if bias is NOTHING else y + bias
-        return y if state is self.start else y + self.linear(state)
-
-
-def test_a_tensor_that_the_module_holds_is_told_from_others() -> None:
-    module, x, state = Began().eval(), torch.randn(3, 4), torch.randn(3, 4)
-    fast: Any
-    with quietly(), torch.no_grad():
-        fast = ovshim.accelerate(module, (x, state), prefer="openvino")
-        for given in (state, module.start, x):
-            assert torch.allclose(fast(x, given), module(x, given), atol=1e-5)  # type: ignore[arg-type]
-            for bias in (NOTHING, torch.ones(1)):
-                expected = module(x, given, bias)  # type: ignore[arg-type]
-                assert torch.allclose(fast(x, given, bias), expected, atol=1e-5)
-
-
-class Itself(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        y: Tensor = self.linear(q)
-        return y if q is k else y + k
-
-
-def test_tensors_of_one_call_may_be_compared() -> None:
-    module, x = Itself().eval(), torch.randn(3, 4)
-    fast = ovshim.accelerate(module, (x, x), prefer="openvino")
-    check(fast, module, x, x)
-    fast.ovshim.warm((x, torch.randn(3, 4)))  # type: ignore[operator, union-attr]
-    check(fast, module, x, torch.randn(3, 4))
-    check(fast, module, x, x)
-
-
 class Passes(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -120,6 +120,7 @@ class Captured:
         code: qualified names of the functions that were captured; None: not known.
         checked: whether the model has one more output: whether all indices were in range.
         any_mode: whether it would be the same with grad mode switched over.
+        asks: what its code asks of tensors (`questions.Questions.asks`); None: not known.
         views: leaves of the output that are taken of `outputs`.
     """
 
@@ -132,6 +133,7 @@ class Captured:
     code: tuple[str, ...] | None = None
     checked: bool = False
     any_mode: bool = False
+    asks: tuple[str, ...] | None = None
     views: Views = dataclasses.field(default_factory=dict)
 
 

@@ -31,7 +31,7 @@ from ovshim.capture import (
     Request,
     frontend,
     handed_out,
-    identities,
+    questions,
     readers,
     rewrites,
 )
@@ -98,7 +98,7 @@ def _capture(request: Request) -> Captured:
     with (
         _configured() as effects,
         handed_out.noted() as handed,
-        identities.noted() as compared,
+        questions.noted() as questioned,
     ):
         try:
             output = convert_frame.fullgraph_capture(request.call, args, kwargs)
@@ -115,7 +115,7 @@ def _capture(request: Request) -> Captured:
     if output.backend_input is None:
         raise CaptureError(reason("capture-failed", "no tensor is computed"))
     try:
-        return _finish(request, output, args, kwargs, handed, compared)
+        return _finish(request, output, args, kwargs, handed, questioned)
     finally:
         _forget_code(request.call, output.backend_input.backend_id)
 
@@ -126,13 +126,13 @@ def _finish(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     handed: Sequence[Any],
-    compared: Sequence[Any],
+    questioned: questions.Questions,
 ) -> Captured:
     graph = output.backend_input.graph_module
     common = output.graph_capture_output.output_graph
     imports = output.graph_capture_output.import_sources
     sources = Sources(request, args, kwargs, imports)
-    identities.refuse(compared, sources)
+    questioned.refuse(sources)
     asked = ask_instead(graph)
     refuse_contents(graph, sources)
     overlaps = Overlaps(graph, request)
@@ -171,6 +171,7 @@ def _finish(
         code,
         checked=checked.in_range is not None,
         any_mode=not any(map(_asks_for_mode, traced_code)),
+        asks=tuple(sorted(questioned.asks)),
         views=flat.views,
     )
 

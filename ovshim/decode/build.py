@@ -284,6 +284,7 @@ class _Build:
             size_guards=captured.size_guards,
             value_guards=StepRecord.of_module(captured.value_guards, experts),
             code=captured.code,
+            asks=captured.asks,
             route=captured.route,
             checked=captured.checked,
         )

@@ -40,6 +40,7 @@ class StepRecord:
     size_guards: tuple[str, ...] = ()
     value_guards: tuple[ValueGuard, ...] = ()
     code: tuple[str, ...] | None = None
+    asks: tuple[str, ...] | None = None
     route: str = ""
     checked: bool = False
     properties: tuple[tuple[str, str], ...] = ()
@@ -82,6 +83,7 @@ class StepRecord:
             "size_guards": list(self.size_guards),
             "value_guards": to_json(self.value_guards),
             "code": None if self.code is None else list(self.code),
+            "asks": None if self.asks is None else list(self.asks),
             "route": self.route,
             "checked": self.checked,
             "processor": self.processor,
@@ -116,6 +118,7 @@ class StepRecord:
             size_guards=tuple(checked_size_guard(text, ranks) for text in graph["size_guards"]),
             value_guards=from_json(graph["value_guards"]),
             code=None if graph["code"] is None else tuple(map(str, graph["code"])),
+            asks=None if graph["asks"] is None else tuple(map(str, graph["asks"])),
             route=str(graph["route"]),
             checked=bool(graph["checked"]),
             properties=tuple((str(k), str(v)) for k, v in proof["properties"]),
