@@ -70,15 +70,16 @@ def _quantized(
     job: Job, lowering: Lowering, captured: Captured, model: Any
 ) -> tuple[Any, dict[str, Any]]:
     assert lowering.samples is not None
-    pattern = captured.pattern
+    pattern, guards = captured.pattern, captured.size_guards
     tensors = list(job.kind.tensors)
     inputs = [tensors.index(i) for i in job.kind.distinct]
     learned, judged = (
-        [[sample[t] for t in inputs] for sample in lowering.inputs_that_fit(pattern, which)]
+        [[sample[t] for t in inputs] for sample in lowering.inputs_that_fit(pattern, which, guards)]
         for which in (lowering.samples.learned_from, lowering.samples.held_out)
     )
     if not learned or not judged:
-        detail = f"none is of the sizes {[list(dims) for dims in pattern]}"
+        held_to = f", where {' and '.join(guards)}" if guards else ""
+        detail = f"none is of the sizes {[list(dims) for dims in pattern]}{held_to}"
         raise BuildStopped(reason("calibration-unfit", detail))
     ignored = [
         node.get_friendly_name()

@@ -109,6 +109,28 @@ def test_calibration_data_of_every_kind(calibration: Any) -> None:
     assert plan(fast)["precision_run"] == "i8"
 
 
+def test_data_of_sizes_that_the_graph_does_not_take() -> None:
+    class Single(nn.Module):
+        """Goes another way for a batch of one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.many = nn.Linear(16, 32), nn.Linear(16, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = (self.one if x.shape[0] == 1 else self.many)(x)
+            return y
+
+    module, data = make(Single), [torch.randn(2, 16) for _ in range(12)]
+    with quietly():
+        fast = ovshim.accelerate(
+            module, torch.randn(1, 16), precision="int8", calibration=data, prefer="openvino"
+        )
+        assert plan(fast)["reason"]["code"] == "calibration-unfit"
+        assert "s0[0] == 1" in plan(fast)["reason"]["message"]
+        check(fast, module, torch.randn(1, 16), path="eager")
+
+
 def test_an_embedding_that_is_normalized_keeps_its_neighbours() -> None:
     """A cosine of 0.995 may have lost them: what is asserted is who is next to whom."""
 

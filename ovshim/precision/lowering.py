@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ovshim.guards import sizes_hold
 from ovshim.precision.calibration import Samples
 from ovshim.signature import Pattern, fits, sizes_of
 
@@ -50,7 +51,7 @@ class Lowering:
         return [] if self.samples is None else self.inputs_that_fit(pattern, self.samples.held_out)
 
     def inputs_that_fit(
-        self, pattern: Pattern, which: Sequence[int]
+        self, pattern: Pattern, which: Sequence[int], size_guards: Sequence[str] = ()
     ) -> list[Sequence[torch.Tensor]]:
         """Those of the samples that a graph of these sizes takes."""
         tensors = [] if self.samples is None else [self.samples.tensors[i] for i in which]
@@ -58,4 +59,5 @@ class Lowering:
             sample
             for sample in tensors
             if all(fits(mine, dims) for mine, dims in zip(sizes_of(sample), pattern, strict=True))
+            and sizes_hold(size_guards, sizes_of(sample))
         ]
