@@ -900,6 +900,23 @@ def test_an_entry_in_use_is_not_evicted(tmp_path: Path) -> None:
     assert store.hold(other) is None
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit there")
+def test_leases_leave_the_program_half_of_its_descriptors(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = store.publish(FAMILY, VARIANT, write, {})
+    lease = store.hold(entry)
+    assert lease is not None
+    lease.release()
+    open_now = len(os.listdir("/proc/self/fd"))
+    limit = 2 * (open_now + 4)
+    monkeypatch.setattr("resource.getrlimit", lambda of: (limit, limit))
+    held = [store.hold(entry) for _ in range(40)]
+    assert None not in held
+    assert len(os.listdir("/proc/self/fd")) < open_now + 10
+    assert not any(lease.is_dear for lease in held if lease is not None)
+
+
 def test_a_lease_ends_with_its_object(store: Store) -> None:
     entry = store.publish(FAMILY, VARIANT, write, {})
     lease = store.hold(entry)

@@ -22,6 +22,7 @@ import xxhash
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 _log = logging.getLogger("ovshim")
 
@@ -176,6 +177,15 @@ class Lease:
             lease.release()
             return None
         return lease
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether the program has half as many files open as it may have: descriptors are given by
+        the lowest number that is free."""
+        if sys.platform == "win32":
+            return False
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return limit != resource.RLIM_INFINITY and self._fd >= limit // 2
 
     def release(self) -> None:
         """Ends the claim; a second call does nothing."""

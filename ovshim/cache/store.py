@@ -163,7 +163,8 @@ class Store:
         """Marks an entry as used now, and in use by this process until the lease is released.
 
         None when the entry is gone. Where nothing can be marked (read-only, no locks) a lease
-        is given all the same.
+        is given all the same; so it is where it would take a descriptor that the program may need
+        more (a loaded graph outlives its files).
         """
         marker = entry.path / MARKER
         try:
@@ -175,6 +176,8 @@ class Store:
             # By path: Windows has no times by descriptor. Failing is usual, as in a read-only
             # store; the entry then only looks older than it is.
             upkeep.attempt("touch", lambda: os.utime(marker))
+            if lease.is_dear:
+                lease.release()
         return lease
 
     def publish(
