@@ -29,6 +29,7 @@ from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import compile_matcher
 from ovshim.options import Options, for_part
+from ovshim.outside import Written, own_generators
 from ovshim.plan import Plan
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
@@ -37,6 +38,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.recordable import backward_hooks, hindrance
 from ovshim.signature import flatten_call, sizes_of, unflatten_call
 from ovshim.twin import make_watched_twin
+from ovshim.watched import watched
 
 __all__ = ["Parts", "divide"]
 
@@ -186,23 +188,30 @@ class _Met:
     started: float = 0.0
 
 
-def _drawn(job: Job) -> frozenset[str]:
-    """The generators that the whole draws from. They are left as they were."""
-    if job.apart is not None:
-        return frozenset()  # what was seen to draw is not divided there
+def _drawn(job: Job) -> frozenset[Any]:
+    """The generators that the whole draws from. They are left as they were.
+
+    Raises:
+        BuildStopped: the module writes to what is not its own. To divide it takes many calls more.
+    """
 
     def call() -> None:
         job.call_with(job.copies())
 
-    states = GeneratorStates()
-    call()
-    moved = states.moved()
-    drawn = drawn_by(call, moved) if moved else moved
-    states.put_back(drawn)
+    written, states = Written(job.module), GeneratorStates(own_generators(job.module))
+    with watched() as seen:
+        call()
+    drawn: frozenset[Any] = frozenset()
+    if job.apart is None:  # what was seen to draw is not divided there, and others may draw
+        moved = states.moved()
+        drawn = drawn_by(call, moved) if moved else moved
+        states.put_back(drawn)
+    if seen.speaks or written.anything():
+        raise BuildStopped(reason("mutates-attribute", "outside of the module"))
     return drawn
 
 
-def _serve_parts(job: Job, tree: nn.Module, parts: Parts, drawn: frozenset[str]) -> None:
+def _serve_parts(job: Job, tree: nn.Module, parts: Parts, drawn: frozenset[Any]) -> None:
     """Put plans on the largest submodules that can have one."""
     elsewhere = _plans_elsewhere(job, tree)
     frontier = _children(tree)
@@ -231,7 +240,7 @@ def _children(module: nn.Module) -> list[nn.Module]:
 
 
 def _meet(
-    job: Job, parts: Parts, modules: Sequence[nn.Module], drawn: frozenset[str]
+    job: Job, parts: Parts, modules: Sequence[nn.Module], drawn: frozenset[Any]
 ) -> dict[int, _Met]:
     """Call the whole on the example, and see how these submodules are called."""
     met: dict[int, _Met] = {}
@@ -326,7 +335,7 @@ class _Candidate:
 
     job: Job
     parts: Parts
-    drawn: frozenset[str]
+    drawn: frozenset[Any]
     checked: bool = True
 
     def answer(self, values: Sequence[torch.Tensor]) -> Any:
@@ -334,7 +343,7 @@ class _Candidate:
             return self.parts(*self.job.arguments(self.job.leaves_with(values)))
 
 
-def _proved(job: Job, parts: Parts, drawn: frozenset[str]) -> float:
+def _proved(job: Job, parts: Parts, drawn: frozenset[Any]) -> float:
     """The error of the whole.
 
     Raises:
@@ -357,7 +366,7 @@ def _proved(job: Job, parts: Parts, drawn: frozenset[str]) -> float:
     return found.error
 
 
-def _raced(job: Job, parts: Parts, drawn: frozenset[str]) -> tuple[float, float]:
+def _raced(job: Job, parts: Parts, drawn: frozenset[Any]) -> tuple[float, float]:
     """Seconds of eager and of the mixed module; equal where nothing is decided, for a mixed one
     has to win."""
     args, kwargs = job.arguments()

@@ -24,6 +24,7 @@ from torch import nn
 from ovshim.attributes import Attributes, tensors_of
 from ovshim.containers import opened
 from ovshim.modes import Drawing, Writes, without_drawing
+from ovshim.outside import own_generators
 from ovshim.random_generators import GeneratorStates, drawn_by
 from ovshim.reasons import Reason, reason
 from ovshim.settings import Settings
@@ -74,8 +75,8 @@ class Look:
         undo: puts attributes back to what they were before the call.
         made: attributes that are not what they were before the call, by path; None where a list, a
             dict or a set was written to, hooks left out.
-        drew: generators of random numbers that it draws from; of a call of the user's, those that
-            have moved, whoever drew.
+        drew: generators of random numbers that it draws from (`GeneratorStates`); of a call of the
+            user's, those that have moved, whoever drew.
         reason: why this module cannot be served by a graph, or None.
     """
 
@@ -86,7 +87,7 @@ class Look:
     sources: list[Sources | None]
     overlaps: tuple[tuple[int, int], ...] = ()
     seconds: float
-    drew: frozenset[str] = frozenset()
+    drew: frozenset[Any] = frozenset()
     reason: Reason | None = None
     undo: Callable[[], None]
     made: Callable[[], dict[str, Any] | None]
@@ -98,7 +99,7 @@ def look(
     inputs: Sequence[torch.Tensor],
     restore: bool,
     apart: bool = False,
-    suspected: frozenset[str] = frozenset(),
+    suspected: frozenset[Any] = frozenset(),
     arguments: Any = (),
 ) -> Look:
     """Run `call()` (which calls `module` on `inputs`) and watch.
@@ -124,6 +125,8 @@ def look(
     found.undo, found.made = world.put_back_attributes, world.made_attributes
     started = time.perf_counter()
     try:
+        if apart and world.own_generators:
+            raise Drawing  # whose numbers other threads may be drawing meanwhile
         if apart:
             with watched() as seen:
                 output = without_drawing(call)
@@ -262,7 +265,8 @@ class _World:
         ]
         self.parameters = [t for _, t in parameters]
         self.attributes = [Attributes(name, m) for name, m in modules]
-        self.generators = GeneratorStates()
+        self.own_generators = own_generators(module)
+        self.generators = GeneratorStates(self.own_generators)
         self.settings = Settings()
         # Not parameters: another thread may be at them, and its update must not be undone. Those
         # that this thread writes to are copied just before.
@@ -270,7 +274,7 @@ class _World:
         size = sum(b.numel() * b.element_size() for _, b in buffers)
         copied = buffers if copies and size <= _RESTORABLE_BYTES else ()
         self.copies = [(b, b.detach().clone()) for _, b in copied]
-        self.drew: frozenset[str] = frozenset()
+        self.drew: frozenset[Any] = frozenset()
 
     def keeping(self, call: Callable[[], Any]) -> Any:
         """`call()`, with a copy kept of each parameter that it writes to."""
@@ -284,7 +288,7 @@ class _World:
         call: Callable[[], Any] | None,
         apart: bool,
         seen: Seen,
-        suspected: frozenset[str],
+        suspected: frozenset[Any],
     ) -> Reason | None:
         """What the call has changed. `call` may be called again to find out."""
         written = self._written_to()

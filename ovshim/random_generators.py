@@ -1,12 +1,13 @@
-"""The generators of random numbers that all threads share, torch's, Python's and NumPy's: whether a
-call draws from them, or another thread did meanwhile."""
+"""The generators of random numbers that all threads share, torch's, Python's and NumPy's, and those
+that a program keeps for itself: whether a call draws from them, or another thread did meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,17 @@ _TRIES = 3
 
 
 class GeneratorStates:
-    """Where all of them stand."""
+    """Where all of them stand.
 
-    def __init__(self) -> None:
+    The shared ones go by names, "torch", "python", "numpy"; the program's own by themselves.
+    """
+
+    def __init__(self, own: Iterable[Any] = ()) -> None:
+        self._own = [(generator, _state(generator)) for generator in own]
         self._torch, self._python = torch.get_rng_state(), random.getstate()
         self._numpy: Any = np.random.get_state()
 
-    def moved(self) -> frozenset[str]:
+    def moved(self) -> frozenset[Any]:
         """Those that stand elsewhere by now, whoever drew."""
         now = GeneratorStates()
         stayed = {
@@ -39,9 +44,10 @@ class GeneratorStates:
             if isinstance(self._numpy, dict)
             else all(map(np.array_equal, now._numpy, self._numpy)),
         }
-        return frozenset(name for name, same in stayed.items() if not same)
+        own = (one for one, state in self._own if not _alike(_state(one), state))
+        return frozenset((*(name for name, same in stayed.items() if not same), *own))
 
-    def put_back(self, names: Collection[str]) -> None:
+    def put_back(self, names: Collection[Any]) -> None:
         """Only what a call of ours has drawn from: others go on where others have left them."""
         if "torch" in names:
             torch.set_rng_state(self._torch)
@@ -49,12 +55,40 @@ class GeneratorStates:
             random.setstate(self._python)
         if "numpy" in names:
             np.random.set_state(self._numpy)
+        for generator, state in self._own:
+            if generator in names:
+                _set_state(generator, state)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _alike(mine: Any, other: Any) -> bool:
+    if isinstance(mine, torch.Tensor):
+        return torch.equal(mine, other)
+    return pickle.dumps(mine) == pickle.dumps(other)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 @contextlib.contextmanager
-def seeded(names: Collection[str]) -> Iterator[None]:
+def seeded(names: Collection[Any]) -> Iterator[None]:
     """Of these, the same numbers each time; they are left as they were."""
-    before = GeneratorStates()
+    before = GeneratorStates(_own(names))
     if "torch" in names:
         torch.default_generator.manual_seed(0)
     if "python" in names:
@@ -67,7 +101,11 @@ def seeded(names: Collection[str]) -> Iterator[None]:
         before.put_back(names)
 
 
-def drawn_by(call: Callable[[], Any], moved: Collection[str]) -> frozenset[str]:
+def _own(names: Collection[Any]) -> list[Any]:
+    return [name for name in names if not isinstance(name, str)]
+
+
+def drawn_by(call: Callable[[], Any], moved: Collection[Any]) -> frozenset[Any]:
     """From which of the generators that have moved in a call it was the call that drew, or that
     seeded them. It is made again, more than once where nobody is seen to draw.
 
@@ -77,17 +115,17 @@ def drawn_by(call: Callable[[], Any], moved: Collection[str]) -> frozenset[str]:
 
     Raises whatever the call raises.
     """
-    drawn: set[str] = set()
+    drawn: set[Any] = set()
     suspected = set(moved) - {"torch"}
     for _ in range(_TRIES):
         _step(suspected)
-        before, started = GeneratorStates(), time.perf_counter()
+        before, started = GeneratorStates(_own(moved)), time.perf_counter()
         with Operators() as operators, watched() as seen:
             call()
         seconds = time.perf_counter() - started
         drawn.update(seen.generators, ("torch",) if operators.drawn else ())
         suspected = (suspected & before.moved()) - drawn
-        before = GeneratorStates()
+        before = GeneratorStates(_own(moved))
         if suspected:
             time.sleep(seconds)
             suspected -= before.moved()
@@ -96,7 +134,7 @@ def drawn_by(call: Callable[[], Any], moved: Collection[str]) -> frozenset[str]:
     return frozenset((drawn | suspected) & set(moved))
 
 
-def _step(names: Collection[str]) -> None:
+def _step(names: Collection[Any]) -> None:
     """A call that seeds would leave them where its last one has left them."""
     if "python" in names:
         random.random()

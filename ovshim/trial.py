@@ -75,7 +75,7 @@ def trial(
     job: Job,
     leaves: Sequence[Any] | None = None,
     keep: bool = False,
-    suspected: frozenset[str] = frozenset(),
+    suspected: frozenset[Any] = frozenset(),
 ) -> Look:
     """A call of our own, after which the module is as it was (but for attributes, with `keep`)."""
     given = job.copies() if leaves is None else job.kind.requiring(leaves)

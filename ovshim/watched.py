@@ -1,12 +1,15 @@
-"""What a call does besides that shows in nothing but its calls of C functions: it draws numbers
-from Python's generator, seeds torch's as it is seeded, sets what is set so already."""
+"""What a call does besides that shows in nothing but its calls of C functions: it draws numbers of
+Python's, seeds torch's generator as it is seeded, sets what is set so already, writes to a file."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import random
+import socket
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +22,13 @@ __all__ = ["Seen", "watched"]
 # The generator behind the functions of `random`.
 _SHARED: Any = random.random.__self__  # type: ignore[attr-defined]  # typeshed has a function
 _SEEDS = frozenset({"manual_seed", "seed", "set_state"})
+# Of files and sockets, and of the modules behind `os`, `io` and `print`.
+_SAYS = frozenset(
+    {
+        *("write", "writelines", "writev", "truncate", "send", "sendall", "sendto", "sendmsg"),
+        *("print", "open", "mkdir", "rename", "replace", "remove", "unlink", "rmdir", "system"),
+    }
+)
 
 
 @dataclasses.dataclass
@@ -28,10 +38,12 @@ class Seen:
     Attributes:
         generators: from which it draws, or which it seeds: "python", "torch".
         settings: what it sets (`settings.SETTERS`), and whether that was ever set otherwise.
+        speaks: whether it opens, changes or writes to files, or sends.
     """
 
     generators: set[str] = dataclasses.field(default_factory=set)
     settings: dict[str, bool] = dataclasses.field(default_factory=dict)
+    speaks: bool = False
 
     def set_again(self) -> list[str]:
         """Settings that were set to what they were, each time: no block that sets them back."""
@@ -53,6 +65,8 @@ def watched() -> Iterator[Seen]:
                 seen.generators.add("torch")
             elif name in SETTERS:
                 before[name] = setting(SETTERS[name])
+            elif name in _SAYS and isinstance(owner, (io.IOBase, socket.socket, types.ModuleType)):
+                seen.speaks = True
         elif event == "c_return" and called.__name__ in before:
             known = SETTERS[called.__name__]
             otherwise = before.pop(called.__name__) != setting(known)

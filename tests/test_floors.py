@@ -60,6 +60,7 @@ FLOORS: dict[str, set[str]] = {
         "random_generators",
         "settings",
         "watched",
+        "outside",
         "fingerprint",
         "cache",
         "onnx_module",
