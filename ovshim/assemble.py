@@ -18,6 +18,7 @@ from ovshim.generation import Generation
 from ovshim.guards import ValueGuard, roots_of
 from ovshim.infer import Engine, EngineDead
 from ovshim.job import BuildStopped, Job
+from ovshim.limits import half_limits
 from ovshim.matcher import Matcher, Output, compile_builder, compile_matcher
 from ovshim.plan import Graph, Plan, Served
 from ovshim.preflight import Look, Sources
@@ -42,6 +43,7 @@ __all__ = [
     "eager_plan",
     "engine_of",
     "generation_of",
+    "limits_of",
     "matcher_of",
     "plan_of",
     "served_by",
@@ -205,7 +207,29 @@ def served_by(
 
         recorder = recorder_of(job, generation, builder, record.outputs, seen, leaves)
     made = recorder or builder
-    return Served(engine, inputs, made, tuple(outputs), seen.structure, record.checked, recorder)
+    return Served(
+        engine,
+        inputs,
+        made,
+        tuple(outputs),
+        seen.structure,
+        record.checked,
+        _finite(record, seen) if job.may_overflow else (),
+        recorder,
+    )
+
+
+def limits_of(job: Job) -> dict[int, tuple[int, int]]:
+    """The values that the call's tensors may hold, by index, where the job's precision sets them an
+    end."""
+    return half_limits(job.tensors) if job.may_overflow else {}
+
+
+def _finite(record: Record, seen: Look) -> tuple[int, ...]:
+    """Which of the computed tensors are finite in eager's answer to the example."""
+    computed = [seen.leaves[i] for i in record.outputs]
+    floats = ((n, x) for n, x in enumerate(computed) if isinstance(x, torch.Tensor))
+    return tuple(n for n, x in floats if x.is_floating_point() and bool(x.isfinite().all()))
 
 
 def _refuse_overlaps(record: Record, seen: Look) -> None:

@@ -12,7 +12,15 @@ import torch
 
 from ovshim import blobs, early, intraop, proof, runtime
 from ovshim.answered import keep_answer
-from ovshim.assemble import eager_of, eager_plan, engine_of, generation_of, plan_of, served_by
+from ovshim.assemble import (
+    eager_of,
+    eager_plan,
+    engine_of,
+    generation_of,
+    limits_of,
+    plan_of,
+    served_by,
+)
 from ovshim.cache import Entry
 from ovshim.eager import Eager
 from ovshim.early import Early
@@ -254,7 +262,7 @@ def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tu
     found = proof.prove(
         eager_of(job, record.views), served, job.tensors, *sizes, job.check_time, samples
     )
-    record = record.proved(found, sizes_of(job.leaves), job.hint)
+    record = record.proved(found, sizes_of(job.leaves), job.hint, limits_of(job))
     kept = {**entry.manifest["proof"], **record.proof(job.precision)}
     return record, job.store.amend(entry, "proof", kept)
 

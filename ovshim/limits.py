@@ -1,4 +1,5 @@
-"""Which integers a candidate may be asked, as far as the proof can tell."""
+"""Which integers a candidate may be asked, as far as the proof can tell, and which floats, where it
+computes in float16."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import torch
 
 from ovshim.eager import Answer, Candidate, Eager
 from ovshim.plan import OutOfRangeError
-from ovshim.values import WIDEST
+from ovshim.values import HALF, WIDEST
 from ovshim.verify import Mismatch
 
-__all__ = ["integer_limits"]
+__all__ = ["half_limits", "integer_limits"]
 
 log = logging.getLogger("ovshim")
 
@@ -58,6 +59,17 @@ def integer_limits(
         else:
             limits[t] = (least, most)
     return limits
+
+
+def half_limits(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:
+    """That of floats which float16 holds, but where the example has others: the proof has seen
+    those."""
+    return {
+        t: HALF
+        for t, tensor in enumerate(tensors)
+        if tensor.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and not bool((tensor.detach().abs() > HALF[1]).any())
+    }
 
 
 def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ovshim import pages, proof, runtime
-from ovshim.assemble import eager_of, engine_of, generation_of, plan_of, served_by
+from ovshim.assemble import eager_of, engine_of, generation_of, limits_of, plan_of, served_by
 from ovshim.cache import Entry
 from ovshim.capture import TRACE_LOCK, Captured, CaptureError, Request, capture
 from ovshim.floats import in_fp32, may_be_refused
@@ -186,4 +186,4 @@ def _served_and_proved(
         except EngineDead as dead:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead
         else:
-            return served, record.proved(found, sizes_of(job.leaves), job.hint)
+            return served, record.proved(found, sizes_of(job.leaves), job.hint, limits_of(job))

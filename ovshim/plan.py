@@ -70,6 +70,8 @@ class Served:
         builder: puts the computed tensors into the module's own containers; `outputs` and
             `structure` say how.
         checked: whether the last computed tensor says whether all indices were in range.
+        finite: which computed tensors eager has to give where they are not finite: float16 may have
+            ended inside.
         recorder: gives the outputs gradients, as `builder`; None where they have none.
         answer: the module's output for the tensors of a call. Raises OutOfRangeError where an index
             lies outside of its table, and EngineDead and ValueError as `infer.Engine.run` does.
@@ -81,6 +83,7 @@ class Served:
     outputs: tuple[Output, ...]
     structure: Structure
     checked: bool = False
+    finite: tuple[int, ...] = ()
     recorder: Recording | None = None
     answer: Callable[[Sequence[torch.Tensor]], Any] = dataclasses.field(init=False)
 
@@ -89,7 +92,7 @@ class Served:
 
     def _compiled(self) -> Callable[[Sequence[torch.Tensor]], Any]:
         builder, compute, engine = self.builder, self.compute, self.engine
-        if self.inputs is not None or self.checked:
+        if self.inputs is not None or self.checked or self.finite:
             return lambda given: builder(compute(given), given)
         return lambda given: builder(engine.run(given), given)
 
@@ -108,8 +111,11 @@ class Served:
         return self.in_range(self.engine.run(taken))
 
     def in_range(self, computed: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the engine has computed. Raises OutOfRangeError where an index was not in range."""
+        """What the engine has computed. Raises OutOfRangeError where an index was not in range, or
+        where float16 has ended."""
         if self.checked and not computed[-1]:
+            raise OutOfRangeError
+        if self.finite and not all(bool(computed[n].isfinite().all()) for n in self.finite):
             raise OutOfRangeError
         return computed
 
@@ -123,7 +129,7 @@ class Graph:
         hint, properties: the precision as OpenVINO was told it; properties beside the options'.
         structure, outputs: how an output is made of what the graph computes.
         dtypes: of the computed tensors, in order.
-        limits: the smallest and the largest integer that a tensor may hold, by its index.
+        limits: the smallest and the largest value that a tensor may hold, by its index.
         ordered: keywords that have to come in this order.
         strict: whether strides of 1 are asked for as well (`compile_matcher`).
         leaves: an example of a call, flattened.

@@ -114,12 +114,12 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Nothing needs doing where gradients are wanted; else call under torch.no_grad().",
         ),
         "special-values": Sentence(
-            "An input holds NaN or infinity, or integers beyond 32 bits.",
+            "An input holds NaN or infinity, integers beyond 32 bits, or what float16 cannot hold.",
             "Nothing needs doing: eager answers such calls; keep them rare to stay fast.",
         ),
         "out-of-range": Sentence(
-            "A value inside has no place in OpenVINO: an index outside of its table, say, or a row"
-            " of attention that is masked as a whole.",
+            "A value inside has no place in OpenVINO: an index outside of its table, say, a row of"
+            " attention that is masked as a whole, or what float16 cannot hold.",
             "Nothing needs doing: eager answers as ever, or raises its usual error.",
         ),
         "autocast": Sentence(

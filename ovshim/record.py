@@ -70,7 +70,7 @@ class Record:
         pinned: (tensor, dimension) whose other sizes the capture or the proof has refused.
         outputs, dtypes: of the computed tensors, in order: which leaves of the output they are, and
             their dtypes.
-        limits: the smallest and the largest integer that a tensor may hold, by its index.
+        limits: the smallest and the largest value that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
         proved_in: the precisions that OpenVINO was told in whole proofs.
@@ -136,11 +136,18 @@ class Record:
             rung=rung,
         )
 
-    def proved(self, found: Proof, example: Sequence[Sequence[int]], hint: str) -> Record:
+    def proved(
+        self,
+        found: Proof,
+        example: Sequence[Sequence[int]],
+        hint: str,
+        limits: Mapping[int, tuple[int, int]],
+    ) -> Record:
         """The record with what a proof at the sizes of `example` has found.
 
         Args:
             hint: the precision that OpenVINO was told.
+            limits: further ones, that nothing needs to be asked for.
         """
         return dataclasses.replace(
             self.pin(found.pinned, example),
@@ -148,7 +155,7 @@ class Record:
             error=max(found.error, self.error),
             sizes=found.sizes,
             met=found.met,
-            limits=found.limits,
+            limits={**limits, **found.limits},
         )
 
     def pin(self, places: frozenset[tuple[int, int]], example: Sequence[Sequence[int]]) -> Record:

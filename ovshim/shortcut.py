@@ -134,7 +134,9 @@ def way_of(
         count: called for each that is answered by it.
         facts: which have to stand, besides those of the plan.
     """
-    if served.recorder is not None or served.inputs is not None or plan.generation is None:
+    if served.recorder is not None or served.inputs is not None or served.finite:
+        return None
+    if plan.generation is None:
         return None
     if any(asked() != usually for asked, usually in USUAL_MODES):
         return None

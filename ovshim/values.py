@@ -17,7 +17,7 @@ import torch
 from ovshim.helper import hot
 from ovshim.waiting import SHARED_OUT
 
-__all__ = ["WIDEST", "ValueCheck", "anything", "compile_value_check", "holds_nan", "usual"]
+__all__ = ["HALF", "WIDEST", "ValueCheck", "anything", "compile_value_check", "holds_nan", "usual"]
 
 # The square of what is larger is no float32.
 _LARGEST_NORM = 1e19
@@ -29,6 +29,8 @@ Limits = Mapping[int, tuple[int, int]]
 
 # Of 64-bit integers OpenVINO's CPU plugin keeps the lower half.
 WIDEST = (-(2**31), 2**31 - 1)
+HALF = (-65504, 65504)
+"""All that float16 holds."""
 
 
 def compile_value_check(
@@ -40,8 +42,8 @@ def compile_value_check(
         beside: tensors that are looked at elsewhere, by index.
         tensors: those of the example. An input that holds infinities there (a mask) may hold them
             in every call, for the proof has seen them; a NaN may never.
-        limits: the smallest and the largest integer that each of these tensors may hold, by index,
-            where the proof has found that it may not hold all.
+        limits: the smallest and the largest value that each of these tensors may hold, by index,
+            where it may not hold all.
     """
     tests = []
     for i, tensor in enumerate(tensors):
@@ -126,8 +128,8 @@ def _largest(x: torch.Tensor) -> float:
 def _within(x: torch.Tensor, low: int, high: int) -> bool:
     if x.numel() == 0:
         return True
-    if x.numel() >= SHARED_OUT:
-        values = x.resolve_neg().numpy()
+    if x.numel() >= SHARED_OUT and x.dtype is not torch.bfloat16:
+        values = x.detach().resolve_neg().numpy()
         return bool(low <= values.min() and values.max() <= high)
     plain = x.dtype is torch.int64 and x.is_contiguous() and not x.is_neg()
     # Of a view whose memory was taken away, the address is its offset.

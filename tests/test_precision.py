@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -383,6 +384,39 @@ def test_an_output_that_overflows_fp16_is_not_served_in_it() -> None:
         with torch.inference_mode():
             for _ in range(2):
                 same(fast(x), module(x), 0.03)
+
+
+@pytest.mark.parametrize("given", ["fp16", {"default": "fp16"}], ids=["whole", "by rules"])
+def test_later_calls_that_leave_float16_are_eagers(given: Any, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.LayerNorm(64)).eval()
+    fast: Any
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(4, 64), precision=given, prefer="openvino")
+        fast.ovshim.save(tmp_path / "saved")
+        cached = ovshim.accelerate(
+            copy.deepcopy(module), torch.randn(4, 64), precision=given, prefer="openvino"
+        )
+        loaded = ovshim.load(tmp_path / "saved")
+    assert plans(cached)[0]["cache"] == "hit"
+    for one in (fast, cached, loaded):
+        for scale, path in ((1.0, "openvino"), (3e5, "eager"), (1e8, "eager"), (1.0, "openvino")):
+            if one is loaded and path == "eager":
+                with torch.no_grad(), pytest.raises(ovshim.FallbackError, match="float16"):
+                    one(torch.randn(3, 64) * scale)
+            else:
+                check(one, module, torch.randn(3, 64) * scale, path=path, tolerance=0.03)
+
+
+def test_a_later_output_that_float16_ends_is_eagers() -> None:
+    module, x = nn.Linear(64, 64).eval(), torch.randn(4, 64)
+    with torch.no_grad():
+        module.weight.mul_(100)
+    with quietly():
+        fast = ovshim.accelerate(module, x, precision="fp16", prefer="openvino")
+        check(fast, module, x, tolerance=0.03)
+        # Where float16 does not run, this is nothing to give up.
+        half = plans(fast)[0]["precision_run"] == "f16"
+        check(fast, module, x * 1e4, path="eager" if half else "openvino", tolerance=0.03)
 
 
 @pytest.mark.parametrize(

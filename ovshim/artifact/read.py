@@ -262,6 +262,7 @@ def _compiled(
         graph.outputs,
         graph.structure,
         checked,
+        tuple(n for n in map(int, stored["finite"]) if 0 <= n < len(graph.dtypes)),
     )
     return served, executed.precision_run(compiled)
 

@@ -158,6 +158,7 @@ def _written(
         ],
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in graph.dtypes],
         "checked": served.checked,
+        "finite": list(served.finite),
         "limits": {str(t): list(limit) for t, limit in graph.limits.items()},
         "infinite": [
             bool(tensor.dtype.is_floating_point and torch.isinf(tensor).any())
