@@ -151,8 +151,9 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
         ),
         "untracked-weights": Sentence(
             "Changes of a weight would go unnoticed, because it was made in inference mode, is "
-            "sharded or does not lie in one place.",
-            "Build or load the module outside torch.inference_mode(), and accelerate it unsharded.",
+            "sharded, shared by processes or does not lie in one place.",
+            "Build or load the module outside torch.inference_mode(), and accelerate it unsharded; "
+            "where another process writes to it, call fast.ovshim.refresh().",
         ),
         "double-precision": Sentence(
             "The module computes in float64, which OpenVINO would lower to float32.",

@@ -814,3 +814,14 @@ def test_mistakes_are_told_at_once(arguments: dict[str, Any], name: str) -> None
     with pytest.raises(ovshim.OptionError) as raised:
         ovshim.enabled(**arguments)
     assert raised.value.name == name
+
+
+def test_weights_that_another_process_may_write_to_are_left_to_eager() -> None:
+    module, x = make(Mlp), torch.randn(3, 8)
+    module.share_memory()
+    with torch.no_grad(), ovshim.enabled(prefer="openvino") as scope:
+        for _ in range(20):
+            module(x)
+    (entry,) = scope.report().to_dict()["modules"]
+    assert entry["calls"]["openvino"] == 0
+    assert "untracked-weights" in str(entry)

@@ -6,11 +6,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from ovshim.attributes import tensors_of
 from ovshim.decode import NOT_OURS
 from ovshim.dispatch import Dispatcher
 from ovshim.options import Options
@@ -41,6 +43,8 @@ _TIMED = 16
 _LONGEST_REST = 4096
 
 _SELDOM = reason("seldom")
+# Another process may write to them, and nobody here has a handle to say so by `refresh()`.
+_SHARED = reason("untracked-weights", "in a scope, weights in memory that processes share")
 
 
 class Patient(Dispatcher):
@@ -104,6 +108,10 @@ class Patient(Dispatcher):
             return self.in_eager(reason("too-many-plans"), args, kwargs)
         if not self._finds_due(lambda: self._is_due(args, kwargs)):
             return self._waited(stale or _SELDOM, args, kwargs)
+        weights = chain(*tensors_of(self.module))
+        if any(tensor.is_shared() for _, tensor in weights):  # type: ignore[no-untyped-call]
+            self._take_rest()
+            return self.in_eager(_SHARED, args, kwargs)
         if self._is_to_look_out(flatten_call(args, kwargs)[0]):
             return self._looking_out(args, kwargs)
         # The next kind of call has to earn its plan as well, and more than this one had to; and in
