@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ovshim import blobs, early, intraop, proof, runtime
+from ovshim import blobs, early, intraop, proof
 from ovshim.answered import keep_answer
 from ovshim.assemble import (
     eager_of,
@@ -25,12 +25,11 @@ from ovshim.cache import Entry
 from ovshim.eager import Eager
 from ovshim.early import Early
 from ovshim.errors import OptionError
-from ovshim.floats import may_be_refused
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.infer import Engine, EngineDead
 from ovshim.inputs import small_leaves
 from ovshim.job import MOVED, BuildStopped, Job
-from ovshim.kept import keep_compiled, keep_data, known_data
+from ovshim.kept import holds_here, keep_compiled, keep_data, known_data
 from ovshim.plan import Plan, Served
 from ovshim.preflight import Look
 from ovshim.proof import DiedOfSizesError, NotTakenError, ProofFailedError
@@ -114,7 +113,7 @@ def _from_entry(job: Job, entry: Entry, record: Record, other_mode: bool) -> Pla
         log.debug("the entry %s is for something else: %s", entry.path, failed)
         return None
     if record.verdict is not None:
-        if record.processor not in ("", runtime.processor()):
+        if not holds_here(record.processor, job):
             return None
         return eager_plan(job, record.verdict, entry, record.pattern)
     lease = job.store.hold(entry)
@@ -171,7 +170,7 @@ def _proved(
         error = _error_of(job, eager, served, answer, tensors, seen)
         if other_mode:
             error = max(error, proof.prove_values(eager, served, job.tensors, job.check_time))
-        if may_be_refused(job, job.hint) and job.hint not in record.proved_in:
+        if job.hint != "fp32" and job.ran_as not in record.proved_in:
             record, entry = _wholly_proved(job, served, record, entry)
     if job.weights_moved():
         raise BuildStopped(MOVED)
@@ -211,12 +210,12 @@ def _does_not_serve(job: Job, entry: Entry, other_mode: bool, trouble: Exception
     if isinstance(trouble, EngineDead) and (why := compile_failure(trouble)).code == SHORTAGE:
         raise BuildStopped(why) from trouble
     log.info("the entry %s does not serve: %s", entry.path, trouble)
+    if isinstance(trouble, ProofFailedError) and job.may_overflow:
+        _refuse_overflow(job, entry)  # where kernels of float16 run, that alone may be the cause
     if isinstance(trouble, NotTakenError):
         raise BuildStopped(reason("out-of-range", str(trouble))) from trouble
     if isinstance(trouble, ProofFailedError) and holds_nan(job.leaves):
         raise BuildStopped(reason("special-values")) from trouble  # others have better examples
-    if isinstance(trouble, ProofFailedError) and job.may_overflow:
-        _refuse_overflow(job, entry)  # where kernels of float16 run, that alone fails the proof
     if other_mode:
         return
     if job.imported:
@@ -250,19 +249,18 @@ def _engine_of_sibling(job: Job, entry: Entry) -> Engine | None:
 
 
 def _wholly_proved(job: Job, served: Served, record: Record, entry: Entry) -> tuple[Record, Entry]:
-    """Both with a proof like that of a build: it was made with floats in fp32, where another
-    processor, or a busy one, was faster so.
+    """Both with a proof like that of a build: it was made of what ran in another precision, on
+    another processor, with fewer threads or while the machine was busy.
 
     Raises:
         ProofFailedError, DiedOfSizesError: see `proof.prove`.
     """
-    assert job.lowering is not None
-    samples = job.lowering.to_prove_with(record.pattern)
+    samples = [] if job.lowering is None else job.lowering.to_prove_with(record.pattern)
     sizes = (record.pattern, record.size_guards)
     found = proof.prove(
         eager_of(job, record.views), served, job.tensors, *sizes, job.check_time, samples
     )
-    record = record.proved(found, sizes_of(job.leaves), job.hint, limits_of(job))
+    record = record.proved(found, sizes_of(job.leaves), job.ran_as, limits_of(job))
     kept = {**entry.manifest["proof"], **record.proof(job.precision)}
     return record, job.store.amend(entry, "proof", kept)
 

@@ -164,6 +164,12 @@ class Job(Wanted):
             write_details(directory, self.details)
 
     @property
+    def ran_as(self) -> str:
+        """What OpenVINO was told, and what it ran then: where the processor has no unit for bf16,
+        or a stream has one thread, that is f32, and a proof of it says nothing of bf16."""
+        return f"{self.hint} as {self.precision_run}"
+
+    @property
     def hurried(self) -> bool:
         """Whether somebody waits for the answer to a call until this is built."""
         return self.lenient and self.awaited

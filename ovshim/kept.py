@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "head_of",
+    "holds_here",
     "is_of_nan",
     "keep_compiled",
     "keep_data",
@@ -98,7 +99,7 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
         return
     exact = why.code in _OF_SIZES
     pattern = sizes_of(job.leaves) if exact else tuple((None,) * t.dim() for t in job.tensors)
-    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor_of(why))
+    record = Record(pattern, (), (), "", (), (), verdict=why, processor=processor_of(why, job))
     head = {**head_of(job, record), "verdict": why.to_dict()}
     try:
         job.store.publish(family, record.variant(job.kind), job.keep_details, head)
@@ -106,9 +107,21 @@ def keep_verdict(job: Job, family: str, why: Reason) -> None:
         log.debug("a verdict is not cached: %s", error)
 
 
-def processor_of(why: Reason) -> str:
+def processor_of(why: Reason, job: Job) -> str:
     """The only processor that a verdict holds for; empty: it holds for all."""
-    return runtime.processor() if why.code in _OF_PROCESSOR else ""
+    return _here(job) if why.code in _OF_PROCESSOR else ""
+
+
+def holds_here(processor: str, job: Job) -> bool:
+    """Whether a verdict for that processor is one for this job."""
+    return processor in ("", _here(job))
+
+
+def _here(job: Job) -> str:
+    """The processor, with what it computes lower precisions in: one thread to a stream has none."""
+    if job.options.precision in (None, "fp32"):
+        return runtime.processor()
+    return f"{runtime.processor()}, {runtime.safe_precision('bf16', **job.placement)}"
 
 
 def known_data(entry: Entry) -> list[str]:

@@ -186,4 +186,4 @@ def _served_and_proved(
         except EngineDead as dead:
             raise BuildStopped(reason("infer-failed", str(dead))) from dead
         else:
-            return served, record.proved(found, sizes_of(job.leaves), job.hint, limits_of(job))
+            return served, record.proved(found, sizes_of(job.leaves), job.ran_as, limits_of(job))

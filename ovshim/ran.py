@@ -37,10 +37,21 @@ def warnings_of(job: Job, compiled: Any) -> tuple[dict[str, str], list[Precision
     wishes = job.options.precision
     if job.lowering is not None and isinstance(wishes, Mapping):
         return _by_module(job, wishes, job.lowering, compiled)
+    if wishes == "int8":
+        return {}, _of_integers(job, compiled)
     # A hint is about products; what only adds and compares runs as the plugin likes.
     told = _of_hint(job)
     kinds = (kind for kind, _, _ in executed.operations(compiled)) if told else ()
     return {}, told if any(map(executed.computes, kinds)) else []
+
+
+def _of_integers(job: Job, compiled: Any) -> list[PrecisionWarning]:
+    """Where weights were rounded to integers, and nothing is computed in them."""
+    found = list(executed.operations(compiled))
+    if not found or any(executed.computes(kind) and ran in ("i8", "u8") for kind, ran, _ in found):
+        return []
+    why = f"OpenVINO runs it in {job.precision_run}: it has no kernels in integers for this."
+    return [PrecisionWarning("int8", why, "Give another precision, or leave it out.")]
 
 
 def _by_module(

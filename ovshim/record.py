@@ -73,7 +73,7 @@ class Record:
         limits: the smallest and the largest value that a tensor may hold, by its index.
         error, sizes: of the proof: largest relative L2 error, and the smallest sizes proved.
         met: all sizes at which it was found right.
-        proved_in: the precisions that OpenVINO was told in whole proofs.
+        proved_in: what OpenVINO was told in whole proofs, and what it ran.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
         race: how eager and the plan came out, as `Finish.to_json` gives it, by processor, threads
@@ -140,18 +140,18 @@ class Record:
         self,
         found: Proof,
         example: Sequence[Sequence[int]],
-        hint: str,
+        ran_as: str,
         limits: Mapping[int, tuple[int, int]],
     ) -> Record:
         """The record with what a proof at the sizes of `example` has found.
 
         Args:
-            hint: the precision that OpenVINO was told.
+            ran_as: what OpenVINO was told, and what it ran.
             limits: further ones, that nothing needs to be asked for.
         """
         return dataclasses.replace(
             self.pin(found.pinned, example),
-            proved_in=(*self.proved_in, hint),
+            proved_in=(*self.proved_in, ran_as),
             error=max(found.error, self.error),
             sizes=found.sizes,
             met=found.met,

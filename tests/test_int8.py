@@ -1,8 +1,10 @@
 """int8 and compressed weights: as exact as is promised, kept in the cache, silent on stdout."""
 
 import copy
+import importlib
 import logging
 import pickle
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -503,6 +505,18 @@ def test_a_tolerance_that_int8_cannot_meet() -> None:
     check(fast, module, images(4), path="eager", reason="proof-failed", tolerance=0.0)
 
 
+def test_what_has_no_kernels_in_integers_is_told() -> None:
+    module = make(lambda: nn.LSTM(16, 32, batch_first=True))  # type: ignore[arg-type]
+    data = [torch.randn(2, 8, 16) for _ in range(8)]
+    with pytest.warns(ovshim.PrecisionWarning, match="int8: OpenVINO runs it in") as told:
+        fast = ovshim.accelerate(
+            module, data[0], precision="int8", calibration=data, prefer="openvino"
+        )
+    assert len(told) == 1
+    assert paths(fast) == ["openvino"]
+    assert plan(fast)["precision_run"] != "i8"
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4_weights", "auto", {"head": "int8"}])
 def test_without_nncf(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -511,6 +525,15 @@ def test_without_nncf(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Manners
+
+
+def test_the_import_of_nncf_moves_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+    monkeypatch.setattr(importlib, "import_module", lambda name: drawn.append(random.random()))
+    before = random.getstate()
+    quantize._import()
+    assert drawn
+    assert random.getstate() == before
 
 
 def test_nncf_neither_prints_nor_leaves_anything_behind(capfd: pytest.CaptureFixture[str]) -> None:

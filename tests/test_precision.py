@@ -12,6 +12,8 @@ from modules import Attention, DigitsCnn, Mlp, Recurrent, make, small_bert
 from torch import Tensor, nn
 
 import ovshim
+from ovshim.cache.entry import MANIFEST
+from ovshim.cache.files import read_sealed
 
 # What the hint of a lower precision may really run in: some processors have no f16 (or no bf16).
 LOWER = {"bf16", "f16"}
@@ -139,6 +141,35 @@ def test_lower_precision_of_an_fp32_module(precision: str) -> None:
         assert 1e-5 < told["error"] < 0.03
     else:
         assert off < 1e-5
+
+
+def test_what_one_thread_finds_is_not_taken_for_bf16() -> None:
+    """With one thread to a stream bf16 runs in f32: a proof of that, or a refusal, is of f32."""
+    if "bf16" not in {name for device in ovshim.devices() for name in device.precisions}:
+        pytest.skip("this processor runs bf16 in f32 either way")
+    module, x = make(Wide), torch.randn(16, 64)
+
+    def made(threads: int, tolerance: float | None = None) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fast = ovshim.accelerate(
+                copy.deepcopy(module),
+                x,
+                precision="bf16",
+                prefer="openvino",
+                threads=threads,
+                tolerance=tolerance,
+            )
+        return plan(fast)
+
+    first, second = made(1), made(2)
+    assert (first["precision_run"], second["precision_run"]) == ("f32", "bf16")
+    assert second["cache"] == "hit"
+    manifest = read_sealed(Path(second["cache_path"]) / MANIFEST)
+    assert manifest["proof"]["proved_in"] == ["bf16 as f32", "bf16 as bf16"]
+    refused, taken = made(2, 1e-4), made(1, 1e-4)
+    assert taken["path"] == "openvino"
+    assert refused["reason"]["code"] == "proof-failed"
 
 
 def test_nothing_is_said_where_nothing_is_multiplied() -> None:

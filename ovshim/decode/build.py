@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from ovshim import runtime
 from ovshim.assemble import generation_of
 from ovshim.building import own_modes
 from ovshim.cache import Entry, StoreError
@@ -42,7 +41,7 @@ from ovshim.errors import OptionError
 from ovshim.generation import Generation, GuardFailedError
 from ovshim.guards import BadGuardError
 from ovshim.job import MOVED, BuildStopped, Job
-from ovshim.kept import keep_data, known_data, processor_of, published
+from ovshim.kept import holds_here, keep_data, known_data, processor_of, published
 from ovshim.reasons import Reason, reason
 from ovshim.shortage import SHORTAGE, build_failure
 from ovshim.signals import raise_heard
@@ -153,7 +152,7 @@ class _Build:
         raise_heard()
         if why.code not in _FOR_GOOD or self.job.weights_moved():
             return
-        record = StepRecord(processor=processor_of(why))
+        record = StepRecord(processor=processor_of(why, self.job))
         head = self._head(record) | {"verdict": why.to_dict()}
         try:
             self.job.store.publish(family, "0", self.job.keep_details, head)
@@ -172,7 +171,7 @@ class _Build:
             except (BadGuardError, GuardFailedError, KeyError, TypeError, ValueError) as error:
                 log.info("the entry %s is passed over: %s", entry.path, error)
                 continue
-            if record.processor not in ("", runtime.processor()):
+            if not holds_here(record.processor, job):
                 continue  # what its kernels make of a graph, this one's may make otherwise
             if record.verdict is not None:
                 return by_eager(job, record.verdict, entry)

@@ -83,13 +83,13 @@ class Prover:
         self, entry: Entry, record: StepRecord
     ) -> tuple[StatefulEngine, StepRecord, Entry]:
         """An entry's graph, and what is known of it then: it was proved, and is asked one thing
-        again; or everything, where it was never proved with floats in bf16 and is faster so here.
+        again; or everything, where it was never proved in what it runs in here.
 
         Raises:
             BuildStopped: it is right no more.
         """
         engine = self.engine(entry.file("model.xml"), record, entry)
-        if not may_be_refused(self.job, self.job.hint) or self.job.hint in record.proved_in:
+        if self.job.hint == "fp32" or self.job.ran_as in record.proved_in:
             return engine, self.proved(engine, record, [probes.small_probe()]), entry
         record = self._wholly_proved(engine, record)
         return engine, record, self.job.store.amend(entry, "proof", record.proof_to_json())
@@ -97,7 +97,7 @@ class Prover:
     def _wholly_proved(self, engine: StatefulEngine, record: StepRecord) -> StepRecord:
         window = self.form.window if record.most is None else None
         record = self.proved(engine, record, list(self.manner.probes(window)))
-        return dataclasses.replace(record, proved_in=(*record.proved_in, self.job.hint))
+        return dataclasses.replace(record, proved_in=(*record.proved_in, self.job.ran_as))
 
     def _right(
         self, source: Path, record: StepRecord, entry: Entry | None

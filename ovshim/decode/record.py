@@ -32,7 +32,7 @@ class StepRecord:
         race: medians and quartiles, by processor and threads.
         long_steps: what `LongSteps` keeps, by the same.
         rest: for compressed weights, what is fastest around them, by processor and threads.
-        proved_in: the precisions that OpenVINO was told in whole proofs.
+        proved_in: what OpenVINO was told in whole proofs, and what it ran.
         verdict: why eager serves in its place, where that was found for good.
         processor: the only one for which the verdict holds; empty: it holds for all.
     """

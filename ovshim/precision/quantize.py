@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import random
 import sys
 import threading
 import warnings
@@ -191,8 +192,10 @@ def _imported() -> Any:
 
 
 def _import() -> None:
-    before = logging.getLoggerClass()
+    before, drawn = logging.getLoggerClass(), random.getstate()
     try:
         importlib.import_module("nncf")
     finally:
         logging.setLoggerClass(before)
+        # One of the packages that it imports draws numbers for its names.
+        random.setstate(drawn)

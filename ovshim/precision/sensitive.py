@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def sensitivity(
     if not isinstance(module, nn.Module):
         raise no_module(module)
     given: Any = tolerance
-    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    number = isinstance(given, numbers.Real) and not isinstance(given, bool)
     if not number or not given > 0:
         raise OptionError("tolerance", tolerance, "a number above 0", "Give for example 0.01.")
     options = Options(
