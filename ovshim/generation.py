@@ -35,6 +35,7 @@ from ovshim.guards import ValueGuard
 from ovshim.hooks import are_called, inner_hooks, is_recorded
 from ovshim.reached import OF_MODULES, Reached
 from ovshim.scripted import Held, is_plain
+from ovshim.settings import READ_BY_CODE
 from ovshim.untouched import add_unless_touched
 from ovshim.watch import GuardFailedError, Watch, modules_met, replaceable
 
@@ -54,13 +55,6 @@ _defaults: Callable[[Any], tuple[Any, Any]] = attrgetter("__defaults__", "__kwde
 # So many tensors or modules are asked one by one, which takes no list of what they answer.
 _FEW = 8
 
-# A graph holds what they answered, as constants.
-_STATES = frozenset(
-    {
-        torch.are_deterministic_algorithms_enabled,
-        torch.is_deterministic_algorithms_warn_only_enabled,
-    }
-)
 # Two different tensors (or arrays) in one attribute answer == with more than a bool; a watched key
 # that is gone raises; users' `__eq__` may raise anything. Either way something was replaced, for
 # what is the same object is not compared.
@@ -249,8 +243,10 @@ class Generation:
             conditions.add("list({0}) == {1}", ordered, keys)
         for attributes, before in self._classes:
             conditions.add("{0} == {1}", attributes, before)
-        for function in set(self._watch.functions) & _STATES:
-            conditions.add("{0}() == {1}", function, function())
+        # A graph holds what they answered, as constants.
+        for words, ask in READ_BY_CODE:
+            if self._mentions(words):
+                conditions.add("{0}() == {1}", ask, ask())
         if self._flags is not None:
             conditions.add("list(map({0}, {1})) == {2}", _wants_grad, self._tensors, self._flags)
         for held, before in self._recorders:

@@ -3,12 +3,13 @@ would not."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
-__all__ = ["SETTERS", "Settings", "setting"]
+__all__ = ["READ_BY_CODE", "SETTERS", "Settings", "setting"]
 
 _Read = Callable[[], Any]
 _Write = Callable[[Any], Any]
@@ -99,6 +100,32 @@ SETTERS = {
 }
 """Names of what torch's C library is called by to set them. Not grad mode: every `no_grad` block
 sets it, and sets it back."""
+
+
+READ_BY_CODE: tuple[tuple[frozenset[str], _Read], ...] = (
+    (
+        frozenset({"are_deterministic_algorithms_enabled", "_get_deterministic_algorithms"}),
+        torch.are_deterministic_algorithms_enabled,
+    ),
+    (
+        frozenset(
+            {
+                "is_deterministic_algorithms_warn_only_enabled",
+                "_get_deterministic_algorithms_warn_only",
+                "get_deterministic_debug_mode",
+            }
+        ),
+        torch.get_deterministic_debug_mode,
+    ),
+    (frozenset({"allow_tf32", "fp32_precision", "get_float32_matmul_precision"}), _precisions),
+    (
+        frozenset({"get_autocast_dtype", "get_autocast_cpu_dtype"}),
+        functools.partial(torch.get_autocast_dtype, "cpu"),
+    ),
+    (frozenset({"is_autocast_cache_enabled"}), torch.is_autocast_cache_enabled),
+)
+"""What code may branch on of which Dynamo makes a constant with no guard of its own: the words that
+it is asked by, and what is answered now."""
 
 
 def setting(name: str) -> Any:

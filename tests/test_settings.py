@@ -53,6 +53,51 @@ def test_precisions_by_their_newer_names(name: str) -> None:
     assert before.changed() == []
 
 
+READ: dict[str, tuple[Callable[[], bool], Callable[[bool], Any]]] = {
+    "deterministic": (
+        lambda: torch.are_deterministic_algorithms_enabled(),
+        torch.use_deterministic_algorithms,
+    ),
+    "tf32": (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    ),
+    "autocast": (
+        lambda: torch.get_autocast_dtype("cpu") is torch.float16,
+        lambda on: torch.set_autocast_dtype("cpu", torch.float16 if on else torch.bfloat16),
+    ),
+    "cache": (lambda: torch.is_autocast_cache_enabled(), torch.set_autocast_cache_enabled),
+}
+
+
+class Asking(nn.Module):
+    """Does otherwise by what is set."""
+
+    def __init__(self, is_set: Callable[[], bool]) -> None:
+        super().__init__()
+        self.layer, self.is_set = nn.Linear(8, 8), is_set
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out * 2 if self.is_set() else out
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_code_branches_on_is_seen_to_change(name: str) -> None:
+    is_set, put = READ[name]
+    before, x = is_set(), torch.randn(3, 8)
+    module = Asking(is_set).eval()
+    try:
+        put(False)
+        fast = ovshim.accelerate(module, x, prefer="openvino")
+        check(fast, module, x)
+        put(True)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), module(x))
+    finally:
+        put(before)
+
+
 @pytest.mark.parametrize("name", ["all", "cuda"])
 def test_a_program_that_sets_them_is_served(name: str) -> None:
     module, x = Mlp().eval(), torch.randn(3, 8)

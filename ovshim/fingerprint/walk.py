@@ -90,7 +90,11 @@ class _Walk(Reach):
     def text(self) -> list[bytes]:
         """Writes all of it; gives the digests of the tensors in it, which belong behind."""
         versions = (sys.version_info[:3], torch.__version__, np.__version__)
-        state = (torch.get_default_dtype(), torch.get_default_device())
+        state = (
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.get_deterministic_debug_mode(),
+        )
         self.mark(where="torch")
         self.out.append(text(f"{versions} {state} {self.method}"))
         self.learn(("__call__", "forward", self.method))
