@@ -15,7 +15,7 @@ from .errors import OptionError
 
 def check_min_speedup(value: Any) -> None:
     """Raise OptionError for what is no factor to be faster by."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not 0 <= value < math.inf:
         remedy = "Give the factor below which eager is to go on serving, such as 1.2."
         raise OptionError("min_speedup", value, "a finite number of 0 or more", remedy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pkgutil
 from pathlib import Path
 
 __all__ = ["WRITTEN", "__version__", "exact_version", "sources_of"]
@@ -29,7 +30,10 @@ def exact_version() -> str:
     """`0.1.0+0123456789abcdef`: the version, and a digest of the sources."""
     package = Path(__file__).parent
     try:
-        sources = (package / WRITTEN).read_text(encoding="utf-8")
-    except OSError:  # in a checkout: 10 ms
-        sources = sources_of(package)
+        # By the loader, which reads out of a zip file as well.
+        written = pkgutil.get_data(__package__, WRITTEN)
+    except OSError:
+        written = None
+    # In a checkout they are read: 10 ms.
+    sources = sources_of(package) if written is None else written.decode("ascii")
     return f"{__version__}+{sources}"

@@ -77,6 +77,8 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="directory"):
         cache.info(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(OptionError, match="directory"):
+        cache.prune(5)  # type: ignore[arg-type]
     (tmp_path / "v1").write_bytes(b"")
     found = cache.info(tmp_path)
     assert found.directory is None

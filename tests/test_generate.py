@@ -395,6 +395,24 @@ def test_a_loop_without_masks_and_positions(pair: Callable[[str], tuple[Any, Any
         assert counts(fast)["eager"] == before
 
 
+def test_no_warning_of_padding_is_used_up(
+    pair: Callable[[str], tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers says it once in a process: the program's own padding is to have that."""
+    said: list[str] = []
+    monkeypatch.setattr(hf.modeling_utils.logger, "warning_once", said.append)
+    model = lm.make("gpt2")
+    for pad in (0, 3):
+        model.config.pad_token_id = pad
+        fast = ovshim.accelerate(copy.deepcopy(model), prefer="openvino")
+        ids = torch.randint(10, 50, (1, 7))
+        with quietly(), torch.no_grad():
+            fast(ids)
+            torch.testing.assert_close(fast(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+        assert counts(fast)["openvino"]
+    assert said == []
+
+
 # --- encoders and decoders --------------------------------------------------------------------
 
 
@@ -1287,7 +1305,10 @@ def test_a_cache_that_cannot_be_copied_is_left_to_eager(
     monkeypatch.setattr(decoding, "long_steps", LongSteps(None, lambda found: None))
     cache = hf.DynamicCache(config=model.config)
     cache.lock = threading.Lock()
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter(
+            "ignore", ovshim.FallbackWarning
+        )  # another test may have met it
         found = fast(LONG, past_key_values=cache, use_cache=True)
         expected = model(LONG, use_cache=True)
     assert found.past_key_values is cache

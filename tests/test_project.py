@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,19 @@ def test_the_helper_is_built_where_it_can_be() -> None:
 
 def test_the_check_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_what_was_written_is_read_out_of_a_zip_file(tmp_path: Path) -> None:
+    package = Path(version.__file__).parent
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("zipped/__init__.py", "")
+        archive.write(package / "version.py", "zipped/version.py")
+        archive.writestr(f"zipped/{version.WRITTEN}", "0123456789abcdef")
+    told = subprocess.run(
+        [sys.executable, "-c", "from zipped.version import exact_version as v; print(v())"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "all.zip")},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert told.stdout == f"{ovshim.__version__}+0123456789abcdef\n"

@@ -156,6 +156,19 @@ def test_an_interrupt_ends_it_as_it_ends_python(scripts: Path) -> None:
     assert ours[0] == -signal.SIGINT
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="ends by a signal")
+def test_an_interrupt_behind_a_build_ends_it_as_it_ends_python(tmp_path: Path) -> None:
+    program = """
+import torch, ovshim
+with torch.no_grad():
+    fast = ovshim.accelerate(torch.nn.Linear(4, 4).eval(), torch.ones(1, 4), prefer="openvino")
+assert fast.ovshim.stats()["eager"] == 0 and "torch._dynamo" in __import__("sys").modules
+raise KeyboardInterrupt
+"""
+    assert python("-c", program, cwd=tmp_path).returncode == -signal.SIGINT
+
+
 def test_what_cannot_be_run(scripts: Path) -> None:
     for arguments, said in (
         (("nothing.py",), "can't open file"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ovshim.arguments import path_of
 from ovshim.cache import files, upkeep
 from ovshim.cache.entry import MANIFEST, MARKER, Foreign, read, read_details
 from ovshim.cache.store import Store
@@ -262,11 +263,13 @@ def why_miss(
 
 
 def _store(directory: Directory) -> Store:
-    if directory is not None and not Path(directory).expanduser().is_dir():
-        raise OptionError(
-            "directory", str(directory), "the directory of a cache", "There is none: correct it."
-        )
-    return Store(directory)
+    if directory is None:
+        return Store(None)
+    path = path_of("directory", directory)
+    if not path.is_dir():
+        allowed = "the directory of a cache"
+        raise OptionError("directory", str(path), allowed, "There is none: correct it.")
+    return Store(path)
 
 
 def _removed(store: Store, max_size: int | None) -> Removed:

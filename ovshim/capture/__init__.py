@@ -12,6 +12,7 @@ their modules; what it refuses, `readers` gives to OpenVINO by way of ONNX (`dyn
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -156,8 +157,12 @@ def _captured(request: Request) -> Captured:
 
         return onnx.capture(request)
     with TRACE_LOCK, garbage.apart(), torch.autocast("cpu", enabled=False):
+        ours = "torch._dynamo.utils" not in sys.modules
         import_apart(*_USED)
-        from ovshim.capture import dynamo, traced
+        from ovshim.capture import dynamo, spared, traced
+
+        if ours:
+            spared.leave_exits_alone()
 
         try:
             return dynamo.capture(request)

@@ -8,6 +8,7 @@ program that compiles in another thread meanwhile.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["put", "spared"]
+__all__ = ["leave_exits_alone", "put", "spared"]
 
 log = logging.getLogger("ovshim")
 
@@ -50,6 +51,21 @@ def put(owner: Any, name: str, value: Any) -> Iterator[None]:
     finally:
         if vars(owner).get(name) is value:
             setattr(owner, name, before)
+
+
+def leave_exits_alone() -> None:
+    """Have Dynamo, which the program itself has not imported, sum up its times at exit only where
+    that is logged: the tables are written by a package whose import then makes Python forget that
+    an interrupt ended the program, and its status 1 where a shell expects 130."""
+    from torch._dynamo import utils
+
+    def told() -> None:
+        if utils.log.isEnabledFor(logging.INFO):
+            utils.dump_compile_times()
+
+    with contextlib.suppress(AttributeError):
+        atexit.unregister(utils.dump_compile_times)
+        atexit.register(told)
 
 
 def _transforms() -> contextlib.AbstractContextManager[None]:

@@ -178,7 +178,7 @@ class Causal:
 
     def conventions(self, call: Callable[..., Any], form: Form) -> Conventions:
         """What the module makes of a call without a mask or without positions."""
-        ids = torch.arange(10).reshape(2, 5) % self.vocabulary
+        ids = _ids_with_padding(call, self.vocabulary)
         given = {"input_ids": ids, "use_cache": True}
         places = torch.arange(5).expand(2, 5)
 
@@ -193,6 +193,18 @@ class Causal:
         rule = next((name for name, p in rules.items() if alike(logits(padded, p), bare)), "")
         plain = alike(logits(torch.ones_like(ids), places), call(**given).logits)
         return {"fills_mask": plain, "fills_positions": rule}
+
+
+def _ids_with_padding(call: Any, vocabulary: int) -> torch.Tensor:
+    """Two rows of five tokens, among them that of padding, of which a module may make a mask by
+    itself. Not at an end, where transformers warns of it: once in a process, and the program's own
+    padding is to have that."""
+    pad = getattr(getattr(call.__self__, "config", None), "pad_token_id", None)
+    others = [token for token in range(min(vocabulary, 11)) if token != pad] or [0]
+    ids = torch.tensor([others[i % len(others)] for i in range(10)]).reshape(2, 5)
+    if isinstance(pad, int) and 0 <= pad < vocabulary:
+        ids[0, 2] = pad
+    return ids
 
 
 def causal_inputs(

@@ -68,7 +68,11 @@ class Form:
         Raises:
             Unfit: it answers with more than logits and a cache of plain or windowed layers.
         """
-        output = call(input_ids=torch.zeros((2, 2), dtype=torch.long), use_cache=True)
+        ids, given = torch.zeros((2, 2), dtype=torch.long), {}
+        if "attention_mask" in names:
+            # transformers warns once in a process of padding without a mask: not on our account.
+            given["attention_mask"] = torch.ones_like(ids)
+        output = call(input_ids=ids, use_cache=True, **given)
         _check_fields(output, {"logits", "past_key_values"})
         dtype = output.logits.dtype
         return Form(
