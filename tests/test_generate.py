@@ -1306,9 +1306,7 @@ def test_a_cache_that_cannot_be_copied_is_left_to_eager(
     cache = hf.DynamicCache(config=model.config)
     cache.lock = threading.Lock()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore", ovshim.FallbackWarning
-        )  # another test may have met it
+        warnings.simplefilter("ignore", ovshim.FallbackWarning)  # another test may have met it
         found = fast(LONG, past_key_values=cache, use_cache=True)
         expected = model(LONG, use_cache=True)
     assert found.past_key_values is cache

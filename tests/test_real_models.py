@@ -28,6 +28,7 @@ from modules import (
 from torch import Tensor, nn
 
 import ovshim
+from ovshim.capture import recurrent
 
 # The digits CNN: real handwriting, trained here
 
@@ -380,9 +381,18 @@ def test_an_lstm_of_packed_sequences_is_right() -> None:
 
 @pytest.mark.parametrize("cls", [nn.GRU, nn.RNN])
 def test_other_recurrent_layers(cls: type[nn.Module]) -> None:
+    """Dynamo takes them apart into a step for each moment; the graph is one for all lengths."""
+    before = [dict(layer.py_kernels) for layer in recurrent.LAYERS]
     module = make(cls, 8, 6, num_layers=2, bidirectional=True)
     fast = ovshim.accelerate(module, torch.randn(5, 2, 8), prefer="openvino")
-    check(fast, module, torch.randn(5, 2, 8))
+    assert [layer.py_kernels for layer in recurrent.LAYERS] == before
+    for length in (5, 1, 9, 40):
+        settle(fast, module, torch.randn(length, 2, 8))
+    (plan,) = plans(fast)
+    assert plan["signature"] == "[0]: float32[?, 2, 8]"
+    for each in (module, fast):
+        with pytest.raises(RuntimeError, match="length to be larger than 0"):
+            each(torch.randn(0, 2, 8))
 
 
 def test_a_transformer_encoder_of_torch() -> None:

@@ -33,6 +33,7 @@ from ovshim.capture import (
     handed_out,
     questions,
     readers,
+    recurrent,
     rewrites,
 )
 from ovshim.capture.assertions import are_asked, ask_instead
@@ -216,6 +217,7 @@ def _configured() -> Iterator[list[str]]:
     effects: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(spared())
+        stack.enter_context(recurrent.in_one_step())
         stack.enter_context(_generator_left_alone())
         stack.enter_context(get_metrics_context())
         stack.enter_context(torch.backends.nnpack.flags(enabled=False))
