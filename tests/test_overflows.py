@@ -8,6 +8,7 @@ from modules import Function
 import ovshim
 
 ONES = torch.ones(3, 4, dtype=torch.int64)
+PLACES = torch.zeros(3, dtype=torch.int64)
 
 
 OVERFLOWS = {
@@ -21,6 +22,9 @@ OVERFLOWS = {
     "running total": (lambda x, y: (x + y).cumsum(1), 2**29),
     "power": (lambda x, y: (x * y) ** 2, 2**9),
     "shift": (lambda x, y: (x + y) << 4, 2**28),
+    "total by index": (lambda x, y: (x * 0).index_add(0, PLACES, x * y), 2**15),
+    "scattered total": (lambda x, y: (x * 0).scatter_add(0, x * 0, x * y), 2**15),
+    "opposite": (lambda x, y: abs(x + y), -(2**30)),
 }
 
 
@@ -46,6 +50,13 @@ def test_neighbours_of_16777216_are_told_apart() -> None:
     module = Function(lambda x: (x > 2**24, x == 2**24, x.roll(1, 0) != 2**24)).eval()
     fast = ovshim.accelerate(module, ONES, prefer="openvino", cache_dir=False)
     for value in (2**24 - 1, 2**24, 2**24 + 1):
+        check(fast, module, ONES * value)
+
+
+def test_neighbours_of_67108864_are_told_from_those_asked_for() -> None:
+    module = Function(lambda x: (torch.isin(x, torch.tensor([2**26, 5])), torch.isin(x, 2**26)))
+    fast = ovshim.accelerate(module.eval(), ONES, prefer="openvino", cache_dir=False)
+    for value in (2**26 - 1, 2**26, 2**26 + 1):
         check(fast, module, ONES * value)
 
 

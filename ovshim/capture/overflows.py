@@ -42,10 +42,24 @@ def question(node: fx.Node) -> Question | None:
         plain = len(operands) == 2 and not any(type(x) is int and abs(x) < 2 for x in operands)
         asked = plain and (all(given) if both else any(given))
         return (fits, *operands, node.kwargs.get("alpha", 1)) if asked else None
+    if name in _BY_INDEX:
+        return _by_index(node, name)
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if name in _MANY and node.args and magnitude(node.args[0]) is Magnitude.GIVEN:
         return None if isinstance(dim, fx.Node) else (_MANY[name], node.args[0], dim)
     return None
+
+
+def _by_index(node: fx.Node, name: str) -> Question | None:
+    """Of what is added up, or multiplied, where an index says. All of it may go to one place."""
+    position, argument = _BY_INDEX[name]
+    into = node.args[0]
+    values = node.args[position] if len(node.args) > position else node.kwargs.get(argument)
+    given = any(magnitude(x) is Magnitude.GIVEN for x in (into, values))
+    if not given or not isinstance(values, fx.Node):
+        return None
+    how = node.args[4] if len(node.args) > 4 else node.kwargs.get("reduce")
+    return _product_of_both_fits if how == "prod" else _total_of_both_fits, into, values
 
 
 def _float(x: Any) -> Any:
@@ -107,6 +121,18 @@ def _whole_product_fits(x: torch.Tensor, dim: Any) -> torch.Tensor:
     return _all_below(sizes.prod() if dim is None else sizes.prod(dim), _EXACT)
 
 
+def _total_of_both_fits(*both: torch.Tensor) -> torch.Tensor:
+    return _totals_fit(torch.cat([x.reshape(-1) for x in both]), None)
+
+
+def _product_of_both_fits(*both: torch.Tensor) -> torch.Tensor:
+    return _whole_product_fits(torch.cat([x.reshape(-1) for x in both]), None)
+
+
+def _has_an_opposite(x: torch.Tensor, _: Any) -> torch.Tensor:
+    return _all_below(-_float(x), _FAR - 256)
+
+
 _Fits = Callable[..., torch.Tensor]
 # By the name of the operator: how to ask, and whether both operands have to be given values: one
 # alone the proof has seen.
@@ -123,4 +149,12 @@ _MANY: dict[str, _Fits] = {
     "sum": _total_fits,
     "cumsum": _totals_fit,
     "prod": _whole_product_fits,
+    **dict.fromkeys(("abs", "absolute", "neg", "negative"), _has_an_opposite),
+}
+# Where the values lie among the arguments, and what they are called.
+_BY_INDEX = {
+    **dict.fromkeys(("index_add", "index_add_"), (3, "source")),
+    **dict.fromkeys(("scatter_add", "scatter_add_"), (3, "src")),
+    **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), (3, "src")),
+    **dict.fromkeys(("index_put", "index_put_"), (2, "values")),
 }

@@ -19,6 +19,7 @@ from ovshim.capture.rewrites.entry import (
     of_floats,
     wrapping,
 )
+from ovshim.capture.rewrites.integers import equal
 from ovshim.capture.rewrites.sizes import larger, smaller
 
 __all__ = ["TABLE"]
@@ -194,9 +195,13 @@ def isin(
     assume_unique: bool = False,
     invert: bool = False,
 ) -> torch.Tensor:
+    # Of integers beyond 2**24 float32, in which OpenVINO compares, knows no neighbours.
+    both = map(torch.as_tensor, (elements, test_elements))
+    same = operator.eq if any(x.is_floating_point() for x in both) else equal
     if not isinstance(test_elements, torch.Tensor):
-        return elements != test_elements if invert else elements == test_elements
-    found = (elements.unsqueeze(-1) == test_elements.reshape(-1)).any(-1)
+        found = same(elements, test_elements)
+    else:
+        found = same(elements.unsqueeze(-1), test_elements.reshape(-1)).any(-1)
     return ~found if invert else found
 
 
