@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ovshim.classes import is_users
@@ -38,6 +39,8 @@ _MOST = 5000
 # Of an array, which has no count of writes and is compared on each call.
 _MOST_BYTES = 1 << 16
 _CODE = (types.FunctionType, types.MethodType, type, functools.partial, nn.Module)
+
+_OF_LAYERS = ("torch.nn.modules.", "torch.nn.functional")
 
 _values: Callable[[dict[Any, Any]], Iterable[Any]] = dict.values
 
@@ -114,6 +117,8 @@ class Reached:
         if ours or id(value) in self._met or (atom(value) is not None and not is_array):
             return
         self._met[id(value)] = value
+        if _is_mock(value):
+            raise UnwatchableError("a mock counts its calls")
         if len(self._met) > _MOST:
             raise UnwatchableError(f"more than {_MOST} objects are within reach of it")
         if is_array:
@@ -196,11 +201,24 @@ class Reached:
             elif isinstance(found, _CODE):  # that a library's wrapper is around
                 self._todo.append(found)
         if not users:
+            if function.__globals__.get("__name__", "").startswith(_OF_LAYERS):
+                self._layers_own(function)
             return
         self.functions.append(function)
         self._todo += (function.__defaults__, function.__kwdefaults__, function.__dict__)
         found = facts(function.__code__)
         self._names(function.__globals__, list(found.globals), found.names)
+
+    def _layers_own(self, function: types.FunctionType) -> None:
+        """What torch's own layers call, which a patch may replace for a while."""
+        found, space = facts(function.__code__), function.__globals__
+        inner = [value for value in map(space.get, found.globals) if value in (torch, F)]
+        for names, held in ((found.globals, space), *((found.names, vars(one)) for one in inner)):
+            called = [name for name in names if callable(held.get(name))]
+            self.dicts.append(held)
+            self._named.append((held, called))
+            values = (held[name] for name in called)
+            self._todo += (v for v in values if type(v) is types.FunctionType or _is_mock(v))
 
     def _names(self, space: dict[str, Any], names: list[str], further: tuple[str, ...]) -> None:
         """Names that are asked of a function's globals or of a module, and `further` ones, of the
@@ -214,3 +232,7 @@ class Reached:
                 self._met[id(value), further] = value
                 inner = vars(value)
                 self._names(inner, [name for name in further if name in inner], further)
+
+
+def _is_mock(value: Any) -> bool:
+    return any(cls.__module__ == "unittest.mock" for cls in type(value).__mro__)

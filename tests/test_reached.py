@@ -5,10 +5,12 @@ import contextvars
 import functools
 import threading
 import types
+import warnings
 import weakref
 from array import array
 from collections.abc import Callable
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -109,6 +111,7 @@ EDITS: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "global function": lambda m, p: p.setitem(globals(), "twice", torch.sin),
     "code": lambda m, p: p.setattr(twice, "__code__", (lambda x: x).__code__),
     "library's function": lambda m, p: p.setattr(torch, "square", torch.sin),
+    "what a layer of torch's calls": lambda m, p: p.setattr(F, "linear", lambda x, w, b: x @ w.T),
 }
 
 
@@ -167,14 +170,29 @@ def test_a_traced_graph_goes_when_what_it_read_is_edited(monkeypatch: pytest.Mon
         ([[float(n)] for n in range(6000)], "more than 5000 objects"),
         (np.zeros(10_000), "an array of 80000 bytes"),
         (threading.local(), "threading.local"),
+        (mock.Mock(), "a mock counts its calls"),
     ],
-    ids=["many", "large", "local"],
+    ids=["many", "large", "local", "mock"],
 )
 def test_what_cannot_be_watched(held: Any, told: str) -> None:
     module = make(Reads)
     module.config.other = held
     with pytest.raises(UnwatchableError, match=told):
         Generation(module, follow=True)
+
+
+def test_a_mock_in_place_of_a_function_of_torchs_is_called_each_time() -> None:
+    module, x = make(nn.Linear, 8, 4), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino")
+    patch = mock.patch.object(F, "linear", side_effect=lambda x, w, b: x @ w.T)
+    with patch as patched, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ovshim.FallbackWarning)
+        for _ in range(3):
+            calls = patched.call_count
+            assert torch.equal(fast(x), x @ module.weight.T)
+            assert patched.call_count > calls
+    with torch.no_grad(), quietly():
+        torch.testing.assert_close(fast(x), module(x))
 
 
 def test_what_cannot_be_watched_is_not_traced() -> None:
