@@ -1,5 +1,6 @@
 """NaNs and infinities that arise inside of a graph, where OpenVINO would make numbers of them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,48 @@ def test_an_infinity_that_comes_to_0_is_eagers(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast(wrong), module(wrong), rtol=0, atol=0, equal_nan=True)
     assert fast.ovshim.stats()["eager"] == 1
+
+
+GROWN: dict[str, tuple[Callable[[Tensor, Tensor], Any], float]] = {
+    "logarithms": (lambda x, y: F.relu(x.log() - y.log().neg().neg()), 0.0),
+    "division by name": (lambda x, y: torch.addcdiv(x, x, y).clamp(-1, 1), 0.0),
+    "NaN by hand": (lambda x, y: F.relu(x.masked_fill(y > 90, math.nan)), 100.0),
+    "NaN chosen": (lambda x, y: torch.where(x > 90, math.nan, y) > 0, 100.0),
+    "difference": (lambda x, y: (x.exp() - y.exp()[:, None, :].squeeze(1)).clamp(-1, 1), 100.0),
+    "ratio": (lambda x, y: F.relu(x.exp() / y.exp()), 100.0),
+    "product with 0": (lambda x, y: F.relu(x.exp() * (y < 90)), 100.0),
+    "matrix product": (lambda x, y: F.relu(x.exp() @ (y < 90).float().T), 100.0),
+    "softmax": (lambda x, y: torch.softmax(x.exp() + 0 * y, -1), 100.0),
+    "layer norm": (lambda x, y: F.relu(F.layer_norm(x.exp(), (4,))) + 0 * y, 100.0),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_infinities_that_meet_are_eagers(name: str) -> None:
+    function, edge = GROWN[name]
+    module = Function(function).eval()
+    fast = ovshim.accelerate(module, (X, X.clone()), prefer="openvino", cache_dir=False)
+    check(fast, module, X.flip(0), X)
+    grown = X.index_fill(1, torch.tensor([2]), edge)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(grown, grown), module(grown, grown), equal_nan=True)
+    assert fast.ovshim.stats()["eager"] == 1
+
+
+BOUNDED: dict[str, Callable[[Tensor], Any]] = {
+    "a sigmoid by hand": lambda x: F.relu(x * (1 / (1 + (-x * 100).exp()))),
+    "a limited exponent": lambda x: F.relu(x * x.clamp(max=4.0).exp()),
+    "below 0": lambda x: F.relu(x * (-(x**2) / 2).exp()),
+    "of a weight": lambda x: F.relu(x * WEIGHT[:3].exp()),
+    "less the largest": lambda x: F.relu(x * (x - x.amax(1, keepdim=True)).exp()),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_exponentials_that_cannot_meet_are_not_asked_about(name: str) -> None:
+    module, x = Function(BOUNDED[name]).eval(), X * torch.tensor([[1.0], [-900.0], [1.0]])
+    fast = ovshim.accelerate(module, X, prefer="openvino", cache_dir=False)
+    check(fast, module, x)
 
 
 def _degrees(x: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 Eager raises where integers are divided by zero, and keeps 64 bits of an integer made of a float;
 OpenVINO answers with some number, and saturates at 32 (`overflows` asks about other results of
-integers, `nans` about what is no number, `masked_rows` about attention to nothing, `softmaxes`
-about such as are written by hand). Which values come there only the graph knows: like an index out
-of its table (`ranges`), they make the call go to eager.
+integers, `nans` and `infinities` about what is no number, `masked_rows` about attention to nothing,
+`softmaxes` about such as are written by hand). Which values come there only the graph knows: like
+an index out of its table (`ranges`), they make the call go to eager.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ovshim.capture import masked_rows, nans, overflows, softmaxes
+from ovshim.capture import infinities, masked_rows, nans, overflows, softmaxes
 from ovshim.capture.magnitudes import CASTS, magnitude
 from ovshim.capture.rewrites.entry import INTEGERS, VERDICT, argument, tensor_of
 
@@ -56,9 +56,9 @@ def check_domains(module: fx.GraphModule, owns: Callable[[fx.Node], bool]) -> No
         for made in nans.chosen(node):
             if not any(user.target is nans.is_number for user in made.users):
                 _ask(graph, made.next, nans.is_number, made)
-        finite = nans.lost_infinity(node)
-        if finite is not None:
-            _ask(graph, node.next, *finite)
+        for behind in (nans.lost_infinity(node), infinities.question(node, owns)):
+            if behind is not None:
+                _ask(graph, node.next, *behind)
         source = _cast_to_integers(node)
         choice = None if source is None else _choice(node)
         if source is not None and choice is not None:

@@ -18,22 +18,25 @@ from ovshim.capture.magnitudes import is_of_floats, name_of
 from ovshim.capture.rewrites.entry import argument, dtype_of, tensor_of
 
 __all__ = [
+    "LOGARITHMS",
     "carried",
     "chosen",
     "domain",
     "has_no_zero",
     "is_lost",
+    "is_not_below",
     "is_number",
     "lost_infinity",
     "may_be_infinite",
+    "names",
 ]
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_LOSE = _names(
+_LOSE = names(
     "relu relu_ relu6 clamp clamp_ clamp_min clamp_max clip hardtanh hardswish hardsigmoid maximum"
     " minimum max min amax amin aminmax argmax argmin sort argsort topk sign sgn softmax threshold"
     " bool lt le gt ge eq ne max_pool1d max_pool2d max_pool3d adaptive_max_pool1d"
@@ -43,27 +46,27 @@ _LOSE = _names(
     " scatter_reduce scatter_reduce_ logaddexp kthvalue special_softmax special_log_softmax"
     " special_expm1"
 )
-_NORMS = _names("norm vector_norm linalg_norm linalg_vector_norm")
+_NORMS = names("norm vector_norm linalg_norm linalg_vector_norm")
 # They choose what goes on: as often as not, what is a number.
 _CHOOSE = frozenset({"where", "masked_fill", "masked_fill_", "nan_to_num", "isnan", "isfinite"})
-_DIVIDE = _names(
+_DIVIDE = names(
     "div div_ divide divide_ truediv itruediv true_divide true_divide_ mod imod remainder"
-    " remainder_ fmod fmod_ floordiv ifloordiv floor_divide floor_divide_"
+    " remainder_ fmod fmod_ floordiv ifloordiv floor_divide floor_divide_ addcdiv addcdiv_"
 )
-_MULTIPLY = _names("mul mul_ imul multiply matmul bmm einsum linear conv1d conv2d conv3d")
+_MULTIPLY = names("mul mul_ imul multiply matmul bmm einsum linear conv1d conv2d conv3d")
 # An infinity there becomes NaN inside of them.
-_NORMALIZE = _names("softmax log_softmax softmin normalize cross_entropy")
-_COMPARE = _names("eq ne lt le gt ge isinf isnan isfinite")
-_NOT_BELOW_ZERO = _NORMS | _names("abs square exp sigmoid softmax relu var std softplus relu6")
-_KEEP_SIGN = _names(
+_NORMALIZE = names("softmax log_softmax softmin normalize cross_entropy")
+_COMPARE = names("eq ne lt le gt ge isinf isnan isfinite")
+_NOT_BELOW_ZERO = _NORMS | names("abs square exp sigmoid softmax relu var std softplus relu6")
+_KEEP_SIGN = names(
     "mean sum sqrt rsqrt view reshape unsqueeze squeeze expand to float getitem flatten avg_pool1d"
     " avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d pow mul add contiguous"
 )
-_CARRY = _names(
+_CARRY = names(
     "view reshape unsqueeze squeeze expand transpose permute flatten contiguous clone to float"
     " getitem add sub mul truediv div neg cat stack iadd isub imul triu tril repeat"
 )
-_PASS = _names(
+_PASS = names(
     "view reshape unsqueeze squeeze expand transpose permute flatten contiguous to float neg"
     " getitem"
 )
@@ -92,11 +95,11 @@ def _is_share(x: torch.Tensor) -> torch.Tensor:
     return ((x >= 0) & (x <= 1)).all()
 
 
-_POWERS = _names("pow pow_ ipow")
-_LOGARITHMS = _names("log log_ log2 log2_ log10 log10_")
-_RECIPROCALS = _names("rsqrt rsqrt_ reciprocal reciprocal_") | _POWERS
-_ROOTS = _names("sqrt sqrt_ rsqrt rsqrt_") | _LOGARITHMS | _POWERS
-_ARCS = _names("acos asin atanh arccos arcsin arctanh erfinv erfinv_ special_erfinv")
+_POWERS = names("pow pow_ ipow")
+LOGARITHMS = names("log log_ log2 log2_ log10 log10_")
+_RECIPROCALS = names("rsqrt rsqrt_ reciprocal reciprocal_") | _POWERS
+_ROOTS = names("sqrt sqrt_ rsqrt rsqrt_") | LOGARITHMS | _POWERS
+_ARCS = names("acos asin atanh arccos arcsin arctanh erfinv erfinv_ special_erfinv")
 _DOMAINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     **dict.fromkeys(_ROOTS, _at_least(0)),
     **dict.fromkeys(("log1p", "log1p_", "special_log1p"), _at_least(-1)),
@@ -123,14 +126,15 @@ def domain(node: fx.Node) -> tuple[Any, ...] | None:
 
 def _doubtful_divisor(node: fx.Node) -> fx.Node | None:
     """What a division divides by, where that is a tensor that may hold 0."""
-    divisor = argument(node, 1, "other")
+    of_three = name_of(node).startswith("addcdiv")
+    divisor = argument(node, 2, "tensor2") if of_three else argument(node, 1, "other")
     return None if tensor_of(divisor) is None or _is_above(divisor) else divisor
 
 
 def _of_infinities(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | None:
     """The same where 0 gives an infinity, which times 0 is NaN."""
     power = argument(node, 1, "exponent") if name in _POWERS else -0.5
-    if name in _LOGARITHMS:
+    if name in LOGARITHMS:
         asked = any(is_lost(user) for user in _multiplications(node))
     else:
         below = isinstance(power, (int, float)) and power < 0
@@ -149,7 +153,7 @@ def _of_numbers(node: fx.Node, name: str, x: fx.Node) -> tuple[Any, ...] | None:
     if "logit" in name and argument(node, 1, "eps") is not None:
         return None
     fits = _DOMAINS[name]
-    safe = fits not in _UNBOUNDED and _is_not_below(x)
+    safe = fits not in _UNBOUNDED and is_not_below(x)
     return None if safe or not is_lost(node) else (fits, x)
 
 
@@ -237,7 +241,7 @@ def _is_lost_in(user: fx.Node) -> bool:
     return name in _NORMS and isinstance(power, (int, float)) and math.isinf(power)
 
 
-def _is_not_below(x: Any, depth: int = 8) -> bool:
+def is_not_below(x: Any, depth: int = 8) -> bool:
     """Whether all values are known to be 0 or more."""
     if not isinstance(x, fx.Node):
         return isinstance(x, (int, float)) and x >= 0
@@ -252,7 +256,7 @@ def _is_not_below(x: Any, depth: int = 8) -> bool:
     if name == "mul" and first is argument(x, 1, "other"):
         return True
     others = x.args[1:2] if name in ("mul", "add") else ()
-    return name in _KEEP_SIGN and all(_is_not_below(y, depth - 1) for y in (first, *others))
+    return name in _KEEP_SIGN and all(is_not_below(y, depth - 1) for y in (first, *others))
 
 
 def _is_above(x: fx.Node) -> bool:
@@ -263,7 +267,7 @@ def _is_above(x: fx.Node) -> bool:
         return isinstance(low, (int, float)) and low > 0
     if name == "add":
         number = any(isinstance(y, (int, float)) and y > 0 for y in x.args)
-        return number and _is_not_below(x)
+        return number and is_not_below(x)
     carries = name in ("sqrt", "expand", "unsqueeze", "view", "reshape", "expand_as")
     if name == "full" and len(x.args) > 1:
         return isinstance(x.args[1], (int, float)) and x.args[1] > 0
