@@ -33,6 +33,7 @@ from ovshim.conditions import Conditions
 from ovshim.dict_versions import add_order, add_unless_written, ordered_keys
 from ovshim.guards import ValueGuard
 from ovshim.hooks import are_called, inner_hooks, is_recorded
+from ovshim.namespaces import SPACES, add_unless_replaced
 from ovshim.reached import OF_MODULES, Reached
 from ovshim.scripted import Held, is_plain
 from ovshim.settings import READ_BY_CODE
@@ -146,12 +147,13 @@ class Generation:
         conditions.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
         contents = [held for _, held, _ in self._contents if type(held) is dict]
         beyond = self._watch.dicts, self._reached.dicts, contents
-        groups = self._dicts, self._children, self._holders, *beyond
+        groups = self._dicts, self._children, self._holders, *beyond, SPACES
         self._written = list({id(d): d for d in chain.from_iterable(groups)}.values())
         # First what is compared by identity: users' objects may raise when they are compared.
         self._watch.conditions(conditions, in_dicts, set(map(id, self._written)))
         self._of_dicts(in_dicts)
         self._reached.conditions(conditions, in_dicts)
+        add_unless_replaced(in_dicts)
         self._of_contents(conditions, in_dicts)
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)

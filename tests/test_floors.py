@@ -49,6 +49,7 @@ FLOORS: dict[str, set[str]] = {
         "deferred",
         "scripted",
         "captured_code",
+        "namespaces",
         "attributes",
         "reached",
         "dict_versions",
