@@ -7,11 +7,14 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from ovshim import early
+from ovshim import early, garbage
+from ovshim.attributes import tensors_of
 from ovshim.checks import no_module
 from ovshim.errors import FallbackWarning, OptionError
 from ovshim.example import FORMS, as_call
@@ -129,6 +132,8 @@ def _equipped(module: nn.Module, options: Options) -> nn.Module:
     from ovshim.twin import make_twin
 
     fast = module if options.inplace else make_twin(module)
+    held = (tensor for _, tensor in chain(*tensors_of(module)) if not is_lazy(tensor))
+    garbage.note(fast, sum(tensor.numel() * tensor.element_size() for tensor in held))
     _equip(fast, options)
     return fast
 

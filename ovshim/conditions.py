@@ -43,4 +43,5 @@ class Conditions:
         lines += ["        return True", "    except raised as error:"]
         lines += ["        let_through(error)", "        return False"]
         exec("\n".join(lines), self._scope)
-        return self._scope["holds"]  # type: ignore[no-any-return]
+        # Not left there: in a cycle it would keep tensors until Python's collector comes by.
+        return self._scope.pop("holds")  # type: ignore[no-any-return]

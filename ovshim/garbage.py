@@ -1,4 +1,5 @@
-"""Python's garbage collector, kept from looking at everything while a graph is captured."""
+"""Python's garbage collector: kept from looking at everything while a graph is captured, and made
+to look where models come and go."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["apart", "whole"]
+__all__ = ["apart", "note", "whole"]
 
 # Taken again by what a finalizer calls.
 _lock = threading.RLock()
@@ -17,6 +20,58 @@ _lock = threading.RLock()
 _aside = False
 # Python 3.12 puts some of its own objects aside before any program runs.
 _PYTHONS = gc.get_freeze_count() if sys.version_info[:2] == (3, 12) else 0
+
+
+# So many modules, and bytes of weights, may be in cycles that nobody has looked for.
+_FEW = 16
+_SMALL = 256 << 20
+
+
+class _Accelerated:
+    """The modules that were accelerated, and are not known to be gone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._alive: list[tuple[weakref.ref[Any], int]] = []
+        # What was alive behind the last look.
+        self._modules = self._bytes = 0
+
+    def note(self, module: Any, size: int) -> bool:
+        """Note another one; whether there may be so many by now that are gone that it is time to
+        look: as many as there were, so that looking costs a share of making them."""
+        with self._lock:
+            self._alive = [known for known in self._alive if known[0]() is not None]
+            modules, held = len(self._alive), sum(size for _, size in self._alive)
+            self._alive.append((weakref.ref(module), size))
+        many = modules - self._modules >= max(_FEW, self._modules)
+        return many or held - self._bytes >= max(_SMALL, self._bytes)
+
+    def settle(self) -> None:
+        """A look is over: what is left is in use."""
+        with self._lock:
+            left = [size for known, size in self._alive if known() is not None]
+            self._modules, self._bytes = len(left) - 1, sum(left[:-1])
+
+
+_accelerated = _Accelerated()
+
+
+def note(module: Any, size: int) -> None:
+    """Note that a module is accelerated, before anything is built for it.
+
+    It leads to itself by its `forward`: when the program drops it, it lives on with its weights,
+    graphs and OpenVINO's threads until the collector looks at everything. By itself the collector
+    seldom does in a program that makes few objects, and `apart` sets its counts back. So where as
+    many were made as are in use, or with as many bytes, it is told to: what is gone is never more
+    than that. (Weak references instead would end a `forward` that outlives its module.)
+
+    Args:
+        size: of its weights, in bytes.
+    """
+    if _accelerated.note(module, size) and gc.isenabled():
+        with whole():
+            gc.collect()
+        _accelerated.settle()
 
 
 @contextlib.contextmanager
@@ -62,8 +117,8 @@ def _give_back() -> None:
 
 
 def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()
+    global _lock, _accelerated
+    _lock, _accelerated = threading.RLock(), _Accelerated()
     _give_back()
 
 

@@ -76,7 +76,7 @@ def compile_matcher(
         source += ["    try:", *asked, "    except ZeroDivisionError: return None"]
     source.append(f"    return ({''.join(f'{name}, ' for name in writer.tensor_names)})")
     exec("\n".join(source), writer.scope)
-    return writer.scope["match"]  # type: ignore[no-any-return]
+    return writer.scope.pop("match")  # type: ignore[no-any-return]
 
 
 Glance = Callable[[tuple[Any, ...], dict[str, Any]], "tuple[torch.Size, ...] | None"]
@@ -96,7 +96,7 @@ def compile_glance(kind: Kind, ordered: Sequence[str] = ()) -> Glance | None:
     sizes = "".join(f"{name}.shape, " for name in writer.tensor_names)
     source = ["def glance(args, kwargs):", *accessible, *lines, f"    return ({sizes})"]
     exec("\n".join(source), writer.scope)
-    return writer.scope["glance"]  # type: ignore[no-any-return]
+    return writer.scope.pop("glance")  # type: ignore[no-any-return]
 
 
 class _Writer:

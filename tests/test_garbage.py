@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,46 @@ def test_a_child_that_forks_meanwhile_has_a_collector_of_its_own() -> None:
             os._exit(0 if _is_seen(OLD) else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert not _is_seen(OLD)
+
+
+class Held:
+    pass
+
+
+def test_modules_that_come_and_go_are_given_back() -> None:
+    """Python's own look is not waited for: there may be nothing to set it off."""
+    known: list[weakref.ref[Any]] = []
+    gc.collect()
+    for _ in range(60):
+        module = nn.Linear(4, 4)
+        known.append(weakref.ref(module.weight))
+        ovshim.accelerate(module, prefer="eager")
+    del module
+    assert sum(one() is not None for one in known) <= 2 * garbage._FEW
+
+
+def test_looks_are_as_many_as_modules_that_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(garbage, "_accelerated", garbage._Accelerated())
+    monkeypatch.setattr(gc, "collect", lambda: looks.append(1))
+    in_use = [Held() for _ in range(1000)]
+    for one in in_use:
+        garbage.note(one, 10)
+    assert 4 <= len(looks) <= 8  # behind 16, 32, 64 and so on
+    del looks[:]
+    large = Held(), Held()
+    for one in large:
+        garbage.note(one, garbage._SMALL + 10_000)
+    assert len(looks) == 1
+
+
+def test_no_look_where_the_program_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "_accelerated", garbage._Accelerated())
+    monkeypatch.setattr(gc, "collect", None)
+    kept = [Held() for _ in range(40)]
+    gc.disable()
+    try:
+        for one in kept:
+            garbage.note(one, garbage._SMALL)
+    finally:
+        gc.enable()

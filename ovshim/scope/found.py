@@ -112,6 +112,7 @@ class Finder:
         if self._found.get(key) is found:
             del self._found[key]
             self._keep_row(found)
+            found.let_go()
 
     def _keep_row(self, found: Found) -> None:
         row = found.row()
@@ -159,6 +160,9 @@ class Found:
     def row(self) -> Row | None:
         """What there is to tell of it."""
         return None
+
+    def let_go(self) -> None:
+        """The module is gone, and nobody can call it any more."""
 
 
 class _Passed(Found):
@@ -255,6 +259,12 @@ class _Served(Found):
 
     def row(self) -> Row | None:
         return row_of(self.cls, self.dispatcher, self.early, self.rested, self.trained)
+
+    def let_go(self) -> None:
+        dispatcher, self.dispatcher = self.dispatcher, None
+        # Another thread may be making its plan.
+        if dispatcher is not None and not self.finder.options.background:
+            dispatcher.let_go()
 
 
 def _has_hooks(held: dict[str, Any]) -> bool:

@@ -87,6 +87,11 @@ class Patient(Dispatcher):
         self._calls += calls
         self._seconds += seconds
 
+    def let_go(self) -> None:
+        """The module is gone: give its graphs and weights back at once, which cycles through here
+        would keep until Python's collector comes by."""
+        vars(self).clear()
+
     @property
     def standing(self) -> list[Plan]:
         """Every plan that stands; asked for without a lock."""
