@@ -85,7 +85,7 @@ class Reached:
 
     def conditions(self, conditions: Conditions, in_dicts: Conditions) -> None:
         """Add the checks that all is what it is now; `in_dicts` takes those of `dicts`."""
-        of_dict, of_list = "list(map(id, {0}({1}))) == {2}", "list(map(id, {0})) == {1}"
+        of_dict = of_list = "list(map(id, {0}({1}))) == {2}"
         for held in self._whole:
             where = in_dicts if tells_order(held) else conditions
             add_order(where, held, ordered_keys(held))
@@ -94,7 +94,8 @@ class Reached:
             ids = self._ids(map(held.get, names))
             in_dicts.add("list(map(id, map({0}, {1}))) == {2}", held.get, names, ids)
         for values in self._lists:
-            conditions.add(of_list, values, self._ids(values))
+            iterate = _iterates(values)
+            conditions.add(of_list, iterate, values, self._ids(iterate(values)))
         for cell in self._cells:
             conditions.add("{0}.cell_contents is {1}", cell, cell.cell_contents)
         for ask, of in self._asked:
@@ -148,11 +149,10 @@ class Reached:
         self._todo.append(type(value))
         if isinstance(value, dict):
             self._hold(value)
-        elif isinstance(value, list | deque | set):
-            self._lists.append(value)
-            self._todo += value
-        elif isinstance(value, tuple | frozenset):
-            self._todo += value
+        elif iterate := _iterates(value):
+            if not isinstance(value, tuple | frozenset):
+                self._lists.append(value)
+            self._todo.extend(iterate(value))
         held = getattr(value, "__dict__", None)
         if type(held) is dict:
             self._hold(held)
@@ -232,6 +232,12 @@ class Reached:
                 self._met[id(value), further] = value
                 inner = vars(value)
                 self._names(inner, [name for name in further if name in inner], further)
+
+
+def _iterates(value: Any) -> Any:
+    """What gives a collection's items, without any code of its class; None for what is none."""
+    kinds = (list, deque, set, tuple, frozenset)
+    return next((kind.__iter__ for kind in kinds if isinstance(value, kind)), None)
 
 
 def _is_mock(value: Any) -> bool:

@@ -7,6 +7,9 @@ perceptron, it reads through a null pointer while it compiles (few rows for each
 Xeon of family 6, model 207). Without that kind of kernel it compiles. A graph of 8 to 16 µs then
 takes 1 to 4 µs longer, so the others keep them. Other devices that hand on to a CPU do not hand on
 the property.
+
+And where an index is known to have no elements, as `torch.arange(length - 1)` of a length of 1, the
+CPU plugin divides by zero while it compiles.
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ def properties_for(model: Any, device: str) -> dict[str, str]:
     Raises:
         RuntimeError: it cannot be compiled on such a device.
     """
-    if not _may_be_cpu(device) or not _is_dangerous(model):
+    if not _may_be_cpu(device):
+        return {}
+    if any(map(_is_of_nothing, model.get_ops())):
+        raise RuntimeError("OpenVINO would end the process over an index of no elements.")
+    if not _is_dangerous(model):
         return {}
     if device != "CPU":
         raise RuntimeError(
@@ -52,6 +59,14 @@ def _is_dangerous(model: Any) -> bool:
         elif kind in _OF_TWO and not meeting:
             meeting = _is_small(node) and not any(map(_is_constant, node.input_values()))
     return meeting and linear >= 2
+
+
+def _is_of_nothing(node: Any) -> bool:
+    """Whether it gathers by an index of no elements."""
+    if not node.get_type_name().startswith("Gather"):
+        return False
+    shape = node.input(1).get_partial_shape()
+    return bool(shape.is_static) and 0 in tuple(shape.to_shape())
 
 
 def _is_small(node: Any) -> bool:

@@ -148,6 +148,29 @@ for blocks in (
 """
 
 
+EMPTY_INDEX = """
+import sys
+import torch, ovshim
+from modules import Function
+module = Function(lambda x: x[:, torch.arange(x.shape[1] - 1)] * 2).eval()
+with torch.no_grad():
+    for _ in range(2):
+        fast = ovshim.accelerate(module, torch.randn(2, 12, 8), prefer="openvino")
+        for length in (12, 1, 1, 7, 2, 1):
+            x = torch.randn(2, length, 8)
+            assert torch.equal(fast(x), module(x))
+        print(fast.ovshim.stats()["openvino"])
+"""
+
+
+def test_an_index_that_is_known_to_have_no_elements() -> None:
+    """OpenVINO 2026.4 ends the process over one."""
+    process = start_python(EMPTY_INDEX)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert all(int(count) >= 3 for count in output.split())
+
+
 @pytest.mark.parametrize(("rows", "threads"), [(1, 1), (4, 0), (8, 2)])
 def test_residual_blocks_of_known_sizes(rows: int, threads: int) -> None:
     """OpenVINO 2026.4 ends the process over those, on some processors."""

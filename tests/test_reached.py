@@ -75,6 +75,8 @@ class Reads(nn.Module):
         self.arrays = [np.ones(4), bytearray(4), array("f", [1.0])]
         self.known = weakref.ref(KNOWN)
         self.others = [nn.Linear(4, 4).eval()]
+        self.odd = Odd([Holder()])
+        self.config.hiding = Hiding([1.0])
 
     def forward(self, x: Tensor) -> Tensor:
         y = wrapped(self.linear(x)) * self.config.scale * self.config.items[0]
@@ -91,6 +93,8 @@ EDITS: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "key": lambda m, p: m.nested["a"].update(c=1),
     "object in a tuple": lambda m, p: setattr(m.pair[0], "k", 3.0),
     "tensor in a tuple": lambda m, p: m.pair[1][0].add_(1),
+    "object in an odd tuple": lambda m, p: setattr(next(tuple.__iter__(m.odd)), "k", 3.0),
+    "list that hides": lambda m, p: m.config.hiding.append(2.0),
     "queue": lambda m, p: m.queue.append(2.0),
     "slot": lambda m, p: setattr(m.slotted, "k", 3.0),
     "array": lambda m, p: m.arrays[0].fill(2),
@@ -113,6 +117,18 @@ EDITS: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "library's function": lambda m, p: p.setattr(torch, "square", torch.sin),
     "what a layer of torch's calls": lambda m, p: p.setattr(F, "linear", lambda x, w, b: x @ w.T),
 }
+
+
+class Odd(tuple[Any, ...]):
+    """As e3nn's Irrep."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Hiding(list[Any]):
+    def __iter__(self) -> Any:
+        return iter(())
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
