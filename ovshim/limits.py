@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 
@@ -19,6 +20,8 @@ log = logging.getLogger("ovshim")
 
 # Integers beyond what float32 tells apart, and far from 32 bits.
 _MIDDLE = (-(2**25), 2**25)
+# Of which sines and powers are still alike: models of diffusion count their steps to 1,000.
+_NARROWER = (2**20, 2**16, 2**12)
 
 
 def integer_limits(
@@ -42,23 +45,43 @@ def integer_limits(
         least, most = int(min(x.min() for x in seen)), int(max(x.max() for x in seen))
         wrong = False
         for low, high in _ranges(least, most):
-            if (low, high) == _MIDDLE and wrong:
+            if ((low, high) == _MIDDLE and wrong) or (high in _NARROWER and not wrong):
                 continue
-            drawn = torch.randint(low, high, tensor.shape, generator=generator)
-            drawn.view(-1)[:1], drawn.view(-1)[-1:] = low, high
-            values = [drawn.to(value.dtype) if value is tensor else value for value in tensors]
-            answer = eager.answer_or_none(values)
-            if answer is None and served.checked:
+            found = _asked(eager, served, tensors, t, (low, high), generator)
+            if found == "right" and wrong:
+                limits[t] = (low, high)
+            if found in ("right", "index"):
                 break
-            agrees = answer is not None and _agrees(eager, served, answer, values)
-            if agrees:
-                if wrong:
-                    limits[t] = (low, high)
-                break
-            wrong = wrong or agrees is not None
+            wrong = wrong or found == "wrong"
         else:
             limits[t] = (least, most)
     return limits
+
+
+def _asked(
+    eager: Eager,
+    served: Candidate,
+    tensors: Sequence[torch.Tensor],
+    t: int,
+    ends: tuple[int, int],
+    generator: torch.Generator,
+) -> Literal["right", "wrong", "refused", "index"]:
+    """What comes of integers in the place of `tensors[t]` that reach to both ends: also that the
+    candidate refuses them itself, or that eager does, of which it looks after itself."""
+    tensor, found = tensors[t], True
+    drawn = torch.randint(*ends, tensor.shape, generator=generator)
+    drawn.view(-1)[:1], drawn.view(-1)[-1:] = ends
+    low = [torch.full_like(drawn, ends[0])] if tensor.numel() == 1 else []
+    for given in (drawn, *low):
+        values = [given.to(value.dtype) if value is tensor else value for value in tensors]
+        answer = eager.answer_or_none(values)
+        if answer is None and served.checked:
+            return "index"
+        agrees = answer is not None and _agrees(eager, served, answer, values)
+        if agrees is None:
+            return "refused"
+        found = found and agrees
+    return "right" if found else "wrong"
 
 
 def half_limits(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:
@@ -77,6 +100,9 @@ def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
     yield WIDEST
     yield _MIDDLE
     span = max(abs(least), abs(most), 1)
+    for end in _NARROWER:
+        if end > 4 * span:
+            yield -end, end
     yield max(-4 * span, WIDEST[0]), min(4 * span, WIDEST[1])
     yield least - span // 4 - 1, most + span // 4 + 1
 

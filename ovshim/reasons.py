@@ -114,7 +114,8 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             "Nothing needs doing where gradients are wanted; else call under torch.no_grad().",
         ),
         "special-values": Sentence(
-            "An input holds NaN or infinity, integers beyond 32 bits, or what float16 cannot hold.",
+            "An input holds NaN or infinity, integers beyond 32 bits or so far beyond the example's"
+            " that OpenVINO computes otherwise, or what float16 cannot hold.",
             "Nothing needs doing: eager answers such calls; keep them rare to stay fast.",
         ),
         "out-of-range": Sentence(
