@@ -235,6 +235,10 @@ def _of_one(x: Tensor) -> Tensor:
     return torch.div(e, torch.sum(e, dim=1)[:, None])
 
 
+def _written_twice(x: Tensor) -> Tensor:
+    return torch.exp(x * 2 / 2) / torch.exp(x * 2 / 2).sum(-1, keepdim=True)
+
+
 def _inverted(x: Tensor) -> Tensor:
     e = x.exp()
     return (1 / e.sum(1, keepdim=True)) * e
@@ -249,6 +253,7 @@ BY_HAND = {
     "of two exponentials": _of_two,
     "of one exponential": _of_one,
     "of an inverse": _inverted,
+    "of two expressions": _written_twice,
     "less the largest of all": _less_the_largest_of_all,
 }
 

@@ -2,8 +2,8 @@
 of them meet, or one meets 0: asked about inside the graph where something behind loses the NaN.
 
 Asked is the result of the first operator that mixes them with something else, and of exponentials
-whether it is finite: what grows beyond that is eager's. (What a logarithm is multiplied with, and
-softmaxes by hand, `nans` and `softmaxes` ask about.)
+whether it is finite: what grows beyond that is eager's. (About softmaxes by hand `softmaxes`
+asks.)
 """
 
 from __future__ import annotations
@@ -17,13 +17,22 @@ import torch
 from torch import fx
 
 from ovshim.capture.magnitudes import is_of_floats, name_of
-from ovshim.capture.nans import LOGARITHMS, is_lost, is_not_below, is_number, names
+from ovshim.capture.nans import (
+    LOGARITHMS,
+    is_infinite,
+    is_lost,
+    is_not_below,
+    is_number,
+    names,
+)
 from ovshim.capture.rewrites.entry import argument
 from ovshim.capture.rewrites.exponentials import EXPONENTIALS
 
 __all__ = ["question"]
 
 _GROW = EXPONENTIALS | {"expm1", "expm1_", "special_expm1", "exp2", "exp2_", "sinh", "cosh"}
+# Infinite at an end of their domains.
+_ENDS = LOGARITHMS | names("log1p log1p_ special_log1p logit logit_ special_logit atanh arctanh")
 _SUMS = names("sub sub_ isub subtract rsub add add_ iadd")
 _DIVISIONS = names("div div_ divide truediv itruediv true_divide")
 _MIX = names(
@@ -65,10 +74,14 @@ def question(node: fx.Node, owns: Callable[[fx.Node], bool]) -> tuple[Any, ...] 
         operands = node.args[:2]
         if any(map(grows, operands)):
             return (_is_finite, node) if name in _SUMS else (is_number, node)
-        return (is_number, node) if all(map(_is_logarithm, operands)) else None
-    if name in _MIX and any(map(grows, node.all_input_nodes)) and is_lost(node):
+        return (is_number, node) if all(map(_has_an_end, operands)) else None
+    if name not in _MIX or not is_lost(node):
+        return None
+    given = node.all_input_nodes
+    if any(map(grows, given)):
         return _is_finite, node
-    return None
+    ends = any(_has_an_end(x, LOGARITHMS) for x in given)  # of products of logarithms `nans` asks
+    return (is_number, node) if ends else None
 
 
 def _constants(node: fx.Node) -> Iterator[Any]:
@@ -92,8 +105,11 @@ def _is_of_weights(node: fx.Node, owns: Callable[[fx.Node], bool]) -> bool:
     return isinstance(given, fx.Node) and (given.op == "get_attr" or owns(given))
 
 
-def _is_logarithm(x: Any) -> bool:
-    return any(name_of(one) in LOGARITHMS for one in _carried(x, _DEPTH))
+def _has_an_end(x: Any, but: frozenset[str] = frozenset()) -> bool:
+    """Whether what is infinite at one end of its domain is carried here, or an infinite constant;
+    operators of the names in `but` left out."""
+    found = (one for one in _carried(x, _DEPTH) if name_of(one) not in but)
+    return any(name_of(one) in _ENDS or is_infinite(one) for one in found)
 
 
 def _carried(x: Any, depth: int) -> Iterator[fx.Node]:

@@ -23,6 +23,7 @@ __all__ = [
     "chosen",
     "domain",
     "has_no_zero",
+    "is_infinite",
     "is_lost",
     "is_not_below",
     "is_number",
@@ -203,7 +204,7 @@ def lost_infinity(node: fx.Node) -> tuple[Any, ...] | None:
 
 def may_be_infinite(x: Any) -> bool:
     """Whether an infinite constant, or a logarithm of 0, may be among these values."""
-    return any(map(_is_infinite, carried(x, 8)))
+    return any(map(is_infinite, carried(x, 8)))
 
 
 def _is_finite(made: Any) -> torch.Tensor:
@@ -284,7 +285,7 @@ def carried(x: Any, depth: int) -> Iterator[fx.Node]:
                 yield from carried(given, depth - 1)
 
 
-def _is_infinite(node: fx.Node) -> bool:
+def is_infinite(node: fx.Node) -> bool:
     """Whether a node puts an infinite constant among other values, or may be a logarithm of 0."""
     if name_of(node) in ("log", "log_", "log2", "log10", "log1p"):
         return True

@@ -39,7 +39,9 @@ def question(node: fx.Node) -> tuple[Any, ...] | None:
     for above, below in (pair, pair[::-1]) if name in _MULTIPLY else (pair,):
         scores = _exponent(above)
         total = next((x for x in _sources(below) if name_of(x) == "sum"), None)
-        if scores is None or total is None or _exponent(argument(total, 0, "input")) is not scores:
+        if scores is None or total is None:
+            continue
+        if not _is_same(_exponent(argument(total, 0, "input")), scores):
             continue
         dim = argument(total, 1, "dim")
         if not isinstance(dim, fx.Node) and not _is_limited(scores, dim):
@@ -51,6 +53,20 @@ def _exponent(x: Any) -> fx.Node | None:
     """What `x` is the exponential of."""
     of = argument(x, 0, "input") if isinstance(x, fx.Node) and name_of(x) in EXPONENTIALS else None
     return of if isinstance(of, fx.Node) else None
+
+
+def _is_same(x: Any, other: Any, depth: int = 8) -> bool:
+    """Whether both are one expression, be it written twice: OpenVINO computes it once."""
+    if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
+        return type(x) is type(other) and x == other
+    if x is other:
+        return True
+    if depth == 0 or x.op != other.op or x.op == "placeholder" or x.target != other.target:
+        return False
+    mine, others = ((*n.args, *n.kwargs.values()) for n in (x, other))
+    return len(mine) == len(others) and all(
+        _is_same(a, b, depth - 1) for a, b in zip(mine, others, strict=True)
+    )
 
 
 def _sources(x: Any) -> Iterator[fx.Node]:
