@@ -30,6 +30,7 @@ from ovshim.options import (
 from ovshim.properties import check_placement
 from ovshim.scripted import is_frozen
 from ovshim.shapes import check_names
+from ovshim.signals import let_through
 
 # The rest is imported by who needs it: a compilation may be under way by then.
 if TYPE_CHECKING:
@@ -132,10 +133,18 @@ def _equipped(module: nn.Module, options: Options) -> nn.Module:
     from ovshim.twin import make_twin
 
     fast = module if options.inplace else make_twin(module)
-    held = (tensor for _, tensor in chain(*tensors_of(module)) if not is_lazy(tensor))
-    garbage.note(fast, sum(tensor.numel() * tensor.element_size() for tensor in held))
+    garbage.note(fast, _bytes_of(module))
     _equip(fast, options)
     return fast
+
+
+def _bytes_of(module: nn.Module) -> int:
+    try:
+        held = (tensor for _, tensor in chain(*tensors_of(module)) if not is_lazy(tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    except Exception as error:  # of what cannot be gone through eager will serve the calls
+        let_through(error)
+        return 0
 
 
 def _prepare(
