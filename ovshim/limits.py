@@ -50,7 +50,7 @@ def integer_limits(
             found = _asked(eager, served, tensors, t, (low, high), generator)
             if found == "right" and wrong:
                 limits[t] = (low, high)
-            if found in ("right", "index"):
+            if found == "right" or (found == "index" and not wrong):
                 break
             wrong = wrong or found == "wrong"
         else:
@@ -68,7 +68,7 @@ def _asked(
 ) -> Literal["right", "wrong", "refused", "index"]:
     """What comes of integers in the place of `tensors[t]` that reach to both ends: also that the
     candidate refuses them itself, or that eager does, of which it looks after itself."""
-    tensor, found = tensors[t], True
+    tensor = tensors[t]
     drawn = torch.randint(*ends, tensor.shape, generator=generator)
     drawn.view(-1)[:1], drawn.view(-1)[-1:] = ends
     low = [torch.full_like(drawn, ends[0])] if tensor.numel() == 1 else []
@@ -78,10 +78,9 @@ def _asked(
         if answer is None and served.checked:
             return "index"
         agrees = answer is not None and _agrees(eager, served, answer, values)
-        if agrees is None:
-            return "refused"
-        found = found and agrees
-    return "right" if found else "wrong"
+        if not agrees:
+            return "refused" if agrees is None else "wrong"
+    return "right"
 
 
 def half_limits(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:

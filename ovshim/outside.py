@@ -7,6 +7,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ def own_generators(module: nn.Module) -> list[Any]:
     return [
         value
         for value in _objects(module)
-        if isinstance(value, _GENERATORS)
-        and not isinstance(value, random.SystemRandom)
+        if _is_a(value, _GENERATORS)
+        and not _is_a(value, random.SystemRandom)
         and all(value is not one for one in _SHARED)
     ]
 
@@ -45,37 +46,56 @@ class Written:
     """Whether containers and objects that the code names have been written to since."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._held = [(value, list(_content(value))) for value in _objects(module)]
+        self._held = [(value, _content(value)) for value in _objects(module)]
 
     def anything(self) -> bool:
         """Of what lies in them it is asked which it is, and not what has become of it."""
         for value, before in self._held:
-            now = list(_content(value))
+            now = _content(value)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 return True
         return False
 
 
-def _content(value: Any) -> Iterator[Any]:
-    if isinstance(value, bytearray):
-        yield from value
-    elif isinstance(value, dict):
-        for pair in value.items():
-            yield from pair
-    elif isinstance(value, (list, set, deque)):
-        yield from value
-    elif isinstance(value, type):
-        yield from value.__dict__.values()
-    elif _is_plain(value):
-        yield from vars(value).values()
+# Nothing here runs code of the program's classes, and what other threads may write to is copied in
+# one go: what goes wrong here would go wrong in a call of the user's.
+
+
+def _is_a(value: Any, kinds: Any) -> bool:
+    """Not by what a proxy says of its `__class__`."""
+    return issubclass(type(value), kinds)
+
+
+def _content(value: Any) -> list[Any]:
+    cls = type(value)
+    if issubclass(cls, dict):
+        return list(chain.from_iterable(list(dict.items(value))))
+    kind: Any = next((kind for kind in _CONTAINERS if issubclass(cls, kind)), None)
+    if kind is not None:
+        return list(kind.__iter__(value))
+    return list(_attributes(value).values())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of a class, or of an object of a class of the user's that keeps some; empty for others."""
+    if _is_a(value, type):
+        return dict(type.__getattribute__(value, "__dict__"))
+    if not _is_plain(value):
+        return {}
+    held = object.__getattribute__(value, "__dict__")
+    return dict(held) if type(held) is dict else {}
 
 
 def _is_plain(value: Any) -> bool:
     """Whether it is an object of a class of the user's that keeps attributes."""
-    if isinstance(value, types.SimpleNamespace):
+    cls = type(value)
+    if issubclass(cls, types.SimpleNamespace):
         return True
     unlike = (nn.Module, torch.Tensor, types.ModuleType, types.FunctionType, type)
-    return not isinstance(value, unlike) and is_users(type(value)) and hasattr(value, "__dict__")
+    if issubclass(cls, unlike) or not is_users(cls) or not cls.__dictoffset__:
+        return False
+    defined = (base.__dict__.get("__dict__") for base in cls.__mro__)
+    return all(one is None or _is_a(one, types.GetSetDescriptorType) for one in defined)
 
 
 def _objects(module: nn.Module) -> list[Any]:
@@ -84,7 +104,8 @@ def _objects(module: nn.Module) -> list[Any]:
     modules = list(module.modules())
     classes = dict.fromkeys(base for m in modules for base in type(m).__mro__ if is_users(base))
     functions = [f for _, _, own in methods(map(type, modules), None) for f in own]
-    functions += [v for m in modules for v in vars(m).values() if isinstance(v, types.FunctionType)]
+    held = (value for m in modules for value in list(m.__dict__.values()))
+    functions += [value for value in held if _is_a(value, types.FunctionType)]
     for cls in classes:
         _add(found, [cls, *cls.__dict__.values()], functions)
     seen: set[types.CodeType] = set()
@@ -98,21 +119,20 @@ def _objects(module: nn.Module) -> list[Any]:
 
 def _add(found: dict[int, Any], values: Iterable[Any], functions: list[types.FunctionType]) -> None:
     for value in values:
-        value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-        if isinstance(value, types.FunctionType):
+        value = value.__func__ if _is_a(value, (staticmethod, classmethod)) else value
+        if _is_a(value, types.FunctionType):
             functions.append(value)
-        elif isinstance(value, _GENERATORS):
+        elif _is_a(value, _GENERATORS):
             found[id(value)] = value
-        elif isinstance(value, _CONTAINERS) or _is_plain(value):
+        elif _is_a(value, _CONTAINERS) or _is_plain(value):
             found[id(value)] = value
-            held = value if isinstance(value, _CONTAINERS) else vars(value)
-            if len(held) <= _MOST:
-                inner = (x for x in _content(value) if isinstance(x, (*_GENERATORS, *_CONTAINERS)))
+            content = _content(value)
+            if len(content) <= _MOST:
+                inner = (x for x in content if _is_a(x, (*_GENERATORS, *_CONTAINERS)))
                 found.update((id(x), x) for x in inner)
-            functions += [
-                v for v in vars(type(value)).values() if isinstance(v, types.FunctionType)
-            ]
-        elif isinstance(value, type) and is_users(value):
+            own = _attributes(type(value)).values()
+            functions += [v for v in own if _is_a(v, types.FunctionType)]
+        elif _is_a(value, type) and is_users(value):
             found[id(value)] = value
 
 
@@ -126,8 +146,9 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
     for name in names:
         if name in function.__globals__:
             value = function.__globals__[name]
-            if isinstance(value, types.ModuleType):  # of one of the program's: `settings.GENERATOR`
-                yield from (vars(value)[inner] for inner in names if inner in vars(value))
+            if _is_a(value, types.ModuleType):  # of one of the program's: `settings.GENERATOR`
+                inner = vars(value)
+                yield from (inner[one] for one in names if one in inner)
             else:
                 yield value
     for cell in function.__closure__ or ():

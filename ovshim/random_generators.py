@@ -138,5 +138,10 @@ def _step(names: Collection[Any]) -> None:
     """A call that seeds would leave them where its last one has left them."""
     if "python" in names:
         random.random()
+    for generator in _own(names):
+        if isinstance(generator, torch.Generator):
+            torch.rand((), generator=generator, device=generator.device)
+        else:
+            generator.random() if hasattr(generator, "random") else generator.random_sample()
     if "numpy" in names:
         np.random.random_sample()

@@ -75,6 +75,11 @@ def test_an_index_has_no_limit_where_the_graph_looks_after_it() -> None:
     assert found(Within(2**40), torch.tensor([3, 1]), table) == {0: (0, 4)}
 
 
+def test_what_is_wrong_at_one_end_is_not_forgotten_for_the_other() -> None:
+    table = Measure(lambda x: bool((x >= 0).all()))
+    assert found(Within(1000, checked=True), torch.tensor([3]), table) == {0: (2, 4)}
+
+
 def test_both_ends_are_asked_of_a_single_one() -> None:
     class NotBelow(Within):
         def answer(self, given: Sequence[Tensor]) -> Tensor:

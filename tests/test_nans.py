@@ -119,6 +119,10 @@ GROWN: dict[str, tuple[Callable[[Tensor, Tensor], Any], float]] = {
     "product with 0": (lambda x, y: F.relu(x.exp() * (y < 90)), 100.0),
     "matrix product": (lambda x, y: F.relu(x.exp() @ (y < 90).float().T), 100.0),
     "softmax": (lambda x, y: torch.softmax(x.exp() + 0 * y, -1), 100.0),
+    "less what is no largest": (
+        lambda x, y: F.relu((x + y.amax()).exp() - (x - y.clamp_max(3.0)).exp()),
+        100.0,
+    ),
     "layer norm": (lambda x, y: F.relu(F.layer_norm(x.exp(), (4,))) + 0 * y, 100.0),
 }
 

@@ -1,6 +1,7 @@
 """What a module reaches outside of its tree: generators of the program's own, what it writes to."""
 
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -183,3 +184,63 @@ def test_what_was_written_is_seen(write: Callable[[], Any]) -> None:
     assert not written.anything()
     write()
     assert written.anything()
+
+
+class Unready(dict[str, Any]):
+    def items(self) -> Any:
+        raise RuntimeError("not loaded")
+
+    def __len__(self) -> int:
+        raise RuntimeError("not loaded")
+
+
+class Proxy:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("outside of a request")
+
+
+class Odd(random.Random):
+    def getstate(self) -> Any:
+        raise NotImplementedError
+
+
+UNREADY, PROXY, ODD = Unready(a=NUMPYS), Proxy(), Odd(0)
+
+
+class Names(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if UNREADY is not None and PROXY is not None and ODD is not None else -y
+
+
+def test_what_the_programs_objects_raise_stays_out_of_its_calls() -> None:
+    module, x = make(Names), torch.randn(3, 8)
+    found = own_generators(module)
+    assert len(found) == 2
+    assert any(one is NUMPYS for one in found)
+    assert not Written(module).anything()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ovshim.FallbackWarning)
+        same(ovshim.accelerate(module, x, prefer="openvino")(x), module(x))
+
+
+SEEDED = torch.Generator()
+
+
+class Seeds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        SEEDED.manual_seed(0)
+        return x + torch.rand(8, generator=SEEDED)
+
+
+def test_a_generator_that_each_call_seeds_is_left_where_it_was() -> None:
+    SEEDED.manual_seed(5)
+    before = SEEDED.get_state()
+    with quietly():
+        ovshim.accelerate(make(Seeds), torch.randn(3, 8), prefer="openvino")
+    assert torch.equal(SEEDED.get_state(), before)

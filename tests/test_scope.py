@@ -821,6 +821,35 @@ def test_mistakes_are_told_at_once(arguments: dict[str, Any], name: str) -> None
     assert raised.value.name == name
 
 
+def test_what_has_no_storage_is_no_error() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("ways", torch.eye(8).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.ways, self.linear(x))
+
+    module, given = make(Sparse), torch.randn(8, 8)
+    with torch.no_grad():
+        expected = module(given)
+        with ovshim.enabled(prefer="openvino"):
+            for _ in range(12):
+                same(module(given), expected)
+
+
+def test_what_is_told_while_a_module_goes() -> None:
+    net = make(Mlp)
+    with ovshim.enabled(prefer="openvino") as scope:
+        warm(net, 4)
+        (found,) = [f for f in scope._finder._found.values() if f.cls is Mlp]  # type: ignore[attr-defined]
+        row = found.row()
+        found.kept = row
+        found.let_go()
+        assert found.row() is row
+
+
 def test_weights_that_another_process_may_write_to_are_left_to_eager() -> None:
     module, x = make(Mlp), torch.randn(3, 8)
     module.share_memory()

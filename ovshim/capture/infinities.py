@@ -33,7 +33,9 @@ __all__ = ["question"]
 _GROW = EXPONENTIALS | {"expm1", "expm1_", "special_expm1", "exp2", "exp2_", "sinh", "cosh"}
 # Infinite at an end of their domains.
 _ENDS = LOGARITHMS | names("log1p log1p_ special_log1p logit logit_ special_logit atanh arctanh")
-_SUMS = names("sub sub_ isub subtract rsub add add_ iadd")
+_SUBTRACT = names("sub sub_ isub subtract")
+_LARGEST = names("max amax logsumexp")
+_SUMS = _SUBTRACT | names("rsub add add_ iadd")
 _DIVISIONS = names("div div_ divide truediv itruediv true_divide")
 _MIX = names(
     "mul mul_ imul multiply matmul bmm baddbmm addmm einsum linear conv1d conv2d conv3d layer_norm"
@@ -138,8 +140,11 @@ def _is_limited(node: fx.Node) -> bool:
         return True
     if name == "neg" or (name in ("mul", "truediv") and any(map(_is_negative, x.args))):
         return all(is_not_below(y) for y in x.args if isinstance(y, fx.Node))
-    subtracted = _carried(argument(x, 1, "other"), _DEPTH) if name in _SUMS else ()
-    return any("max" in name_of(one) or name_of(one) == "logsumexp" for one in subtracted)
+    subtracted = _carried(argument(x, 1, "other"), _DEPTH) if name in _SUBTRACT else ()
+    whole = argument(x, 0, "input")
+    return any(
+        name_of(one) in _LARGEST and argument(one, 0, "input") is whole for one in subtracted
+    )
 
 
 def _is_negative(x: Any) -> bool:

@@ -115,7 +115,7 @@ class Finder:
             found.let_go()
 
     def _keep_row(self, found: Found) -> None:
-        row = found.row()
+        row = found.kept = found.row()
         if row is not None:
             self._gone = [*self._gone, row][-_MOST_ROWS:]
 
@@ -152,6 +152,8 @@ class Found:
         self.cls = type(module)
         self.held = module.__dict__
         self.alive: weakref.ref[nn.Module] | None = None
+        # What there was to tell of it when it went.
+        self.kept: Row | None = None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `module(*args, **kwargs)` answers."""
@@ -258,7 +260,14 @@ class _Served(Found):
             _take_away(held, forward)
 
     def row(self) -> Row | None:
-        return row_of(self.cls, self.dispatcher, self.early, self.rested, self.trained)
+        if self.kept is not None:
+            return self.kept
+        try:
+            return row_of(self.cls, self.dispatcher, self.early, self.rested, self.trained)
+        except AttributeError:
+            if self.dispatcher is not None:
+                raise
+            return self.kept  # it was let go in the midst of this
 
     def let_go(self) -> None:
         dispatcher, self.dispatcher = self.dispatcher, None

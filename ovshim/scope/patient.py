@@ -113,8 +113,7 @@ class Patient(Dispatcher):
             return self.in_eager(reason("too-many-plans"), args, kwargs)
         if not self._finds_due(lambda: self._is_due(args, kwargs)):
             return self._waited(stale or _SELDOM, args, kwargs)
-        weights = chain(*tensors_of(self.module))
-        if any(tensor.is_shared() for _, tensor in weights):  # type: ignore[no-untyped-call]
+        if self._finds_due(self._is_shared):
             self._take_rest()
             return self.in_eager(_SHARED, args, kwargs)
         if self._is_to_look_out(flatten_call(args, kwargs)[0]):
@@ -126,6 +125,11 @@ class Patient(Dispatcher):
         if not self._serves():
             self._take_rest()
         return output
+
+    def _is_shared(self) -> bool:
+        held = (tensor for _, tensor in chain(*tensors_of(self.module)))
+        dense = (tensor for tensor in held if tensor.layout is torch.strided)
+        return any(tensor.is_shared() for tensor in dense)  # type: ignore[no-untyped-call]
 
     def _finds_due(self, question: Callable[[], bool]) -> bool:
         try:
