@@ -31,7 +31,8 @@ class _Accelerated:
     """The modules that were accelerated, and are not known to be gone."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # As above: the collector may run while it is held.
+        self._lock = threading.RLock()
         self._alive: list[tuple[weakref.ref[Any], int]] = []
         # What was alive behind the last look.
         self._modules = self._bytes = 0

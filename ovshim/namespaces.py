@@ -1,13 +1,14 @@
 """What torch's own functions call by name, which a patch may replace for a while.
 
 Dynamo takes a function of `torch.nn.functional` whole and guards its name, and nothing that it
-calls. So all that can be called is watched, in the three namespaces in which the functions and
-layers of torch find what they compute by: of each the count of writes, and only after a write,
-which is mostly an import, the names.
+calls. So all that can be called is watched, in the namespaces in which the functions and layers of
+torch find what they compute by: of each the count of writes, and only after a write, which is
+mostly an import, the names, also those that have come since.
 """
 
 from __future__ import annotations
 
+import gc
 import types
 from typing import Any
 
@@ -19,9 +20,18 @@ from ovshim.dict_versions import add_unless_written
 
 __all__ = ["SPACES", "add_unless_replaced"]
 
-SPACES = tuple(map(vars, (torch, F, torch._C._nn)))
 
-_CALLED = (types.FunctionType, types.BuiltinFunctionType)
+def _of_class(cls: type) -> list[dict[str, Any]]:
+    """The dictionary behind a class's `__dict__`, which counts its writes."""
+    return [held for held in gc.get_referents(cls.__dict__) if type(held) is dict]
+
+
+SPACES: tuple[dict[str, Any], ...] = (
+    *map(vars, (torch, F, torch._C._nn, torch.functional, torch.linalg, torch._VF)),
+    *_of_class(torch.Tensor),
+)
+
+_CALLED = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
 
 # Of each namespace the names, and what they stood for when they were last looked at: some 1,300,
 # of which not every plan needs lists of its own.
@@ -32,8 +42,7 @@ def add_unless_replaced(conditions: Conditions) -> None:
     """Add that each name stands for what it does now."""
     names = Conditions()
     for space in SPACES:
-        called, found = _looked_up(space)
-        names.add("list(map({0}, {1})) == {2}", space.get, called, found)
+        names.add("{0}({1}) == {2}", _looked_up, space, _looked_up(space))
     add_unless_written(conditions, SPACES, names.compiled())
 
 

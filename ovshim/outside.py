@@ -29,13 +29,16 @@ _SHARED: tuple[Any, ...] = (
 _CONTAINERS = (dict, list, set, bytearray, deque)
 # Of one container. A table of data is no place to look for generators in.
 _MOST = 1000
+# So far down containers in containers are looked into.
+_DEEP = 3
+_MOST_BYTES = 1 << 16
 
 
 def own_generators(module: nn.Module) -> list[Any]:
     """Generators that the program keeps for itself, and whose states can be read."""
     return [
         value
-        for value in _objects(module)
+        for value in _reached(module)[0]
         if _is_a(value, _GENERATORS)
         and not _is_a(value, random.SystemRandom)
         and all(value is not one for one in _SHARED)
@@ -43,10 +46,18 @@ def own_generators(module: nn.Module) -> list[Any]:
 
 
 class Written:
-    """Whether containers and objects that the code names have been written to since."""
+    """Whether what the code names has been written to since: containers and objects, names of
+    globals, what is closed over, tensors and small arrays."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._held = [(value, _content(value)) for value in _objects(module)]
+        objects, functions = _reached(module)
+        self._held = [(value, _content(value)) for value in objects]
+        named = [(one, name) for f in functions for one, name in _names(f)]
+        self._names = [(space, name, space.get(name)) for space, name in named]
+        self._cells = [(c, _inside(c)) for f in functions for c in f.__closure__ or ()]
+        values = {id(v): v for *_, v in (*self._names, *self._cells)}.values()
+        data = [v for v in values if _is_a(v, torch.Tensor) or _is_a(v, np.ndarray)]
+        self._data = [(value, _state_of(value)) for value in data]
 
     def anything(self) -> bool:
         """Of what lies in them it is asked which it is, and not what has become of it."""
@@ -54,7 +65,19 @@ class Written:
             now = _content(value)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 return True
-        return False
+        return (
+            any(space.get(name) is not value for space, name, value in self._names)
+            or any(_inside(cell) is not value for cell, value in self._cells)
+            or any(_state_of(value) != before for value, before in self._data)
+        )
+
+
+def _state_of(data: Any) -> Any:
+    """What tells of a write to a tensor, or to an array, which counts none: of a small one all."""
+    if _is_a(data, torch.Tensor):
+        return None if data.is_inference() else data._version
+    small = data.nbytes <= _MOST_BYTES and not data.dtype.hasobject
+    return np.ndarray.tobytes(data) if small else None
 
 
 # Nothing here runs code of the program's classes, and what other threads may write to is copied in
@@ -98,8 +121,8 @@ def _is_plain(value: Any) -> bool:
     return all(one is None or _is_a(one, types.GetSetDescriptorType) for one in defined)
 
 
-def _objects(module: nn.Module) -> list[Any]:
-    """Each once: what the code names, and what that holds, one level down."""
+def _reached(module: nn.Module) -> tuple[list[Any], list[types.FunctionType]]:
+    """What the code names, and what that holds, some levels down, each once; and the functions."""
     found: dict[int, Any] = {}
     modules = list(module.modules())
     classes = dict.fromkeys(base for m in modules for base in type(m).__mro__ if is_users(base))
@@ -108,13 +131,13 @@ def _objects(module: nn.Module) -> list[Any]:
     functions += [value for value in held if _is_a(value, types.FunctionType)]
     for cls in classes:
         _add(found, [cls, *cls.__dict__.values()], functions)
-    seen: set[types.CodeType] = set()
+    seen: dict[types.CodeType, types.FunctionType] = {}
     while functions:
         function = functions.pop()
         if function.__code__ not in seen and is_users(function):
-            seen.add(function.__code__)
+            seen[function.__code__] = function
             _add(found, _named(function), functions)
-    return list(found.values())
+    return list(found.values()), list(seen.values())
 
 
 def _add(found: dict[int, Any], values: Iterable[Any], functions: list[types.FunctionType]) -> None:
@@ -125,35 +148,53 @@ def _add(found: dict[int, Any], values: Iterable[Any], functions: list[types.Fun
         elif _is_a(value, _GENERATORS):
             found[id(value)] = value
         elif _is_a(value, _CONTAINERS) or _is_plain(value):
-            found[id(value)] = value
-            content = _content(value)
-            if len(content) <= _MOST:
-                inner = (x for x in content if _is_a(x, (*_GENERATORS, *_CONTAINERS)))
-                found.update((id(x), x) for x in inner)
+            _add_held(found, value, _DEEP)
             own = _attributes(type(value)).values()
             functions += [v for v in own if _is_a(v, types.FunctionType)]
         elif _is_a(value, type) and is_users(value):
             found[id(value)] = value
 
 
-def _named(function: types.FunctionType) -> Iterator[Any]:
-    """What a function names: globals, and what it closes over."""
+def _add_held(found: dict[int, Any], value: Any, levels: int) -> None:
+    """A container, or an object, with the containers and generators in it."""
+    if id(value) in found:
+        return
+    found[id(value)] = value
+    if not levels or _is_a(value, _GENERATORS):
+        return
+    content = _content(value)
+    if len(content) <= _MOST:
+        for inner in content:
+            if _is_a(inner, (*_GENERATORS, *_CONTAINERS)):
+                _add_held(found, inner, levels - 1)
+
+
+def _names(function: types.FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
+    """The globals that a function names, and what it may ask of modules among them."""
     todo, names = [function.__code__], set[str]()
     while todo:
         code = todo.pop()
         names.update(code.co_names)
         todo += (const for const in code.co_consts if isinstance(const, types.CodeType))
+    space = function.__globals__
     for name in names:
-        if name in function.__globals__:
-            value = function.__globals__[name]
+        if name in space:
+            yield space, name
+            value = space.get(name)
             if _is_a(value, types.ModuleType):  # of one of the program's: `settings.GENERATOR`
                 inner = vars(value)
-                yield from (inner[one] for one in names if one in inner)
-            else:
-                yield value
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not bound yet
-            continue
+                yield from ((inner, one) for one in names if one in inner)
+
+
+def _named(function: types.FunctionType) -> Iterator[Any]:
+    """What a function names: globals, and what it closes over."""
+    yield from (space.get(name) for space, name in _names(function))
+    yield from map(_inside, function.__closure__ or ())
     yield from function.__defaults__ or ()
+
+
+def _inside(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None

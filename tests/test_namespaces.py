@@ -14,8 +14,13 @@ import ovshim
 from ovshim.generation import Generation
 
 
+class Normalized(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x)
+
+
 def _doubled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return x * 2
+    return x[..., :1].exp() if kwargs.get("keepdim") else x * 2
 
 
 REPLACED: dict[str, tuple[type[nn.Module], tuple[Any, ...], Any, str]] = {
@@ -23,6 +28,8 @@ REPLACED: dict[str, tuple[type[nn.Module], tuple[Any, ...], Any, str]] = {
     "of torch, with weights": (nn.LayerNorm, (8,), torch, "layer_norm"),
     "of torch's C library": (nn.SiLU, (), torch._C._nn, "silu"),
     "of torch.nn.functional": (nn.GELU, (), F, "gelu"),
+    "of tensors": (nn.Softmax, (-1,), torch.Tensor, "softmax"),
+    "of tensors, by a function": (Normalized, (), torch.Tensor, "norm"),
 }
 
 
@@ -52,6 +59,6 @@ def test_plans_share_what_they_compare_with() -> None:
     from ovshim import namespaces
 
     first = [namespaces._looked_up(space) for space in namespaces.SPACES]
-    assert all(called for called, _ in first)
+    assert sum(len(called) for called, _ in first) > 1000
     again = [namespaces._looked_up(space) for space in namespaces.SPACES]
     assert all(one is other for one, other in zip(first, again, strict=True))

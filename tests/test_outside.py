@@ -186,6 +186,44 @@ def test_what_was_written_is_seen(write: Callable[[], Any]) -> None:
     assert written.anything()
 
 
+COUNTED = torch.zeros(1)
+PLACES = np.zeros(3)
+DEEP = {"a": {"b": {"c": 0}}}
+NUMBER = 0
+
+
+def _count() -> None:
+    global NUMBER
+    NUMBER += 1
+
+
+WRITES: dict[str, Callable[[], Any]] = {
+    "a number": lambda: _count(),
+    "a tensor": lambda: COUNTED.add_(1),
+    "an array": lambda: PLACES.__iadd__(1),
+    "three levels down": lambda: DEEP["a"]["b"].update(c=DEEP["a"]["b"]["c"] + 1),
+}
+
+
+class Notes(nn.Module):
+    def __init__(self, write: Callable[[], Any]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write()
+        return x
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_to_names_tensors_and_deep_down_is_seen(name: str) -> None:
+    module = make(Notes, WRITES[name])
+    written = Written(module)
+    assert not written.anything()
+    module(torch.ones(3))
+    assert written.anything()
+
+
 class Unready(dict[str, Any]):
     def items(self) -> Any:
         raise RuntimeError("not loaded")
