@@ -41,7 +41,9 @@ class _Accelerated:
         """Note another one; whether there may be so many by now that are gone that it is time to
         look: as many as there were, so that looking costs a share of making them."""
         with self._lock:
-            self._alive = [known for known in self._alive if known[0]() is not None]
+            found = [(known, known[0]()) for known in self._alive]
+            # Not itself: in place, a module may be accelerated again.
+            self._alive = [known for known, one in found if one is not None and one is not module]
             modules, held = len(self._alive), sum(size for _, size in self._alive)
             self._alive.append((weakref.ref(module), size))
         many = modules - self._modules >= max(_FEW, self._modules)
@@ -51,7 +53,7 @@ class _Accelerated:
         """A look is over: what is left is in use."""
         with self._lock:
             left = [size for known, size in self._alive if known() is not None]
-            self._modules, self._bytes = len(left) - 1, sum(left[:-1])
+            self._modules, self._bytes = len(left), sum(left)
 
 
 _accelerated = _Accelerated()

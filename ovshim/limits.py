@@ -44,12 +44,12 @@ def integer_limits(
         seen = [tensor, *(sample[t] for sample in samples if sample[t].numel() > 0)]
         least, most = int(min(x.min() for x in seen)), int(max(x.max() for x in seen))
         wrong = False
-        for low, high in _ranges(least, most):
-            if ((low, high) == _MIDDLE and wrong) or (high in _NARROWER and not wrong):
+        for ends, after_wrong in _ranges(least, most):
+            if after_wrong is not None and after_wrong is not wrong:
                 continue
-            found = _asked(eager, served, tensors, t, (low, high), generator)
+            found = _asked(eager, served, tensors, t, ends, generator)
             if found == "right" and wrong:
-                limits[t] = (low, high)
+                limits[t] = ends
             if found == "right" or (found == "index" and not wrong):
                 break
             wrong = wrong or found == "wrong"
@@ -94,16 +94,17 @@ def half_limits(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:
     }
 
 
-def _ranges(least: int, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges to try, from the widest to a little more than what the example shows."""
-    yield WIDEST
-    yield _MIDDLE
+def _ranges(least: int, most: int) -> Iterator[tuple[tuple[int, int], bool | None]]:
+    """Ranges to try, from the widest to a little more than what the example shows; and whether only
+    where a wider one was wrong, or only where none was."""
+    yield WIDEST, None
+    yield _MIDDLE, False
     span = max(abs(least), abs(most), 1)
     for end in _NARROWER:
         if end > 4 * span:
-            yield -end, end
-    yield max(-4 * span, WIDEST[0]), min(4 * span, WIDEST[1])
-    yield least - span // 4 - 1, most + span // 4 + 1
+            yield (-end, end), True
+    yield (max(-4 * span, WIDEST[0]), min(4 * span, WIDEST[1])), None
+    yield (least - span // 4 - 1, most + span // 4 + 1), None
 
 
 def _agrees(

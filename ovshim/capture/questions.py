@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from ovshim.capture import CaptureError
 from ovshim.capture.sources import Sources
 from ovshim.capture.spared import put
@@ -22,14 +24,6 @@ from ovshim.reasons import reason
 __all__ = ["GRADIENTS", "STRIDES", "Questions", "noted"]
 
 STRIDES, GRADIENTS = "strides", "requires_grad"
-
-# Operators that give the very tensor that they are given, where there is nothing to do.
-_SAME = frozenset(
-    {
-        *("to", "type", "type_as", "cpu", "float", "double", "half", "bfloat16"),
-        *("int", "long", "short", "char", "byte", "bool", "contiguous", "dropout"),
-    }
-)
 
 
 @dataclasses.dataclass
@@ -110,7 +104,20 @@ def noted() -> Iterator[Questions]:
 
 
 def _source(node: Any) -> Any:
-    """Where a tensor comes from; None where it is computed."""
-    while getattr(node.target, "__name__", node.target) in _SAME and node.args:
-        node = node.args[0]
-    return getattr(node.meta.get("grapharg"), "source", None)
+    """Where a tensor comes from; None where it is computed. What is made by an operator that has
+    nothing to do (`x.float()` of floats, `x.flatten()` of one dimension) is the very tensor that it
+    was made of, or another one over the same memory: it is taken for the former."""
+    known = getattr(node.meta.get("grapharg"), "source", None)
+    if known is not None:
+        return known
+    memory = _memory(node)
+    given = (one for one in node.graph.nodes if one.op == "placeholder")
+    same = (one for one in given if memory is not None and _memory(one) == memory)
+    return next((getattr(one.meta.get("grapharg"), "source", None) for one in same), None)
+
+
+def _memory(node: Any) -> Any:
+    fake = node.meta.get("example_value")
+    if not isinstance(fake, torch.Tensor) or fake.layout is not torch.strided:
+        return None
+    return fake.untyped_storage()._cdata

@@ -54,9 +54,10 @@ def _of_one_moment(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     tracing = threading.get_ident()
 
-    def ours(sequence: torch.Tensor, *rest: Any) -> Any:
-        if threading.get_ident() != tracing or not isinstance(sequence, FakeTensor):
-            return theirs(sequence, *rest)
+    def ours(sequence: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        fake = isinstance(sequence, FakeTensor) and not named
+        if threading.get_ident() != tracing or not fake:
+            return theirs(sequence, *rest, **named)
         along = 1 if rest[-1] else 0  # batch_first
         outputs, *states = theirs(sequence.narrow(along, 0, 1), *rest)
         # It lies in memory as theirs, and wants gradients where the one moment does.
