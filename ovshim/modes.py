@@ -13,7 +13,17 @@ from ovshim import intraop
 __all__ = ["Drawing", "Operators", "Writes", "without_drawing"]
 
 
-class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Lasting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that operators of higher order do not end."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
+
+
+class Operators(_Lasting):
     """Notices what this thread calls: names of operators, and whether random numbers are drawn."""
 
     def __init__(self) -> None:
@@ -24,19 +34,10 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.names.add(func.name())
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        if isinstance(func, torch._ops.OpOverload):  # not one of higher order
+            self.names.add(func.name())  # type: ignore[no-untyped-call]
+            self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
-
-
-class _Lasting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that operators of higher order do not end."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # there is nothing of Dynamo's here to skip, and saying so would import it
 
 
 class Writes(_Lasting):

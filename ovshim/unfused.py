@@ -9,7 +9,8 @@ takes 1 to 4 µs longer, so the others keep them. Other devices that hand on to 
 the property.
 
 And where an index is known to have no elements, as `torch.arange(length - 1)` of a length of 1, the
-CPU plugin divides by zero while it compiles.
+CPU plugin divides by zero while it compiles. Of a product or a sum over no elements, which is 0, it
+leaves what was in memory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ _OF_TWO = frozenset(
     | {"SquaredDifference"}
 )
 _MOST_DIMENSIONS = 2
+# Inputs that may not be empty, by the beginning of an operator's name. (Those of shapes may be.)
+_LOOKED_AT = {
+    "Gather": (1,),
+    "MatMul": (0, 1),
+    "Convolution": (0, 1),
+    "GroupConvolution": (0, 1),
+    "Reduce": (0,),
+}
 
 
 def properties_for(model: Any, device: str) -> dict[str, str]:
@@ -34,8 +43,10 @@ def properties_for(model: Any, device: str) -> dict[str, str]:
     """
     if not _may_be_cpu(device):
         return {}
-    if any(map(_is_of_nothing, model.get_ops())):
-        raise RuntimeError("OpenVINO would end the process over an index of no elements.")
+    for node in model.get_ops():
+        if _is_of_nothing(node):
+            kind = node.get_type_name()
+            raise RuntimeError(f"OpenVINO crashes, or answers with noise, in a {kind} of nothing.")
     if not _is_dangerous(model):
         return {}
     if device != "CPU":
@@ -62,11 +73,12 @@ def _is_dangerous(model: Any) -> bool:
 
 
 def _is_of_nothing(node: Any) -> bool:
-    """Whether it gathers by an index of no elements."""
-    if not node.get_type_name().startswith("Gather"):
-        return False
-    shape = node.input(1).get_partial_shape()
-    return bool(shape.is_static) and 0 in tuple(shape.to_shape())
+    """Whether it gathers by an index of no elements, or adds up over no elements."""
+    kind = node.get_type_name()
+    ports = next((ports for start, ports in _LOOKED_AT.items() if kind.startswith(start)), ())
+    shapes = (node.input(port).get_partial_shape() for port in ports)
+    known = (shape for shape in shapes if shape.rank.is_static)
+    return any(size.is_static and size.get_length() == 0 for shape in known for size in shape)
 
 
 def _is_small(node: Any) -> bool:

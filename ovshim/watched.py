@@ -63,7 +63,7 @@ def watched() -> Iterator[Seen]:
                 seen.generators.add("python")
             elif owner is torch.default_generator and name in _SEEDS:
                 seen.generators.add("torch")
-            elif name in SETTERS:
+            elif name in SETTERS and not _is_dynamos(frame):
                 before[name] = setting(SETTERS[name])
             elif name in _SAYS and isinstance(owner, (io.IOBase, socket.socket, types.ModuleType)):
                 seen.speaks = True
@@ -80,3 +80,10 @@ def watched() -> Iterator[Seen]:
         yield seen
     finally:
         sys.setprofile(None)
+
+
+def _is_dynamos(frame: Any) -> bool:
+    """Whether Dynamo sets it: to what it was, once it has compiled a part of the module's."""
+    callers = [one for one in (frame, frame.f_back) if one is not None]
+    names = [str(one.f_globals.get("__name__", "")) for one in callers]
+    return any(name.startswith("torch._dynamo") for name in names)

@@ -3,12 +3,16 @@
 import contextlib
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import filelock
 import pytest
-from checks import start_python
+import torch
+from checks import check, start_python
+from torch import nn
 
+import ovshim
 from ovshim.cache import marks
 
 SCRIPT = """
@@ -169,6 +173,15 @@ def test_an_index_that_is_known_to_have_no_elements() -> None:
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0
     assert all(int(count) >= 3 for count in output.split())
+
+
+def test_a_product_over_no_elements_is_zero() -> None:
+    """OpenVINO 2026.4 leaves what was in memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = nn.Sequential(nn.Linear(8, 0, bias=False), nn.Linear(0, 4, bias=False)).eval()
+        fast = ovshim.accelerate(module, torch.randn(3, 8), prefer="openvino")
+    check(fast, module, torch.randn(5, 8), path="eager", reason="compile-failed", tolerance=0.0)
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(1, 1), (4, 0), (8, 2)])

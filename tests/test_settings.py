@@ -212,3 +212,21 @@ def test_a_forward_that_is_a_function() -> None:
     fast = ovshim.accelerate(module, x, prefer="openvino")
     check(fast, module, x)
     check(fast, module, torch.randn(5, 8))
+
+
+def test_what_dynamo_puts_back_is_no_setting_of_the_modules() -> None:
+    inner = torch.compile(nn.Linear(8, 8), backend="eager")
+    module, x = nn.Sequential(inner, nn.ReLU()).eval(), torch.randn(3, 8)
+    fast = ovshim.accelerate(module, x, prefer="openvino")
+    check(fast, module, x)
+
+
+def test_operators_of_higher_order_may_be_looked_at() -> None:
+    from ovshim.modes import Operators
+
+    def chosen(x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+
+    with Operators() as seen:
+        assert torch.equal(chosen(torch.ones(3)), torch.full((3,), 2.0))
+    assert not seen.drawn
