@@ -16,6 +16,7 @@ from torch import nn
 
 from ovshim.captured_code import methods
 from ovshim.classes import is_users
+from ovshim.reached import iterates
 
 __all__ = ["Written", "own_generators"]
 
@@ -90,12 +91,11 @@ def _is_a(value: Any, kinds: Any) -> bool:
 
 
 def _content(value: Any) -> list[Any]:
-    cls = type(value)
-    if issubclass(cls, dict):
+    if _is_a(value, dict):
         return list(chain.from_iterable(list(dict.items(value))))
-    kind: Any = next((kind for kind in _CONTAINERS if issubclass(cls, kind)), None)
-    if kind is not None:
-        return list(kind.__iter__(value))
+    iterate = iterates(value) if _is_a(value, _CONTAINERS) else None
+    if iterate is not None:
+        return list(iterate(value))
     return list(_attributes(value).values())
 
 

@@ -29,7 +29,7 @@ from ovshim.infer import EngineDead
 from ovshim.job import BuildStopped, Job
 from ovshim.matcher import compile_matcher
 from ovshim.options import Options, for_part
-from ovshim.outside import Written, own_generators
+from ovshim.outside import Written
 from ovshim.plan import Plan
 from ovshim.proof import ProofFailedError
 from ovshim.race import race
@@ -198,7 +198,7 @@ def _drawn(job: Job) -> frozenset[Any]:
     def call() -> None:
         job.call_with(job.copies())
 
-    written, states = Written(job.module), GeneratorStates(own_generators(job.module))
+    written, states = Written(job.module), GeneratorStates.of(job.module)
     with watched() as seen:
         call()
     drawn: frozenset[Any] = frozenset()

@@ -24,12 +24,10 @@ from torch import nn
 from ovshim.attributes import Attributes, tensors_of
 from ovshim.containers import opened
 from ovshim.modes import Drawing, Writes, without_drawing
-from ovshim.outside import own_generators
 from ovshim.random_generators import GeneratorStates, drawn_by
 from ovshim.reasons import Reason, reason
 from ovshim.settings import Settings
 from ovshim.shortage import build_failure
-from ovshim.signals import let_through
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
 from ovshim.views import overlaps, storage_of
 from ovshim.watched import Seen, watched
@@ -126,7 +124,7 @@ def look(
     found.undo, found.made = world.put_back_attributes, world.made_attributes
     started = time.perf_counter()
     try:
-        if apart and world.own_generators:
+        if apart and world.generators.has_own:
             raise Drawing  # whose numbers other threads may be drawing meanwhile
         if apart:
             with watched() as seen:
@@ -266,7 +264,7 @@ class _World:
         ]
         self.parameters = [t for _, t in parameters]
         self.attributes = [Attributes(name, m) for name, m in modules]
-        self.own_generators, self.generators = _generators(module)
+        self.generators = GeneratorStates.of(module)
         self.settings = Settings()
         # Not parameters: another thread may be at them, and its update must not be undone. Those
         # that this thread writes to are copied just before.
@@ -338,17 +336,6 @@ class _World:
     def put_back_attributes(self) -> None:
         for attributes in self.attributes:
             attributes.put_back()
-
-
-def _generators(module: nn.Module) -> tuple[list[Any], GeneratorStates]:
-    """The program's own generators that the module may draw from, and where all of them stand."""
-    try:
-        own = own_generators(module)
-        return own, GeneratorStates(own)
-    except Exception as error:  # whatever a program's own kind of generator does
-        let_through(error)
-        log.debug("no generators of the program's own are looked for", exc_info=True)
-        return [], GeneratorStates()
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -4,6 +4,7 @@ that a program keeps for itself: whether a call draws from them, or another thre
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import random
 import time
@@ -12,11 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ovshim.modes import Operators
+from ovshim.outside import own_generators
+from ovshim.signals import let_through
 from ovshim.watched import watched
 
 __all__ = ["GeneratorStates", "drawn_by", "seeded"]
+
+log = logging.getLogger("ovshim")
 
 # Calls of which each was disturbed, and nobody seen who did it, until it is taken for their own.
 _TRIES = 3
@@ -28,10 +34,26 @@ class GeneratorStates:
     The shared ones go by names, "torch", "python", "numpy"; the program's own by themselves.
     """
 
+    @staticmethod
+    def of(module: nn.Module) -> GeneratorStates:
+        """With the program's own generators that the module may draw from, where they can be
+        found."""
+        try:
+            return GeneratorStates(own_generators(module))
+        except Exception as error:  # whatever a program's own kind of generator does
+            let_through(error)
+            log.debug("no generators of the program's own are looked for", exc_info=True)
+            return GeneratorStates()
+
     def __init__(self, own: Iterable[Any] = ()) -> None:
         self._own = [(generator, _state(generator)) for generator in own]
         self._torch, self._python = torch.get_rng_state(), random.getstate()
         self._numpy: Any = np.random.get_state()
+
+    @property
+    def has_own(self) -> bool:
+        """Whether there are any of the program's own."""
+        return bool(self._own)
 
     def moved(self) -> frozenset[Any]:
         """Those that stand elsewhere by now, whoever drew."""

@@ -29,7 +29,7 @@ from ovshim.dict_versions import add_order, ordered_keys, tells_order
 from ovshim.fingerprint.bytecode import facts
 from ovshim.fingerprint.values import atom, functions, slots
 
-__all__ = ["OF_MODULES", "Reached", "UnwatchableError"]
+__all__ = ["OF_MODULES", "Reached", "UnwatchableError", "iterates"]
 
 OF_MODULES = frozenset(nn.Module().__dict__)
 """Attributes that every module has."""
@@ -94,7 +94,7 @@ class Reached:
             ids = self._ids(map(held.get, names))
             in_dicts.add("list(map(id, map({0}, {1}))) == {2}", held.get, names, ids)
         for values in self._lists:
-            iterate = _iterates(values)
+            iterate = iterates(values)
             conditions.add(of_list, iterate, values, self._ids(iterate(values)))
         for cell in self._cells:
             conditions.add("{0}.cell_contents is {1}", cell, cell.cell_contents)
@@ -149,7 +149,7 @@ class Reached:
         self._todo.append(type(value))
         if isinstance(value, dict):
             self._hold(value)
-        elif iterate := _iterates(value):
+        elif iterate := iterates(value):
             if not isinstance(value, tuple | frozenset):
                 self._lists.append(value)
             self._todo.extend(iterate(value))
@@ -234,10 +234,10 @@ class Reached:
                 self._names(inner, [name for name in further if name in inner], further)
 
 
-def _iterates(value: Any) -> Any:
+def iterates(value: Any) -> Any:
     """What gives a collection's items, without any code of its class; None for what is none."""
-    kinds = (list, deque, set, tuple, frozenset)
-    return next((kind.__iter__ for kind in kinds if isinstance(value, kind)), None)
+    kinds = (list, deque, set, tuple, frozenset, bytearray)
+    return next((kind.__iter__ for kind in kinds if issubclass(type(value), kind)), None)
 
 
 def _is_mock(value: Any) -> bool:

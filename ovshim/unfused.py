@@ -15,6 +15,7 @@ leaves what was in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["properties_for"]
@@ -43,11 +44,12 @@ def properties_for(model: Any, device: str) -> dict[str, str]:
     """
     if not _may_be_cpu(device):
         return {}
-    for node in model.get_ops():
+    nodes = model.get_ops()
+    for node in nodes:
         if _is_of_nothing(node):
             kind = node.get_type_name()
             raise RuntimeError(f"OpenVINO crashes, or answers with noise, in a {kind} of nothing.")
-    if not _is_dangerous(model):
+    if not _is_dangerous(nodes):
         return {}
     if device != "CPU":
         raise RuntimeError(
@@ -61,9 +63,9 @@ def _may_be_cpu(device: str) -> bool:
     return "CPU" in named if named else not kind.startswith(("GPU", "NPU"))
 
 
-def _is_dangerous(model: Any) -> bool:
+def _is_dangerous(nodes: Sequence[Any]) -> bool:
     linear, meeting = 0, False
-    for node in model.get_ops():
+    for node in nodes:
         kind = node.get_type_name()
         if kind == "MatMul":
             linear += _is_small(node) and _is_constant(node.input_value(1))

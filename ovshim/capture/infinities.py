@@ -27,16 +27,14 @@ from ovshim.capture.nans import (
 )
 from ovshim.capture.rewrites.entry import argument
 from ovshim.capture.rewrites.exponentials import EXPONENTIALS
+from ovshim.capture.softmaxes import DIVIDE, MAXIMA, SUBTRACT
 
 __all__ = ["question"]
 
 _GROW = EXPONENTIALS | {"expm1", "expm1_", "special_expm1", "exp2", "exp2_", "sinh", "cosh"}
 # Infinite at an end of their domains.
 _ENDS = LOGARITHMS | names("log1p log1p_ special_log1p logit logit_ special_logit atanh arctanh")
-_SUBTRACT = names("sub sub_ isub subtract")
-_LARGEST = names("max amax logsumexp")
-_SUMS = _SUBTRACT | names("rsub add add_ iadd")
-_DIVISIONS = names("div div_ divide truediv itruediv true_divide")
+_SUMS = SUBTRACT | names("rsub add add_ iadd")
 _MIX = names(
     "mul mul_ imul multiply matmul bmm baddbmm addmm einsum linear conv1d conv2d conv3d layer_norm"
     " group_norm batch_norm instance_norm rms_norm cosine_similarity var std cumsum lerp addcmul"
@@ -72,7 +70,7 @@ def question(node: fx.Node, owns: Callable[[fx.Node], bool]) -> tuple[Any, ...] 
         given = argument(node, 0, "input")
         return (_is_finite, given) if grows(given) else None
     several = len(node.all_input_nodes) > 1
-    if name in _SUMS | _DIVISIONS and several and is_lost(node):
+    if name in _SUMS | DIVIDE and several and is_lost(node):
         operands = node.args[:2]
         if any(map(grows, operands)):
             return (_is_finite, node) if name in _SUMS else (is_number, node)
@@ -119,10 +117,10 @@ def _carried(x: Any, depth: int) -> Iterator[fx.Node]:
     if not isinstance(x, fx.Node):
         return
     yield x
-    mixed = len(x.all_input_nodes) > 1 and name_of(x) in _MIX | _SUMS | _DIVISIONS
+    mixed = len(x.all_input_nodes) > 1 and name_of(x) in _MIX | _SUMS | DIVIDE
     if depth and name_of(x) in _CARRY and not mixed:
         # A number that is divided by what grows goes to 0.
-        divided = name_of(x) in _DIVISIONS and not isinstance(x.args[0], fx.Node)
+        divided = name_of(x) in DIVIDE and not isinstance(x.args[0], fx.Node)
         for given in () if divided else x.all_input_nodes:
             yield from _carried(given, depth - 1)
 
@@ -140,11 +138,9 @@ def _is_limited(node: fx.Node) -> bool:
         return True
     if name == "neg" or (name in ("mul", "truediv") and any(map(_is_negative, x.args))):
         return all(is_not_below(y) for y in x.args if isinstance(y, fx.Node))
-    subtracted = _carried(argument(x, 1, "other"), _DEPTH) if name in _SUBTRACT else ()
+    subtracted = _carried(argument(x, 1, "other"), _DEPTH) if name in SUBTRACT else ()
     whole = argument(x, 0, "input")
-    return any(
-        name_of(one) in _LARGEST and argument(one, 0, "input") is whole for one in subtracted
-    )
+    return any(name_of(one) in MAXIMA and argument(one, 0, "input") is whole for one in subtracted)
 
 
 def _is_negative(x: Any) -> bool:

@@ -1,9 +1,9 @@
 """Recurrent layers, of whose outputs Dynamo wants the sizes alone.
 
-Torch 2.13 knows those of a GRU, of a plain RNN and of some LSTMs by a decomposition
-that does a step for each moment: the length of the sequence becomes a constant of the capture, and
-one of 200 moments took a GRU 29 s where it takes 0.4 now. The graph has one operator for all of
-them either way.
+Torch 2.13 knows those of a GRU, of a plain RNN and of some LSTMs by a decomposition that does a
+step for each moment: the length of the sequence becomes a constant of the capture, and one of 200
+moments took a GRU 29 s where it takes 0.4 now. The graph has one operator for all of them either
+way.
 """
 
 from __future__ import annotations

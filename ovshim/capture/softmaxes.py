@@ -17,13 +17,13 @@ from ovshim.capture.magnitudes import is_of_floats, name_of
 from ovshim.capture.rewrites.entry import argument, tensor_of
 from ovshim.capture.rewrites.exponentials import EXPONENTIALS
 
-__all__ = ["question"]
+__all__ = ["DIVIDE", "MAXIMA", "SUBTRACT", "question"]
 
-_DIVIDE = frozenset({"div", "div_", "divide", "truediv", "itruediv", "true_divide"})
+DIVIDE = frozenset({"div", "div_", "divide", "truediv", "itruediv", "true_divide"})
 _MULTIPLY = frozenset({"mul", "mul_", "imul", "multiply"})
 _INVERT = frozenset({"reciprocal", "pow"})
-_SUBTRACT = frozenset({"sub", "sub_", "isub", "subtract"})
-_MAXIMA = frozenset({"max", "amax", "logsumexp"})
+SUBTRACT = frozenset({"sub", "sub_", "isub", "subtract"})
+MAXIMA = frozenset({"max", "amax", "logsumexp"})
 _PASS = frozenset(
     {"getitem", "getattr", "unsqueeze", "view", "reshape", "expand", "expand_as", "detach"}
 )
@@ -33,7 +33,7 @@ def question(node: fx.Node) -> tuple[Any, ...] | None:
     """A function that tells inside the graph whether `node` divides exponentials by sums of the
     same that are finite and not 0, and what to give it; None where there is nothing to ask."""
     name = name_of(node)
-    if name not in _DIVIDE | _MULTIPLY or not is_of_floats(node):
+    if name not in DIVIDE | _MULTIPLY or not is_of_floats(node):
         return None
     pair = argument(node, 0, "input"), argument(node, 1, "other")
     for above, below in (pair, pair[::-1]) if name in _MULTIPLY else (pair,):
@@ -74,17 +74,17 @@ def _sources(x: Any) -> Iterator[fx.Node]:
     while isinstance(x, fx.Node):
         yield x
         name = name_of(x)
-        one = name in _DIVIDE and not isinstance(x.args[0], fx.Node)
+        one = name in DIVIDE and not isinstance(x.args[0], fx.Node)
         kept = name in _PASS | _INVERT
         x = argument(x, 1, "other") if one else argument(x, 0, "input") if kept else None
 
 
 def _is_limited(scores: fx.Node, dim: Any) -> bool:
     """Whether the maximum along `dim` was subtracted."""
-    if name_of(scores) not in _SUBTRACT:
+    if name_of(scores) not in SUBTRACT:
         return False
     sources = _sources(argument(scores, 1, "other"))
-    return any(name_of(x) in _MAXIMA and _is_along(x, dim) for x in sources)
+    return any(name_of(x) in MAXIMA and _is_along(x, dim) for x in sources)
 
 
 def _is_along(node: fx.Node, dim: Any) -> bool:
