@@ -345,7 +345,10 @@ def test_memory_is_never_shown() -> None:
 def lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every race is lost by OpenVINO, and no part of a module is tried by itself."""
     monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
-    monkeypatch.setattr(verdict, "race", lambda *_: Finish(1.0, 2.0, 0.5, 0.5))
+    finish = Finish(1.0, 2.0, 0.5, 0.5)
+    monkeypatch.setattr(verdict, "race", lambda *_: finish)
+    # The one that calls of other sizes run by turns.
+    monkeypatch.setattr(Finish, "of", lambda *_: finish)
 
 
 def resting(fast: nn.Module) -> Any:
@@ -479,7 +482,9 @@ def test_threads_at_rest(lost: None) -> None:
         x = torch.randn(rows, 8)
         with torch.inference_mode():
             wanted = module(x)
-            wrong.extend(1 for _ in range(200) if not torch.equal(fast(x), wanted))
+            # In the turns of sizes that are new OpenVINO answers as well.
+            answers = (fast(x) for _ in range(200))
+            wrong.extend(y for y in answers if not torch.allclose(y, wanted, atol=1e-5))
 
     with torch.inference_mode():
         fast(torch.randn(2, 8)), fast(torch.randn(3, 8))

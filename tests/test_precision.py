@@ -421,7 +421,7 @@ def test_an_output_that_overflows_fp16_is_not_served_in_it() -> None:
 def test_later_calls_that_leave_float16_are_eagers(given: Any, tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.LayerNorm(64)).eval()
     fast: Any
-    with quietly():
+    with quietly(), as_it_runs():
         fast = ovshim.accelerate(module, torch.randn(4, 64), precision=given, prefer="openvino")
         fast.ovshim.save(tmp_path / "saved")
         cached = ovshim.accelerate(
@@ -442,7 +442,7 @@ def test_a_later_output_that_float16_ends_is_eagers() -> None:
     module, x = nn.Linear(64, 64).eval(), torch.randn(4, 64)
     with torch.no_grad():
         module.weight.mul_(100)
-    with quietly():
+    with quietly(), as_it_runs():
         fast = ovshim.accelerate(module, x, precision="fp16", prefer="openvino")
         check(fast, module, x, tolerance=0.03)
         # Where float16 does not run, this is nothing to give up.
