@@ -360,8 +360,8 @@ def eager_plan(
     """A plan that eager serves: for every size of this kind, where the reason is the module's."""
     pattern = pattern or tuple((None,) * tensor.dim() for tensor in job.tensors)
     try:
-        generation = Generation(job.module, grad=job.grad)
-    except ValueError:  # weights that count no versions: nothing to watch, the reason stays
+        generation = Generation(job.module, grad=job.grad, values=False)
+    except ValueError:  # weights that lie in no one place: nothing to watch, the reason stays
         generation = None
     return Plan(
         kind=job.kind,

@@ -239,5 +239,5 @@ def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
 def _state(module: torch.nn.Module) -> Generation | None:
     try:
         return Generation(module)
-    except ValueError:  # weights that count no versions: the build will say so
+    except ValueError:  # weights that lie in no one place: the build will say so
         return None

@@ -184,8 +184,6 @@ def _refuse_at_sight(job: Job) -> None:
     for name, tensor in chain(*tensors_of(job.module)):
         if not tensor.is_cpu:
             raise BuildStopped(reason("not-on-cpu", f"{name} is on {tensor.device}"))
-        if tensor.is_inference():
-            raise BuildStopped(reason("untracked-weights", name))
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise BuildStopped(reason("special-tensor", f"{name} of layout {tensor.layout}"))
     if _is_sharded(job.module):

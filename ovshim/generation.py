@@ -1,9 +1,10 @@
 """The generation of a module: everything about it that a plan took for granted when it was made.
 
-Tensors by identity, version and storage; the class, submodules, hooks, flags and plain attributes
-of every module in the tree; the functions that were captured; and, beyond the tree, whatever the
-captured graph says it read (`guards.ValueGuard`). `holds()` runs on every call, so everything is
-laid out beforehand in flat lists that C code compares.
+Tensors by identity, version and storage, those that count no versions by their values; the class,
+submodules, hooks, flags and plain attributes of every module in the tree; the functions that were
+captured; and, beyond the tree, whatever the captured graph says it read (`guards.ValueGuard`).
+`holds()` runs on every call, so everything is laid out beforehand in flat lists that C code
+compares.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ovshim.namespaces import SPACES, add_unless_replaced
 from ovshim.reached import OF_MODULES, Reached
 from ovshim.scripted import Held, is_plain
 from ovshim.settings import READ_BY_CODE
+from ovshim.stamps import Values, layout_of
 from ovshim.untouched import add_unless_touched
 from ovshim.watch import GuardFailedError, Watch, modules_met, replaceable
 
@@ -77,15 +79,16 @@ class Generation:
         grad: whether it matters which tensors require grad.
         follow: whether the guards do not say what was read, so that all that could be is watched.
         classes: further ones whose code was captured, of objects that no guard leads to.
+        values: whether values matter of tensors that count no versions. They do not to eager.
 
     Attributes:
         asks_layout: whether its code, torch's own aside, asks for the strides of tensors.
+        uncounted: the tensors that were made in inference mode, which count no versions.
 
     Raises (when made):
         GuardFailedError: a value guard does not hold now.
-        ValueError: a tensor of the module counts no versions (it was made in inference mode) or
-            does not lie in one place (it is sparse), or so does a scripted module, so that nobody
-            could tell when it changes.
+        ValueError: a tensor of the module does not lie in one place (it is sparse), or so does a
+            scripted module, so that nobody could tell when it changes.
         UnwatchableError: too much could be read.
     """
 
@@ -99,6 +102,7 @@ class Generation:
         grad: bool = False,
         follow: bool = False,
         classes: Iterable[type] = (),
+        values: bool = True,
     ) -> None:
         self._module = module
         # Those of the tree, and others that the graph runs: out of lists, globals, other objects.
@@ -122,8 +126,8 @@ class Generation:
         self._watch = Watch(guards, roots or {}, replaceable(self._modules))
         self._captured = list(methods(self._types, code))
         functions = [*(f for _, _, found in self._captured for f in found), *self._watch.functions]
-        values = chain.from_iterable(map(_values, self._dicts))
-        functions += [value for value in values if isinstance(value, types.FunctionType)]
+        attributes = chain.from_iterable(map(_values, self._dicts))
+        functions += [value for value in attributes if isinstance(value, types.FunctionType)]
         self._reached = Reached(self._modules, functions) if follow else Reached((), ())
         self._functions = list(dict.fromkeys((*functions, *self._reached.functions)))
         classes = (*self._watch.classes, *self._reached.classes, *classes)
@@ -134,8 +138,9 @@ class Generation:
         whole = self._watch.reads_environment
         self._variables = None if whole else variables(f.__code__ for f in self._functions)
         self._watch_tensors()
+        self._values = Values(self.uncounted) if values and self.uncounted else None
         watch_flags = grad or "requires_grad" in asks
-        self._flags = list(map(_wants_grad, self._tensors)) if watch_flags else None
+        self._flags = list(map(_wants_grad, self.tensors)) if watch_flags else None
         self.holds = self._check()
         """Whether nothing has changed. About 0.01 µs a tensor and as much a submodule, and ten
         times that where memory cannot be asked (`untouched`) and the objects have to be."""
@@ -158,6 +163,8 @@ class Generation:
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)
         self._of_what_is_rare(conditions)
+        if self._values is not None:
+            conditions.add("{0}()", self._values.same)
         return conditions.compiled()
 
     def _of_objects(self, conditions: Conditions, in_dicts: Conditions) -> None:
@@ -215,13 +222,13 @@ class Generation:
                 conditions.add("{0}._version == {1}", tensor, self._versions[i])
                 # Out of the list, which `moved` writes to.
                 conditions.add(f"{{0}}({{1}}) == {{2}}[{i}]", _data_ptr, tensor, self._pointers)
-                conditions.add("{0}({1}) == {2}", _layout, tensor, self._layouts[i])
+                conditions.add("{0}({1}) == {2}", layout_of, tensor, self._layouts[i])
         else:
             # In this order: with cold caches it takes an eighth less than the other way around.
             of_each = "list(map({0}, {1})) == {2}"
             conditions.add(of_each, _data_ptr, self._tensors, self._pointers)
             conditions.add(of_each, _version, self._tensors, self._versions)
-            conditions.add(of_each, _layout, self._tensors, self._layouts)
+            conditions.add(of_each, layout_of, self._tensors, self._layouts)
 
     def _of_code(self, conditions: Conditions) -> None:
         for cls, names, _ in self._captured:
@@ -250,7 +257,8 @@ class Generation:
             if self._mentions(words):
                 conditions.add("{0}() == {1}", ask, ask())
         if self._flags is not None:
-            conditions.add("list(map({0}, {1})) == {2}", _wants_grad, self._tensors, self._flags)
+            tensors = self.tensors
+            conditions.add("list(map({0}, {1})) == {2}", _wants_grad, tensors, self._flags)
         for held, before in self._recorders:
             conditions.add("{0} == {1}", held, before)
         if self._recorders:
@@ -267,7 +275,7 @@ class Generation:
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
         """Every tensor of the module, and those beyond it that the captured graph read."""
-        return self._tensors
+        return [*self._tensors, *self.uncounted]
 
     def moved(self) -> None:
         """The tensors lie elsewhere now, with the same values: that is to be no change."""
@@ -280,7 +288,7 @@ class Generation:
         conditions = Conditions(_RAISED)
         self._of_versions(conditions)
         self._watch.conditions(conditions, conditions)
-        return conditions.compiled()()
+        return conditions.compiled()() and (self._values is None or self._values.same())
 
     def change(self) -> str:
         """What has changed, in words, for a reason or a report."""
@@ -310,15 +318,14 @@ class Generation:
         plain = (v for d in self._dicts for v in d.values() if isinstance(v, torch.Tensor))
         beyond = *self._scripted.tensors, *self._watch.tensors, *self._reached.tensors
         found = {id(t): t for t in chain(held, own, plain, beyond) if t is not None}
-        self._tensors: list[torch.Tensor] = list(found.values())
-        for tensor in self._tensors:
-            if tensor.is_inference():
-                raise ValueError("a weight was made in inference mode and counts no versions")
+        for tensor in found.values():
             if tensor.layout is not torch.strided or tensor.is_nested:
                 raise ValueError(f"a tensor of layout {tensor.layout} does not lie in one place")
+        self._tensors = [tensor for tensor in found.values() if not tensor.is_inference()]
+        self.uncounted = [tensor for tensor in found.values() if tensor.is_inference()]
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_data_ptr, self._tensors))
-        self._layouts = list(map(_layout, self._tensors))
+        self._layouts = list(map(layout_of, self._tensors))
         self._storage_ids: list[int] = []
         self._hold_storages()
 
@@ -340,13 +347,9 @@ class Generation:
             if known is tensor:
                 same_version = tensor._version == self._versions[i]
                 same_place = tensor.data_ptr() == self._pointers[i]
-                return same_version and same_place and _layout(tensor) == self._layouts[i]
-        return False
-
-
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """By `data` another view of the same memory may be put in place."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+                return same_version and same_place and layout_of(tensor) == self._layouts[i]
+        known = any(one is tensor for one in self.uncounted)
+        return known and (self._values is None or self._values.same_of(tensor))
 
 
 def _copy(held: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ovshim.reasons import Reason, reason
 from ovshim.shapes import Dims
 from ovshim.signals import raise_heard
 from ovshim.signature import Pattern, unflatten_call
+from ovshim.stamps import stamp
 from ovshim.version import exact_version
 from ovshim.views import copied
 from ovshim.wanted import Wanted
@@ -141,9 +142,9 @@ class Job(Wanted):
                 self.store.discard(entry)
             raise
 
-    def _versions(self) -> list[tuple[int, int, int]]:
+    def _versions(self) -> list[tuple[int, int, int | bytes | None]]:
         held = chain(*tensors_of(self.module))
-        return [(id(t), place_of(t), 0 if t.is_inference() else t._version) for _, t in held]
+        return [(id(t), place_of(t), stamp(t)) for _, t in held]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from ovshim.captured_code import methods
 from ovshim.classes import is_users
 from ovshim.reached import iterates
+from ovshim.stamps import stamp
 
 __all__ = ["Written", "own_generators"]
 
@@ -76,7 +77,7 @@ class Written:
 def _state_of(data: Any) -> Any:
     """What tells of a write to a tensor, or to an array, which counts none: of a small one all."""
     if _is_a(data, torch.Tensor):
-        return None if data.is_inference() else data._version
+        return stamp(data)
     small = data.nbytes <= _MOST_BYTES and not data.dtype.hasobject
     return np.ndarray.tobytes(data) if small else None
 

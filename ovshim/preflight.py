@@ -14,6 +14,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,16 @@ from ovshim.reasons import Reason, reason
 from ovshim.settings import Settings
 from ovshim.shortage import build_failure
 from ovshim.signature import Structure, UnknownLeafError, flatten, kind_of
+from ovshim.stamps import stamp
 from ovshim.views import overlaps, storage_of
 from ovshim.watched import Seen, watched
 
 __all__ = ["Look", "Sources", "look", "place_of", "sources", "used_up"]
 
 log = logging.getLogger("ovshim")
+
+# Of a write to what was made in inference mode, which trials are not in.
+_OUTSIDE = "Inplace update to inference tensor outside InferenceMode"
 
 # Buffers are copied before a trial call, so that they can be put back. Beyond this many bytes (no
 # module met so far) they are not: a second copy of a model's size is not ours to take.
@@ -137,10 +142,14 @@ def look(
     except Drawing:
         output = None
         found.reason = reason("random")
-    except BaseException:
-        if restore or apart:
-            found.undo()
-        raise
+    except BaseException as error:
+        if not restore and not apart:
+            raise
+        found.undo()
+        if _OUTSIDE not in str(error):
+            raise
+        output = None
+        found.reason = reason("mutates-buffer", "one that was made in inference mode")
     finally:
         found.seconds = time.perf_counter() - started
         try:
@@ -256,12 +265,10 @@ class _World:
         self, module: nn.Module, inputs: Sequence[torch.Tensor], copies: bool, arguments: Any
     ) -> None:
         self.containers = _containers(arguments)
-        self.inputs = [(t, _version(t)) for t in inputs]
+        self.inputs = [(t, stamp(t)) for t in inputs]
         modules = list(module.named_modules())
         parameters, buffers = tensors_of(module, modules)
-        self.tensors = [
-            (name, t, (_version(t), place_of(t))) for name, t in (*parameters, *buffers)
-        ]
+        self.tensors = [(name, t, (stamp(t), place_of(t))) for name, t in (*parameters, *buffers)]
         self.parameters = [t for _, t in parameters]
         self.attributes = [Attributes(name, m) for name, m in modules]
         self.generators = GeneratorStates.of(module)
@@ -309,10 +316,10 @@ class _World:
 
     def _written_to(self) -> Reason | None:
         for i, (tensor, version) in enumerate(self.inputs):
-            if _version(tensor) != version:
+            if stamp(tensor) != version:
                 return reason("mutates-input", f"input tensor {i}")
         for name, tensor, known in self.tensors:
-            if (_version(tensor), place_of(tensor)) != known:
+            if (stamp(tensor), place_of(tensor)) != known:
                 return reason("mutates-buffer", name)
         for attributes in self.attributes:
             changed = attributes.changed()
@@ -324,7 +331,11 @@ class _World:
         self.generators.put_back(self.drew)
         with torch.no_grad():
             for buffer, copy in [*self.written, *self.copies]:
-                if not torch.equal(buffer, copy):
+                if torch.equal(buffer, copy):
+                    continue
+                # Elsewhere it is refused, though only when it is done.
+                inside = torch.inference_mode() if buffer.is_inference() else nullcontext()
+                with inside:
                     buffer.copy_(copy)
 
     def made_attributes(self) -> dict[str, Any] | None:
@@ -336,10 +347,6 @@ class _World:
     def put_back_attributes(self) -> None:
         for attributes in self.attributes:
             attributes.put_back()
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def place_of(tensor: torch.Tensor) -> int:

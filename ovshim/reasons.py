@@ -151,9 +151,9 @@ TABLE: Mapping[str, Sentence] = MappingProxyType(
             " chooses where OpenVINO computes.",
         ),
         "untracked-weights": Sentence(
-            "Changes of a weight would go unnoticed, because it was made in inference mode, is "
-            "sharded, shared by processes or does not lie in one place.",
-            "Build or load the module outside torch.inference_mode(), and accelerate it unsharded; "
+            "Changes of a weight would go unnoticed, because it is sharded, shared by processes, "
+            "does not lie in one place or was made in inference mode by a class of its own.",
+            "Accelerate the module unsharded, and build or load it outside torch.inference_mode(); "
             "where another process writes to it, call fast.ovshim.refresh().",
         ),
         "double-precision": Sentence(

@@ -15,6 +15,7 @@ from ovshim.buckets import Bucket, compile_bucket, compile_sizes
 from ovshim.cache import Entry
 from ovshim.deferred import later
 from ovshim.eager import LOW_TOLERANCE
+from ovshim.generation import Generation
 from ovshim.helper import hot
 from ovshim.job import Job
 from ovshim.lanes import Lane
@@ -38,11 +39,11 @@ class EntryNotes:
     Processes that write at once may lose one another's notes; then something is looked at twice.
     """
 
-    def __init__(self, job: Job, entry: Entry, record: Record) -> None:
+    def __init__(self, job: Job, plan: Plan, entry: Entry, record: Record) -> None:
         self._store = job.store
         self._entry = entry
         self._grad = job.grad
-        self._placed = placed(job.options)
+        self._placed = placed(job.options, plan.generation)
         self._race = dict(record.race)
         self._met = [list(map(list, sizes)) for sizes in record.met]
 
@@ -93,11 +94,11 @@ def decide(
     plan.key = plan.bucket
     plan.tolerance = LOW_TOLERANCE if job.tolerance is None else job.tolerance
     plan.raced = job.options.prefer == "faster"
-    plan.notes = None if entry is None else EntryNotes(job, entry, record)
+    plan.notes = None if entry is None else EntryNotes(job, plan, entry, record)
     plan.lanes = {of_sizes(sizes): Lane(True, raced=not plan.raced) for sizes in record.met}
     if plan.raced:
         for bucket in plan.lanes:
-            known = _known(job, record, bucket)
+            known = _known(job, plan, record, bucket)
             if known is not None:
                 plan.lanes[bucket] = Lane(True, raced=True, eager=known.lost)
         plan.key = compile_sizes(record.pattern, record.size_guards)
@@ -110,7 +111,7 @@ def _race_example(job: Job, plan: Plan, record: Record, add_exact: Callable[[flo
     says nothing of other sizes, which the open one would serve."""
     alone = _look_apart(job, plan)
     bucket = plan.bucket(job.tensors)
-    finish = _known(job, record, bucket)
+    finish = _known(job, plan, record, bucket)
     if finish is None:
         finish = _raced(job, plan, bucket)
         if finish.lost and not alone and finish.candidate < _NEAR * finish.eager:
@@ -139,9 +140,10 @@ def _look_apart(job: Job, plan: Plan) -> bool:
     return True
 
 
-def _known(job: Job, record: Record, bucket: Bucket) -> Finish | None:
+def _known(job: Job, plan: Plan, record: Record, bucket: Bucket) -> Finish | None:
     """How the race in this bucket has come out, if it was run."""
-    return Finish.of_json(record.race.get(_where(bucket, job.grad, placed(job.options))))
+    where = _where(bucket, job.grad, placed(job.options, plan.generation))
+    return Finish.of_json(record.race.get(where))
 
 
 def _raced(job: Job, plan: Plan, bucket: Bucket) -> Finish:
@@ -193,11 +195,13 @@ def slower(finish: Finish) -> Reason:
     return reason("slower", text)
 
 
-def placed(options: Options) -> str:
-    """How a graph is placed on its device, for the key of a race; nothing of what is usual."""
+def placed(options: Options, watched: Generation | None = None) -> str:
+    """How a graph is placed on its device, for the key of a race, and whether values are watched,
+    which every call pays for; nothing of what is usual."""
     hint = None if options.hint == "latency" else options.hint
     given = {"threads": options.threads, "streams": options.streams, "hint": hint}
-    return "".join(f" {name}={value}" for name, value in given.items() if value is not None)
+    said = "".join(f" {name}={value}" for name, value in given.items() if value is not None)
+    return f"{said} values" if watched is not None and watched.uncounted else said
 
 
 def _where(bucket: Bucket, grad: bool, placed: str) -> str:

@@ -196,7 +196,7 @@ def settle(
         check(fast, module, *args, path=None, **kwargs)
         if counts(fast)["openvino"] > before:
             return attempt
-        time.sleep(0.05)
+        time.sleep(0.002)
     raise AssertionError(f"still eager after {within} calls: {ovshim.explain(fast)}")
 
 

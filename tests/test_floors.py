@@ -60,6 +60,7 @@ FLOORS: dict[str, set[str]] = {
         "modes",
         "random_generators",
         "settings",
+        "stamps",
         "watched",
         "outside",
         "fingerprint",

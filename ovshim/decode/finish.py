@@ -52,7 +52,7 @@ def finished(
 
 def run_race(job: Job, manner: Causal, made: Decoding, record: StepRecord) -> None:
     """Let eager and OpenVINO go through a short conversation; what was found is kept."""
-    where = runtime.measured_on(torch.get_num_threads()) + placed(job.options)
+    where = runtime.measured_on(torch.get_num_threads()) + placed(job.options, made.generation)
     finish, raced = Finish.of_json(record.race.get(where)), _conversation(manner)
     if finish is None:
         finish = _raced(job, manner, made, raced)
@@ -105,8 +105,8 @@ def by_eager(job: Job, why: Reason, entry: Entry | None = None) -> Decoding:
     """A decoding that eager serves."""
     made = _shell(job, why, entry, "off" if entry is None else "hit")
     try:
-        made.generation = Generation(job.module)
-    except ValueError:  # weights that count no versions: nothing to watch, the reason stays
+        made.generation = Generation(job.module, values=False)
+    except ValueError:  # weights that lie in no one place: nothing to watch, the reason stays
         made.generation = None
     return made
 

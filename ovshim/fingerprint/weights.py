@@ -66,18 +66,20 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:
                    tensor.is_conj(), tensor.is_neg())  # fmt: skip
             if key not in index:
                 index[key] = len(views)
-                views.append(_bytes(tensor))
+                views.append(bytes_of(tensor))
             order.append(index[key])
-    found = _hash(views)
+    found = digests_of(views)
     return [found[position] for position in order]
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)  # a copy only where strided
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Its values in logical order: its own memory where they lie in it one by one, else a copy."""
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
     return flat.view(torch.uint8).numpy().data
 
 
-def _hash(views: list[memoryview]) -> list[bytes]:
+def digests_of(views: list[memoryview]) -> list[bytes]:
+    """16 bytes of each, by as many threads as torch has where they are large."""
     pieces = [view[start : start + _PIECE]
               for view in views for start in range(0, len(view) or 1, _PIECE)]  # fmt: skip
     threads = torch.get_num_threads()
