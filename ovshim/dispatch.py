@@ -230,8 +230,10 @@ class Dispatcher(Unplanned):
         count = plan.eager_calls.add()
         often = count % _LOOK_AGAIN == _LOOK_AGAIN - 1 or (rest is not None and rest.left <= 0)
         often = often or why.code == "training" or plan.kept_until > 0
+        # What the first call has filled, as a table of its own, the next ones may only read.
+        often = often or (why.code == "mutates-attribute" and count == 1)
         look_again = plan.generation is not None and often and count >= plan.kept_until
-        if look_again and not plan.generation.holds():  # type: ignore[union-attr]
+        if look_again and not plan.generation.holds_but_for_values():  # type: ignore[union-attr]
             self._planner.drop_stale()
         elif self.rests and (why.code == "slower" or self._stays(plan, why, count)):
             rest = self._resting.after(plan, self.tally.counter(why), args, kwargs)

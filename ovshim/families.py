@@ -61,7 +61,7 @@ class Family:
         """Those that the module's present state contradicts go, and are returned. Where the next
         build has to wait, one of eager's stays for so long: its answers are right, and calls with a
         plan are answered sooner."""
-        stale = [p for p in self.plans if p.generation is not None and not p.generation.holds()]
+        stale = [p for p in self.plans if _is_stale(p)]
         new = [p for p in stale if not p.kept_until]
         if new:
             self.put_off(sum(p.calls.value for p in new))
@@ -77,6 +77,14 @@ class Family:
         self.why = why or reason("stale", "it keeps changing")
         self.stale = 0 if served >= WORTH_BUILDING else self.stale + 1
         self.wait = 2**self.stale - 1 if self.stale > 1 else 0
+
+
+def _is_stale(plan: Plan) -> bool:
+    generation = plan.generation
+    if generation is None:
+        return False
+    eagers = plan.parts is None and not plan.open and bool(plan.closed)
+    return not (generation.holds_but_for_values() if eagers else generation.holds())
 
 
 def _may_stay(plan: Plan) -> bool:

@@ -141,9 +141,12 @@ class Generation:
         self._values = Values(self.uncounted) if values and self.uncounted else None
         watch_flags = grad or "requires_grad" in asks
         self._flags = list(map(_wants_grad, self.tensors)) if watch_flags else None
-        self.holds = self._check()
-        """Whether nothing has changed. About 0.01 µs a tensor and as much a submodule, and ten
-        times that where memory cannot be asked (`untouched`) and the objects have to be."""
+        self.holds_but_for_values = self._check()
+        """Whether nothing has changed that a plan of eager's would mind. About 0.01 µs a tensor and
+        as much a submodule, and ten times that where memory cannot be asked (`untouched`) and the
+        objects have to be."""
+        self.holds = self._whole_check()
+        """Whether nothing has changed: the values too of tensors that count no versions."""
 
     def _check(self) -> Callable[[], bool]:
         """That nothing changes from now on, compiled."""
@@ -163,8 +166,13 @@ class Generation:
         self._of_objects(conditions, in_dicts)
         self._of_code(conditions)
         self._of_what_is_rare(conditions)
-        if self._values is not None:
-            conditions.add("{0}()", self._values.same)
+        return conditions.compiled()
+
+    def _whole_check(self) -> Callable[[], bool]:
+        if self._values is None:
+            return self.holds_but_for_values
+        conditions = Conditions(_RAISED)
+        conditions.add("{0}() and {1}()", self.holds_but_for_values, self._values.same)
         return conditions.compiled()
 
     def _of_objects(self, conditions: Conditions, in_dicts: Conditions) -> None:

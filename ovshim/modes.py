@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ovshim import intraop
 
-__all__ = ["Drawing", "Operators", "Writes", "without_drawing"]
+__all__ = ["Drawing", "Operators", "Writes", "Writing", "harmless"]
 
 
 class _Lasting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ class Writes(_Lasting):
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        plain = [p for p in parameters if p.layout is torch.strided and not p.is_inference()]
+        plain = [p for p in parameters if p.layout is torch.strided]
         self._parameters = {p.untyped_storage().data_ptr(): p for p in plain}
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -53,32 +53,42 @@ class Writes(_Lasting):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         intraop.look_up()
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            given.update(kwargs or {})
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(given.get(argument.name))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for storage in _written(func, args, kwargs):
+            parameter = self._parameters.pop(storage, None)
+            if parameter is not None:
+                self.copies.append((parameter, parameter.detach().clone()))
+        return func(*args, **kwargs)
 
-    def _keep(self, written: Any) -> None:
-        if not isinstance(written, torch.Tensor) or written.layout is not torch.strided:
-            return
-        parameter = self._parameters.pop(written.untyped_storage().data_ptr(), None)
-        if parameter is not None:
-            self.copies.append((parameter, parameter.detach().clone()))
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
+    """Where the storages begin that an operator is about to write to."""
+    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable:
+        return
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            tensor = given.get(argument.name)
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                yield tensor.untyped_storage().data_ptr()
 
 
 class Drawing(BaseException):
     """An operator was about to draw random numbers. No Exception: users' code catches those."""
 
 
-class _NoDrawing(_Lasting):
-    """Stops this thread before it draws a random number."""
+class Writing(BaseException):
+    """An operator was about to write to what others hold too: the tensor."""
 
-    def __init__(self) -> None:
+
+class _Harmless(_Lasting):
+    """Stops this thread before it draws a random number, or writes to one of these tensors."""
+
+    def __init__(self, held: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.drew = False
+        plain = [t for t in held if t.layout is torch.strided and t.numel() > 0]
+        self._held = {t.untyped_storage().data_ptr(): t for t in plain}
+        self.stopped: BaseException | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -87,8 +97,12 @@ class _NoDrawing(_Lasting):
         kwargs = kwargs or {}
         tags = getattr(func, "tags", ())  # higher-order operators have none
         if torch.Tag.nondeterministic_seeded in tags and _would_draw(func, args, kwargs):
-            self.drew = True
-            raise Drawing
+            self.stopped = Drawing()
+            raise self.stopped
+        for storage in _written(func, args, kwargs):
+            if storage in self._held:
+                self.stopped = Writing(self._held[storage])
+                raise self.stopped
         return func(*args, **kwargs)
 
 
@@ -103,11 +117,12 @@ def _would_draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     return True
 
 
-def without_drawing(call: Callable[[], Any]) -> Any:
-    """What a call gives that draws no random numbers. Raises Drawing before it would."""
-    mode = _NoDrawing()
+def harmless(call: Callable[[], Any], held: Iterable[torch.Tensor]) -> Any:
+    """What a call gives that draws no random numbers and writes to none of these tensors. Raises
+    Drawing, or Writing, before it would."""
+    mode = _Harmless(held)
     with mode:
         output = call()
-    if mode.drew:  # and the module went on, which it could only by catching everything
-        raise Drawing
+    if mode.stopped is not None:  # and the module went on, which it could only by catching all
+        raise mode.stopped
     return output

@@ -24,7 +24,7 @@ from torch import nn
 
 from ovshim.attributes import Attributes, tensors_of
 from ovshim.containers import opened
-from ovshim.modes import Drawing, Writes, without_drawing
+from ovshim.modes import Drawing, Writes, Writing, harmless
 from ovshim.random_generators import GeneratorStates, drawn_by
 from ovshim.reasons import Reason, reason
 from ovshim.settings import Settings
@@ -133,7 +133,7 @@ def look(
             raise Drawing  # whose numbers other threads may be drawing meanwhile
         if apart:
             with watched() as seen:
-                output = without_drawing(call)
+                output = harmless(call, [tensor for _, tensor, _ in world.tensors])
         elif restore:
             with watched() as seen:
                 output = world.keeping(call)
@@ -142,11 +142,14 @@ def look(
     except Drawing:
         output = None
         found.reason = reason("random")
+    except Writing as writing:
+        output = None
+        found.reason = reason("mutates-buffer", world.name_of(writing.args[0]))
     except BaseException as error:
         if not restore and not apart:
             raise
         found.undo()
-        if _OUTSIDE not in str(error):
+        if not isinstance(error, RuntimeError) or _OUTSIDE not in str(error):
             raise
         output = None
         found.reason = reason("mutates-buffer", "one that was made in inference mode")
@@ -326,6 +329,9 @@ class _World:
             if changed:
                 return reason("mutates-attribute", f"{attributes.name}.{changed}".lstrip("."))
         return None
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        return next((name for name, known, _ in self.tensors if known is tensor), "")
 
     def put_back(self) -> None:
         self.generators.put_back(self.drew)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ovshim.fingerprint.weights import bytes_of, digests_of
+from ovshim.fingerprint.weights import digests_of, flat
 
 __all__ = ["Values", "layout_of", "stamp"]
 
@@ -25,7 +25,7 @@ def stamp(tensor: torch.Tensor) -> int | bytes | None:
     told."""
     if not tensor.is_inference():
         return tensor._version
-    return digests_of([bytes_of(tensor)])[0] if _can_be_read(tensor) else None
+    return digests_of([flat(tensor)])[0] if _can_be_read(tensor) else None
 
 
 def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ class Values:
                 raise ValueError(f"a {what} that was made in inference mode counts no versions")
         self._tensors = list(tensors)
         # They need not be made anew for each look, which takes longer than a small one's digest.
-        self._views = [bytes_of(t) if _lies_as_bytes(t) else None for t in tensors]
+        self._flats = [flat(t) if _lies_flat(t) else None for t in tensors]
         self._where = self._places()
         self._digests = self._read()
 
@@ -58,17 +58,18 @@ class Values:
     def same_of(self, tensor: torch.Tensor) -> bool:
         """Whether nobody has written to this one, of them."""
         at = next(i for i, known in enumerate(self._tensors) if known is tensor)
-        return digests_of([bytes_of(tensor)])[0] == self._digests[at]
+        same_place = (tensor.data_ptr(), layout_of(tensor)) == self._where[at]
+        return same_place and digests_of([flat(tensor)])[0] == self._digests[at]
 
     def _places(self) -> list[Any]:
         return [(t.data_ptr(), layout_of(t)) for t in self._tensors]
 
     def _read(self) -> list[bytes]:
-        held = zip(self._views, self._tensors, strict=True)
-        return digests_of([bytes_of(t) if view is None else view for view, t in held])
+        held = zip(self._flats, self._tensors, strict=True)
+        return digests_of([flat(t) if own is None else own for own, t in held])
 
 
-def _lies_as_bytes(tensor: torch.Tensor) -> bool:
+def _lies_flat(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 

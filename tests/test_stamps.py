@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from modules import DigitsCnn, Mlp, Recurrent, make
 from torch import Tensor, nn
 
 import ovshim
-from ovshim import verdict
+from ovshim import parts, verdict
 from ovshim.generation import Generation
 from ovshim.race import Finish
 from ovshim.stamps import Values, stamp
@@ -136,26 +137,86 @@ def test_what_a_module_keeps_in_inference_mode_is_watched() -> None:
 
 
 class Counting(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, parameter: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
-        self.register_buffer("count", torch.zeros(1))
+        if parameter:
+            self.count = nn.Parameter(torch.zeros(1), requires_grad=False)
+        else:
+            self.register_buffer("count", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
+        self.count.add_(1)
         y: Tensor = self.linear(x) * self.count
         return y
 
 
-def test_a_buffer_that_calls_write_to_is_eagers() -> None:
-    module, other = made_inside(Counting), made_inside(Counting)
+@pytest.mark.parametrize("under", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize("parameter", [False, True], ids=["buffer", "parameter"])
+def test_what_calls_write_to_is_written_by_the_users_alone(
+    parameter: bool, background: bool, inside: bool, under: Callable[[], Any]
+) -> None:
+    module, other = (
+        made_inside(lambda: Counting(parameter)) if inside else make(Counting, parameter=parameter)
+        for _ in range(2)
+    )
+    with quietly():
+        with under():
+            fast: Any = ovshim.accelerate(
+                module, torch.randn(2, 8), prefer="openvino", background=background
+            )
+            fast.ovshim.wait()
+        assert torch.equal(module.count, torch.zeros(1))  # type: ignore[arg-type]
+        with torch.inference_mode():
+            for _ in range(3):
+                x = torch.randn(2, 8)
+                same(fast(x), other(x))
+                fast.ovshim.wait()
+    assert counts(fast)["openvino"] == 0
+    assert torch.equal(module.count, other.count)  # type: ignore[arg-type]
+
+
+def test_the_callers_tensors_can_be_resized_as_before() -> None:
+    module = made_inside()
     with torch.inference_mode(), quietly():
-        fast = ovshim.accelerate(module, torch.randn(2, 8), prefer="openvino")
+        fast: Any = ovshim.accelerate(module, prefer="openvino")
+        x = torch.randn(4, 8)
         for _ in range(3):
-            x = torch.randn(2, 8)
-            same(fast(x), other(x))
-        assert counts(fast)["openvino"] == 0
-        assert torch.equal(module.count, other.count)  # type: ignore[arg-type]
+            fast(x)
+        x.resize_(64, 8)
+        module.first.weight.resize_(2, 2)  # type: ignore[union-attr, operator]
+    assert counts(fast)["openvino"] >= 1
+
+
+def test_while_eager_serves_no_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Finish(1.0, 2.0, 0.5, 0.5)
+    monkeypatch.setattr(verdict, "race", lambda *_: lost)
+    monkeypatch.setattr(parts, "divide", lambda job, plan: plan)
+    module, x = made_inside(), torch.randn(4, 8)
+    with torch.inference_mode():
+        fast = ovshim.accelerate(module, x)
+        read: list[Any] = []
+        monkeypatch.setattr(Values, "same", lambda self: read.append(self) or True)
+        for _ in range(400):
+            fast(x)
+    assert counts(fast) == {"openvino": 0, "mixed": 0, "eager": 400}
+    assert not read
+
+
+def test_without_a_thread_to_be_had_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        tensor = torch.randn(3_000, 3_000)
+        before = stamp(tensor)
+
+        def refuses(*_: Any) -> None:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+        monkeypatch.setattr(ThreadPoolExecutor, "map", refuses)
+        assert stamp(tensor) == before
+        tensor[1, 1] += 1
+        assert stamp(tensor) != before
 
 
 class Doubling(nn.Module):
@@ -295,3 +356,18 @@ def test_counted_tensors_have_their_count() -> None:
     assert stamp(sparse) is None
     with pytest.raises(ValueError, match="inference mode"):
         Values([sparse])
+
+
+@pytest.mark.parametrize("under", [torch.inference_mode, torch.no_grad])
+def test_what_the_users_first_call_fills_is_read_by_openvino_soon(
+    under: Callable[[], Any],
+) -> None:
+    torch.manual_seed(0)
+    module = Memo().eval()
+    plain = copy.deepcopy(module)
+    with quietly():
+        fast = ovshim.accelerate(module, torch.randn(2, 16), prefer="openvino")
+        for _ in range(3):  # it is filled, seen to be, and a plan is made
+            check(fast, plain, torch.randn(2, 16), path="eager", under=under)
+    check(fast, plain, torch.randn(2, 16), under=under)
+    assert "cpu" in module.kept

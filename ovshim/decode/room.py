@@ -279,7 +279,7 @@ class Room:
         made.eager_calls.add()
         generation = made.generation
         often = made.eager_calls.value % _LOOK_AGAIN == 0
-        if often and generation is not None and not generation.holds():
+        if often and generation is not None and not generation.holds_but_for_values():
             self.maker.drop_stale(made)
         if call.cache is None:
             return NOT_OURS  # a plan for this call alone, or for its parts, may do

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import ctypes
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import xxhash
@@ -12,6 +15,10 @@ from ovshim.fingerprint.errors import Unkeyable
 
 _PIECE = 8 << 20  # bytes hashed by one thread at a time; part of the format
 _ALONE = 32 << 20  # bytes below which starting threads costs more than it saves
+
+_READ = 0x100  # PyBUF_READ
+_view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.restype, _view.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 
 _OF_GRAPH = frozenset({"requires_grad", "is_leaf", "grad_fn"})
 _OF_MEMORY = frozenset({"as_strided", "storage", "untyped_storage", "data_ptr"})
@@ -57,7 +64,7 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:
 
     Memory that several of them share is read once.
     """
-    views: list[memoryview] = []
+    flats: list[torch.Tensor] = []
     index: dict[object, int] = {}
     order: list[int] = []
     with torch.no_grad():
@@ -65,36 +72,47 @@ def digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(),
                    tensor.is_conj(), tensor.is_neg())  # fmt: skip
             if key not in index:
-                index[key] = len(views)
-                views.append(bytes_of(tensor))
+                index[key] = len(flats)
+                flats.append(flat(tensor))
             order.append(index[key])
-    found = digests_of(views)
+    found = digests_of(flats)
     return [found[position] for position in order]
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Its values in logical order: its own memory where they lie in it one by one, else a copy."""
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
-    return flat.view(torch.uint8).numpy().data
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values in logical order, in one dimension: its own memory where they lie in it one by
+    one, else a copy."""
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
 
 
-def digests_of(views: list[memoryview]) -> list[bytes]:
-    """16 bytes of each, by as many threads as torch has where they are large."""
+def digests_of(flats: Sequence[torch.Tensor]) -> list[bytes]:
+    """16 bytes of each, which is `flat`, by as many threads as torch has where they are large."""
+    views = list(map(_memory, flats))
     pieces = [view[start : start + _PIECE]
               for view in views for start in range(0, len(view) or 1, _PIECE)]  # fmt: skip
-    threads = torch.get_num_threads()
-    if threads > 1 and sum(map(len, pieces)) > _ALONE:
-        # xxhash lets go of the GIL. A pool of its own, gone at the end: nothing to survive a fork.
-        with ThreadPoolExecutor(threads) as pool:
-            hashed = list(pool.map(xxhash.xxh3_128_digest, pieces))
-    else:
-        hashed = [xxhash.xxh3_128_digest(piece) for piece in pieces]
-    remaining = iter(hashed)
+    remaining = iter(_hashed(pieces))
     found = []
     for view in views:
         parts = [next(remaining) for _ in range(0, len(view) or 1, _PIECE)]
         found.append(parts[0] if len(parts) == 1 else xxhash.xxh3_128_digest(b"".join(parts)))
     return found
+
+
+def _hashed(pieces: list[memoryview]) -> list[bytes]:
+    threads = torch.get_num_threads()
+    if threads > 1 and sum(map(len, pieces)) > _ALONE:
+        # xxhash lets go of the GIL. A pool of its own, gone at the end: nothing to survive a fork.
+        # Where there is no thread to be had, as when the interpreter ends, this one does it.
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(xxhash.xxh3_128_digest, pieces))
+    return [xxhash.xxh3_128_digest(piece) for piece in pieces]
+
+
+def _memory(flat: torch.Tensor) -> memoryview:
+    """As long as `flat` lives. Not by NumPy: nobody could resize what has been an array's."""
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return _view(flat.data_ptr(), flat.nbytes, _READ)  # type: ignore[no-any-return]
 
 
 def weights(module: torch.nn.Module) -> tuple[str, dict[str, bytes]]:

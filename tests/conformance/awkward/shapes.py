@@ -110,7 +110,7 @@ class SliceOfTable(Linear):
         return self.linear(x) + self.get_buffer("table")[:, : x.size(1)]
 
 
-@sequences("shapes/grown-cache", path="eager")
+@sequences("shapes/grown-cache")
 class GrownCache(Linear):
     """Keeps what it computed for the longest input so far."""
 

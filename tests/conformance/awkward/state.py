@@ -95,7 +95,7 @@ class ListGrows(Linear):
         return self.linear(x), len(self.seen)
 
 
-@awkward("state/result-cached", path="eager")
+@awkward("state/result-cached", path="openvino")
 class ResultCached(Linear):
     """Remembers by an attribute made on the first call."""
 
