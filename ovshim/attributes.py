@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Attributes", "tensors_of"]
+from ovshim.classes import is_users
+
+__all__ = ["Attributes", "tensors_beside", "tensors_of"]
 
 Named = tuple[str, torch.Tensor]
 
 _MISSING: Any = object()
+_OF_TORCH = frozenset(vars(nn.Module()))
+_SIMPLE = frozenset({type(None), bool, int, float, str})
+_MOST_VALUES = 20_000
 _HOOKS = frozenset(key for key in vars(nn.Module()) if "hooks" in key)
 
 
@@ -79,6 +84,33 @@ class Attributes:
             else:
                 value.clear()
                 value.update(items)
+
+
+def tensors_beside(modules: Sequence[tuple[str, nn.Module]]) -> list[torch.Tensor]:
+    """Those that modules hold in other attributes: as such, in lists, tuples, sets and dicts, and
+    in objects of the program's own; not all of them, where these hold very many values."""
+    todo = [
+        value
+        for _, module in modules
+        for key, value in list(module.__dict__.items())
+        if key not in _OF_TORCH and type(value) not in _SIMPLE
+    ]
+    seen: dict[int, Any] = {}
+    while todo and len(seen) < _MOST_VALUES:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        kind = type(value)
+        if issubclass(kind, torch.Tensor | nn.Module):
+            continue
+        if issubclass(kind, list | tuple | set):
+            todo += value
+        elif issubclass(kind, dict):
+            todo += list(dict.values(value))
+        elif is_users(kind) and isinstance(held := getattr(value, "__dict__", None), dict):
+            todo += list(held.values())
+    return [value for value in seen.values() if issubclass(type(value), torch.Tensor)]
 
 
 def tensors_of(

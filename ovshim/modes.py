@@ -41,12 +41,14 @@ class Operators(_Lasting):
 
 
 class Writes(_Lasting):
-    """Copies parameters before this thread writes to them."""
+    """Copies these tensors before this thread writes to them, all that share the memory."""
 
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+    def __init__(self, kept: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        plain = [p for p in parameters if p.layout is torch.strided]
-        self._parameters = {p.untyped_storage().data_ptr(): p for p in plain}
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        for tensor in kept:
+            if _lies_somewhere(tensor):
+                self._kept.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(
@@ -55,9 +57,8 @@ class Writes(_Lasting):
         intraop.look_up()
         kwargs = kwargs or {}
         for storage in _written(func, args, kwargs):
-            parameter = self._parameters.pop(storage, None)
-            if parameter is not None:
-                self.copies.append((parameter, parameter.detach().clone()))
+            for tensor in self._kept.pop(storage, ()):
+                self.copies.append((tensor, tensor.detach().clone()))
         return func(*args, **kwargs)
 
 
@@ -69,8 +70,13 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     for argument in func._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             tensor = given.get(argument.name)
-            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+            if isinstance(tensor, torch.Tensor) and _lies_somewhere(tensor):
                 yield tensor.untyped_storage().data_ptr()
+
+
+def _lies_somewhere(tensor: torch.Tensor) -> bool:
+    strided = tensor.layout is torch.strided and not tensor.is_nested
+    return strided and tensor.is_cpu and tensor.numel() > 0
 
 
 class Drawing(BaseException):
@@ -86,7 +92,7 @@ class _Harmless(_Lasting):
 
     def __init__(self, held: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        plain = [t for t in held if t.layout is torch.strided and t.numel() > 0]
+        plain = filter(_lies_somewhere, held)
         self._held = {t.untyped_storage().data_ptr(): t for t in plain}
         self.stopped: BaseException | None = None
 

@@ -22,7 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ovshim.attributes import Attributes, tensors_of
+from ovshim.attributes import Attributes, tensors_beside, tensors_of
 from ovshim.containers import opened
 from ovshim.modes import Drawing, Writes, Writing, harmless
 from ovshim.random_generators import GeneratorStates, drawn_by
@@ -272,12 +272,13 @@ class _World:
         modules = list(module.named_modules())
         parameters, buffers = tensors_of(module, modules)
         self.tensors = [(name, t, (stamp(t), place_of(t))) for name, t in (*parameters, *buffers)]
-        self.parameters = [t for _, t in parameters]
+        self.kept = [*(t for _, t in parameters), *tensors_beside(modules)]
+        self.named = {id(t) for _, t in (*parameters, *buffers)}
         self.attributes = [Attributes(name, m) for name, m in modules]
         self.generators = GeneratorStates.of(module)
         self.settings = Settings()
         # Not parameters: another thread may be at them, and its update must not be undone. Those
-        # that this thread writes to are copied just before.
+        # that this thread writes to are copied just before, as are tensors in other attributes.
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
         size = sum(b.numel() * b.element_size() for _, b in buffers)
         copied = buffers if copies and size <= _RESTORABLE_BYTES else ()
@@ -285,8 +286,8 @@ class _World:
         self.drew: frozenset[Any] = frozenset()
 
     def keeping(self, call: Callable[[], Any]) -> Any:
-        """`call()`, with a copy kept of each parameter that it writes to."""
-        writes = Writes(self.parameters)
+        """`call()`, with a copy kept of each of these that it writes to."""
+        writes = Writes(self.kept)
         self.written = writes.copies
         with writes:
             return call()
@@ -324,6 +325,8 @@ class _World:
         for name, tensor, known in self.tensors:
             if (stamp(tensor), place_of(tensor)) != known:
                 return reason("mutates-buffer", name)
+        if any(id(tensor) not in self.named for tensor, _ in self.written):
+            return reason("mutates-attribute", "a tensor in one")
         for attributes in self.attributes:
             changed = attributes.changed()
             if changed:
