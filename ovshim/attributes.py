@@ -3,6 +3,7 @@ back."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
@@ -101,16 +102,25 @@ def tensors_beside(modules: Sequence[tuple[str, nn.Module]]) -> list[torch.Tenso
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        kind = type(value)
-        if issubclass(kind, torch.Tensor | nn.Module):
-            continue
-        if issubclass(kind, list | tuple | set):
-            todo += value
-        elif issubclass(kind, dict):
-            todo += list(dict.values(value))
-        elif is_users(kind) and isinstance(held := getattr(value, "__dict__", None), dict):
-            todo += list(held.values())
+        todo += _held_by(value)
     return [value for value in seen.values() if issubclass(type(value), torch.Tensor)]
+
+
+def _held_by(value: Any) -> list[Any]:
+    """What an object holds, by no code of its class."""
+    kind = type(value)
+    if issubclass(kind, torch.Tensor | nn.Module):
+        return []
+    for plain in (list, tuple, set):
+        if issubclass(kind, plain):
+            return list(plain.__iter__(value))
+    if issubclass(kind, dict):
+        return list(dict.values(value))
+    held = None
+    if is_users(kind):
+        with contextlib.suppress(Exception):  # it has slots, or a `__dict__` of its own
+            held = object.__getattribute__(value, "__dict__")
+    return list(dict.values(held)) if isinstance(held, dict) else []
 
 
 def tensors_of(
